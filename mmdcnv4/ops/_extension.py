@@ -1,0 +1,45 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Loads the compiled kernels, or remembers why there are none."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import warnings
+from typing import Optional
+
+import torch
+
+
+def _load() -> Optional[str]:
+    """Imports `mmdcnv4._C`; returns None, or the reason why it is not usable."""
+    try:
+        importlib.import_module('mmdcnv4._C')
+    except ModuleNotFoundError as error:
+        if error.name != 'mmdcnv4._C':
+            raise
+        return 'the package was installed without compiled kernels (no C++ compiler was found)'
+    except ImportError as error:
+        return (f'the compiled kernels do not load with torch {torch.__version__}: {error}. '
+                'They belong to the torch they were built with')
+    return None
+
+
+missing_reason: Optional[str] = _load()
+is_available: bool = missing_reason is None
+# What was compiled, e.g. {"cpu": {"instruction_sets": [...], "active": "avx2"}}; see csrc/library.cpp
+build_info: dict = json.loads(torch.ops.mmdcnv4._build_info()) if is_available else {}
+devices: tuple = tuple(name for name in ('cpu', 'cuda') if name in build_info)
+_warned = False
+
+
+def warn_once() -> None:
+    """Says once per process that the PyTorch path is taken, why, and how to mend it."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f'mmdcnv4: {missing_reason}; the much slower PyTorch path is used. Reinstall with '
+            '`pip install --no-build-isolation .`; `python -m mmdcnv4.info` tells more.',
+            RuntimeWarning, stacklevel=3)

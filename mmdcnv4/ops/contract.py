@@ -1,0 +1,188 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Shape and range rules of the DCNv4 operator, written once for all of its Python users.
+
+`csrc/dcnv4_check.cpp` states the same rules for callers of `torch.ops`; one table of bad calls in
+`tests/ops/test_dcnv4_errors.py` is run against both, so that they cannot drift apart.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+from torch import Tensor
+
+Pair = tuple[int, int]
+IntOrPair = Union[int, Sequence[int]]
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+# A kernel axis larger than this is a mistake in the call, and would overflow the 32-bit tap index.
+MAX_KERNEL = 1024
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Geometry of one call, every pair in (height, width) order.
+
+    Attributes:
+        kernel_size, stride, padding, dilation: in input pixels.
+        groups: number of channel groups, each with its own offsets and masks.
+        offset_scale: factor on the kernel grid and on the learned offsets.
+        remove_center: whether the middle tap of an odd kernel is left out.
+        softmax: whether the masks of a group are normalised over its taps.
+    """
+
+    kernel_size: Pair
+    groups: int
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    dilation: Pair = (1, 1)
+    offset_scale: float = 1.0
+    remove_center: bool = False
+    softmax: bool = False
+
+    @property
+    def points(self) -> int:
+        """Taps per group."""
+        return self.kernel_size[0] * self.kernel_size[1] - int(self.remove_center)
+
+    @property
+    def center(self) -> Pair:
+        """Distance (y, x) in pixels from the first tap of the unscaled kernel to its middle."""
+        return (self.dilation[0] * (self.kernel_size[0] - 1) // 2,
+                self.dilation[1] * (self.kernel_size[1] - 1) // 2)
+
+    def taps(self) -> list[Pair]:
+        """(y, x) index of every tap, column by column: x is the outer loop."""
+        kernel_h, kernel_w = self.kernel_size
+        taps = [(j, i) for i in range(kernel_w) for j in range(kernel_h)]
+        if self.remove_center:
+            taps.remove((kernel_h // 2, kernel_w // 2))
+        return taps
+
+
+def pair(value: IntOrPair, name: str, minimum: int) -> Pair:
+    """Turns an int or a sequence of two ints into a pair and checks its lower bound.
+
+    Raises:
+        TypeError: not an int and not a pair of ints.
+        ValueError: an element is below `minimum`.
+    """
+    items = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(items) != 2 or any(isinstance(item, bool) for item in items):
+        raise TypeError(f'dcnv4: {name} must be an int or a pair (height, width), got {value!r}')
+    try:
+        height, width = operator.index(items[0]), operator.index(items[1])
+    except TypeError:
+        raise TypeError(f'dcnv4: {name} must be an int or a pair (height, width) of ints, '
+                        f'got {value!r}') from None
+    if height < minimum or width < minimum:
+        raise ValueError(f'dcnv4: {name} must be >= {minimum}, got ({height}, {width})')
+    return height, width
+
+
+def make_geometry(*, kernel_size: IntOrPair, groups: int, stride: IntOrPair = 1,
+                  padding: IntOrPair = 0, dilation: IntOrPair = 1, offset_scale: float = 1.0,
+                  remove_center: bool = False, softmax: bool = False) -> Geometry:
+    """Checks everything that can be checked without the tensors.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, the rule and the value.
+    """
+    kernel_size = pair(kernel_size, 'kernel_size', 1)
+    if max(kernel_size) > MAX_KERNEL:
+        raise ValueError(f'dcnv4: kernel_size must be <= {MAX_KERNEL}, got {kernel_size}')
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f'dcnv4: groups must be an int, got {groups!r}')
+    if groups < 1:
+        raise ValueError(f'dcnv4: groups must be >= 1, got {groups}')
+    if not math.isfinite(offset_scale):
+        raise ValueError(f'dcnv4: offset_scale must be finite, got {offset_scale}')
+    if remove_center and (kernel_size[0] % 2 == 0 or kernel_size[1] % 2 == 0):
+        raise ValueError('dcnv4: remove_center must be False for a kernel_size with an even side, '
+                         f'which has no centre, got kernel_size {kernel_size}')
+    if remove_center and kernel_size == (1, 1):
+        raise ValueError('dcnv4: remove_center must be False for kernel_size (1, 1), '
+                         'which would keep no tap')
+    return Geometry(kernel_size, groups, pair(stride, 'stride', 1), pair(padding, 'padding', 0),
+                    pair(dilation, 'dilation', 1), float(offset_scale), bool(remove_center),
+                    bool(softmax))
+
+
+def offset_mask_channels(groups: int, points: int) -> int:
+    """Length P of the last axis of `offset_mask`: 3 * points * groups, rounded up to 8."""
+    return -(-3 * points * groups // 8) * 8
+
+
+def output_size(height: int, width: int, geometry: Geometry) -> Pair:
+    """(Ho, Wo) of the output map, as for an ordinary convolution.
+
+    Raises:
+        ValueError: the kernel does not fit into the padded map.
+    """
+    sizes = []
+    for axis, size, name in ((0, height, 'height'), (1, width, 'width')):
+        reach = geometry.dilation[axis] * (geometry.kernel_size[axis] - 1) + 1
+        room = size + 2 * geometry.padding[axis]
+        if room < reach:
+            raise ValueError(f'dcnv4: kernel_size must fit into the padded map: the kernel spans '
+                             f'{reach} pixels of {name}, the padded map has {room}')
+        sizes.append((room - reach) // geometry.stride[axis] + 1)
+    return sizes[0], sizes[1]
+
+
+def check_dtypes(value: Tensor, offset_mask: Tensor) -> None:
+    """Dtype and device rules.
+
+    Raises:
+        TypeError: a dtype is not supported, or `offset_mask` is neither of the dtype of `value`
+            nor float32 beside a half-precision `value`.
+        ValueError: the tensors are on different devices.
+    """
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError('dcnv4: value must be float64, float32, float16 or bfloat16, '
+                        f'got {value.dtype}')
+    mixed = value.dtype in HALF_DTYPES and offset_mask.dtype == torch.float32
+    if offset_mask.dtype != value.dtype and not mixed:
+        raise TypeError(f'dcnv4: offset_mask must have the dtype of value ({value.dtype}), or be '
+                        f'float32 beside a half-precision value, got {offset_mask.dtype}')
+    if offset_mask.device != value.device:
+        raise ValueError(f'dcnv4: offset_mask must be on the device of value ({value.device}), '
+                         f'got {offset_mask.device}')
+
+
+def check_tensors(value: Tensor, offset_mask: Tensor, geometry: Geometry) -> Pair:
+    """Checks the tensors against the geometry and returns (Ho, Wo).
+
+    Args:
+        value: (N, H, W, C).
+        offset_mask: (N, Ho, Wo, P).
+        geometry: of the call.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, the rule and the value.
+    """
+    check_dtypes(value, offset_mask)
+    if value.dim() != 4:
+        raise ValueError('dcnv4: value must have 4 dimensions (N, H, W, C), '
+                         f'got shape {tuple(value.shape)}')
+    batch, height, width, channels = value.shape
+    if height == 0 or width == 0:
+        raise ValueError('dcnv4: value must have at least one pixel, '
+                         f'got shape {tuple(value.shape)}')
+    if channels == 0 or channels % geometry.groups != 0:
+        raise ValueError('dcnv4: groups must divide the channels of value '
+                         f'({channels}), got {geometry.groups}')
+    out_h, out_w = output_size(height, width, geometry)
+    expected = (batch, out_h, out_w, offset_mask_channels(geometry.groups, geometry.points))
+    if tuple(offset_mask.shape) != expected:
+        raise ValueError(
+            f'dcnv4: offset_mask must have shape {expected} = (N, Ho, Wo, groups * 3K rounded up '
+            f'to 8), got {tuple(offset_mask.shape)}')
+    return out_h, out_w

@@ -1,0 +1,153 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""The public function `dcnv4` and the choice of its backend."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, Optional
+
+import torch
+from torch import Tensor
+
+from . import _extension
+from ._library import cast_to_autocast, is_autocast_on
+from .contract import FLOAT_DTYPES, HALF_DTYPES, IntOrPair, check_tensors, make_geometry
+from .reference import dcnv4_reference
+
+Backend = Literal['auto', 'native', 'pytorch']
+_BACKENDS = ('auto', 'native', 'pytorch')
+_override: Optional[str] = None
+
+
+def _checked_backend(backend: str, source: str) -> str:
+    if backend not in _BACKENDS:
+        raise ValueError(f'dcnv4: {source} must be one of {_BACKENDS}, got {backend!r}')
+    return backend
+
+
+def get_backend() -> str:
+    """The backend in force: of `use_backend`, else of `MMDCNV4_BACKEND`, else 'auto'."""
+    if _override is not None:
+        return _override
+    return _checked_backend(os.environ.get('MMDCNV4_BACKEND', 'auto'), 'MMDCNV4_BACKEND')
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Chooses the backend of every `dcnv4` call in the block that names none itself.
+
+    Args:
+        backend: 'native' (compiled kernels, an error without them), 'pytorch' (slow,
+            differentiable twice, any device) or 'auto' (compiled kernels where there are some).
+    """
+    global _override
+    previous, _override = _override, _checked_backend(backend, 'backend')
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def _has_kernel(device_type: str) -> bool:
+    return device_type == 'meta' and _extension.is_available or device_type in _extension.devices
+
+
+def _choose(backend: Optional[str], device: torch.device) -> str:
+    backend = get_backend() if backend is None else _checked_backend(backend, 'backend')
+    if backend == 'pytorch':
+        return backend
+    if _has_kernel(device.type):
+        return 'native'
+    if backend == 'native':
+        reason = _extension.missing_reason or f'no kernel was compiled for {device.type}'
+        raise NotImplementedError(f"dcnv4: backend='native' is not possible: {reason}")
+    if not _extension.is_available and not torch.compiler.is_compiling():
+        _extension.warn_once()
+    return 'pytorch'
+
+
+def _widen_offset_mask(value: Tensor, offset_mask: Tensor) -> Tensor:
+    """Lossless promotion of an `offset_mask` that is narrower than `value`."""
+    if value.dtype == offset_mask.dtype or offset_mask.dtype not in FLOAT_DTYPES:
+        return offset_mask
+    if value.dtype == torch.float64 or (value.dtype == torch.float32
+                                        and offset_mask.dtype in HALF_DTYPES):
+        return offset_mask.to(value.dtype)
+    return offset_mask
+
+
+def dcnv4(value: Tensor, offset_mask: Tensor, *, kernel_size: IntOrPair, groups: int,
+          stride: IntOrPair = (1, 1), padding: IntOrPair = (0, 0), dilation: IntOrPair = (1, 1),
+          offset_scale: float = 1.0, remove_center: bool = False, softmax: bool = False,
+          backend: Optional[Backend] = None) -> Tensor:
+    """Samples `value` at learned positions and sums the samples of each group.
+
+    For output position p and group g, with K taps on the kernel grid::
+
+        out[n, p, g, :] = sum_k  mask[n, p, g, k] * bilinear(value[n, :, :, g, :], x_k, y_k)
+        x_k = wo*stride_w - padding_w + c_w + (i*dilation_w - c_w + dx_k) * offset_scale
+        c_w = dilation_w * (kernel_w - 1) // 2
+
+    and likewise for y_k with the row index j; taps run column by column, k = i*kernel_h + j.
+    Positions are in input pixels, pixel centres on the integers. `offset_scale` multiplies the
+    resting grid as well as the learned offset. Pixels outside the image count as zero, and so
+    does a tap whose position is NaN or infinite. Without `softmax` the masks are used as they
+    are.
+
+    Args:
+        value: input features, channels last. Shape (N, H, W, C), C = groups * D. Channel c
+            belongs to group c // D. float64, float32, float16 or bfloat16.
+        offset_mask: for each group 2K offsets (x, y interleaved, in pixels before scaling) and
+            then K masks; groups one after another; zero or more unused channels at the end.
+            Shape (N, Ho, Wo, P), P = groups * 3K rounded up to a multiple of 8. It has the dtype
+            of `value`, or float32 beside a half-precision `value`; a narrower one is widened.
+        kernel_size: int or (kernel_h, kernel_w); K = kernel_h * kernel_w, one less with
+            `remove_center`.
+        groups: number of groups G; must divide C.
+        stride, padding, dilation: int or (height, width), in input pixels.
+        offset_scale: factor on grid and offsets.
+        remove_center: leave out the middle tap; both kernel sides must be odd.
+        softmax: normalise the masks over the K taps of each group (the DCNv3 weights).
+        backend: 'native', 'pytorch' or 'auto'; None follows :func:`use_backend`, then the
+            environment variable MMDCNV4_BACKEND, then 'auto'.
+
+    Returns:
+        Shape (N, Ho, Wo, C), contiguous, dtype and device of `value`.
+        Ho = (H + 2*padding_h - dilation_h*(kernel_h - 1) - 1) // stride_h + 1.
+
+    Raises:
+        TypeError, ValueError: an argument breaks the rules above; the message names it.
+        NotImplementedError: `backend='native'` and no kernel exists for the device.
+
+    Numerics:
+        float16 and bfloat16 accumulate in float32 and are rounded once. Under autocast `value`
+        is cast to the autocast dtype and a float32 `offset_mask` is kept. The CPU kernels are
+        bitwise repeatable for any number of threads.
+
+    Source:
+        "Efficient Deformable ConvNets", arXiv:2401.06197, section 3; the packing and the
+        column-major tap order are those of the published checkpoints.
+
+    Example:
+        >>> import torch
+        >>> value, offset_mask = torch.randn(2, 14, 14, 64), torch.randn(2, 14, 14, 112)
+        >>> dcnv4(value, offset_mask, kernel_size=3, groups=4, padding=1).shape
+        torch.Size([2, 14, 14, 64])
+    """
+    options = dict(kernel_size=kernel_size, groups=groups, stride=stride, padding=padding,
+                   dilation=dilation, offset_scale=offset_scale, remove_center=remove_center,
+                   softmax=softmax)
+    chosen = _choose(backend, value.device)
+    if is_autocast_on(value.device.type):
+        value, offset_mask = cast_to_autocast(value, offset_mask)
+    offset_mask = _widen_offset_mask(value, offset_mask)
+    if chosen == 'pytorch':
+        return dcnv4_reference(value, offset_mask, **options)
+    geometry = make_geometry(**options)
+    check_tensors(value, offset_mask, geometry)
+    return torch.ops.mmdcnv4.dcnv4(value, offset_mask, geometry.kernel_size, geometry.groups,
+                                   geometry.stride, geometry.padding, geometry.dilation,
+                                   geometry.offset_scale, geometry.remove_center, geometry.softmax)

@@ -1,0 +1,222 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""The DCNv4 layer: projections and the predictor of offsets and masks around the operator.
+
+Source:   "Efficient Deformable ConvNets", arXiv:2401.06197, section 3; `center_feature_scale` is
+          that of the larger InternImage models, arXiv:2211.05778.
+Differs:  (N, H, W, C) input instead of tokens; `in_channels`, `softmax`, `mask_init`, rectangular
+          kernels, and a definition for stride > 1, which the released layer does not have.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .contract import IntOrPair, make_geometry, offset_mask_channels, output_size
+from .functional import dcnv4
+
+
+class OffsetMaskProj(nn.Module):
+    """A linear layer C -> P that starts at zero.
+
+    It is no `nn.Linear` on purpose: initialisers that pick layers by type (mmengine's `init_cfg`)
+    would otherwise replace the zero start by random offsets.
+
+    Args:
+        in_features: C.
+        out_features: P.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., C) to (..., P)."""
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(module)`."""
+        return f'in_features={self.weight.shape[1]}, out_features={self.weight.shape[0]}'
+
+
+class DCNv4(nn.Module):
+    """DCNv4 with its input projection, offset and mask predictor, and output projection.
+
+    Parameter names (`offset_mask`, `offset_mask_dw`, `value_proj`, `output_proj`,
+    `center_feature_scale_proj_*`) are those of the published checkpoints.
+
+    At the start the masks are zero, so the output is the bias of `output_proj`, zero: in a
+    residual branch the layer starts as the identity. Where nothing bypasses the layer, set
+    `mask_init`, or a ReLU behind it never lets a gradient through.
+
+    Args:
+        channels: width C of the output, and of the input unless `in_channels` is given.
+        kernel_size: int or (height, width).
+        stride: int or pair. The predictor is strided: its depthwise convolution, or without one
+            the input pixel at the centre of each window (clamped to the map).
+        pad: int or pair, pixels of zero padding.
+        dilation: int or pair.
+        group: number of groups G; must divide `channels`. 16 channels per group are fastest.
+        offset_scale: factor on the kernel grid and on the offsets.
+        dw_kernel_size: odd size of a depthwise convolution before the predictor; None for none.
+        center_feature_scale: mix the projected input back in with a learned gate per group and
+            position; needs stride 1 and an output of the size of the input.
+        remove_center: leave out the middle tap.
+        output_bias: whether `output_proj` has a bias.
+        without_pointwise: no `value_proj` and `output_proj` (a drop-in for a depthwise
+            convolution).
+        softmax: normalise the masks over the taps of each group.
+        in_channels: width of the input when it differs from `channels`.
+        mask_init: start value of every mask (a bias; the checkpoints' convention is 0).
+            `1 / K` makes the layer start as the mean over its window.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, the rule and the value.
+    """
+
+    def __init__(self, channels: int = 64, kernel_size: IntOrPair = 3, stride: IntOrPair = 1,
+                 pad: IntOrPair = 1, dilation: IntOrPair = 1, group: int = 4,
+                 offset_scale: float = 1.0, dw_kernel_size: Optional[int] = None,
+                 center_feature_scale: bool = False, remove_center: bool = False,
+                 output_bias: bool = True, without_pointwise: bool = False,
+                 softmax: bool = False, *, in_channels: Optional[int] = None,
+                 mask_init: float = 0.0) -> None:
+        super().__init__()
+        self.channels = channels
+        self.in_channels = channels if in_channels is None else in_channels
+        self.geometry = make_geometry(
+            kernel_size=kernel_size, groups=group, stride=stride, padding=pad, dilation=dilation,
+            offset_scale=offset_scale, remove_center=remove_center, softmax=softmax)
+        self.mask_init = mask_init
+        self._check_options(group, dw_kernel_size, center_feature_scale, without_pointwise)
+
+        if without_pointwise:
+            self.value_proj = self.output_proj = None
+        else:
+            self.value_proj = nn.Linear(self.in_channels, channels)
+            self.output_proj = nn.Linear(channels, channels, bias=output_bias)
+        self.offset_mask_dw = None
+        if dw_kernel_size is not None:
+            # padded so that the depthwise window of an output has the centre of its DCNv4 window
+            self._dw_padding = [dw_kernel_size // 2 + p - c for p, c in
+                                zip(self.geometry.padding, self.geometry.center)]
+            self.offset_mask_dw = nn.Conv2d(
+                self.in_channels, self.in_channels, dw_kernel_size, groups=self.in_channels,
+                stride=self.geometry.stride, padding=[max(p, 0) for p in self._dw_padding])
+        self.offset_mask = OffsetMaskProj(self.in_channels,
+                                          offset_mask_channels(group, self.geometry.points))
+        if center_feature_scale:
+            self.center_feature_scale_proj_weight = nn.Parameter(torch.zeros(group, channels))
+            self.center_feature_scale_proj_bias = nn.Parameter(torch.zeros(group))
+        self.center_feature_scale = center_feature_scale
+        self.reset_parameters()
+
+    def _check_options(self, group: int, dw_kernel_size: Optional[int],
+                       center_feature_scale: bool, without_pointwise: bool) -> None:
+        if self.channels < 1 or self.in_channels < 1:
+            raise ValueError('DCNv4: channels and in_channels must be >= 1, '
+                             f'got {self.channels} and {self.in_channels}')
+        if self.channels % group != 0:
+            raise ValueError(f'DCNv4: group must divide channels ({self.channels}), got {group}')
+        if dw_kernel_size is not None and (dw_kernel_size < 1 or dw_kernel_size % 2 == 0):
+            raise ValueError('DCNv4: dw_kernel_size must be odd, or the map would change its '
+                             f'size, got {dw_kernel_size}')
+        if without_pointwise and self.in_channels != self.channels:
+            raise ValueError(f'DCNv4: in_channels must equal channels ({self.channels}) with '
+                             f'without_pointwise=True, got {self.in_channels}')
+        keeps_size = self.geometry.stride == (1, 1) and all(
+            2 * p == d * (k - 1) for p, d, k in
+            zip(self.geometry.padding, self.geometry.dilation, self.geometry.kernel_size))
+        if center_feature_scale and not keeps_size:
+            raise ValueError('DCNv4: center_feature_scale needs an output of the size of the '
+                             f'input, got {self.geometry}')
+
+    def reset_parameters(self) -> None:
+        """Start values: Xavier projections, zero offsets, masks of `mask_init`."""
+        nn.init.zeros_(self.offset_mask.weight)
+        with torch.no_grad():
+            self.offset_mask.bias.copy_(self._offset_mask_bias())
+        if self.offset_mask_dw is not None:
+            self.offset_mask_dw.reset_parameters()
+        for proj in (self.value_proj, self.output_proj):
+            if proj is not None:
+                nn.init.xavier_uniform_(proj.weight)
+                if proj.bias is not None:
+                    nn.init.zeros_(proj.bias)
+        if self.center_feature_scale:
+            nn.init.zeros_(self.center_feature_scale_proj_weight)
+            nn.init.zeros_(self.center_feature_scale_proj_bias)
+
+    init_weights = reset_parameters  # the name by which OpenMMLab asks for it
+
+    def _offset_mask_bias(self) -> Tensor:
+        groups, points = self.geometry.groups, self.geometry.points
+        bias = torch.zeros_like(self.offset_mask.bias)
+        bias[:groups * 3 * points].view(groups, 3 * points)[:, 2 * points:] = self.mask_init
+        return bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the layer.
+
+        Args:
+            x: shape (N, H, W, in_channels).
+
+        Returns:
+            Shape (N, Ho, Wo, channels).
+
+        Raises:
+            ValueError: `x` has another shape.
+        """
+        if x.dim() != 4 or x.shape[3] != self.in_channels:
+            raise ValueError(f'DCNv4: x must have shape (N, H, W, {self.in_channels}), '
+                             f'got {tuple(x.shape)}')
+        value = x if self.value_proj is None else self.value_proj(x)
+        offset_mask = self.offset_mask(self._predictor_input(x))
+        geometry = self.geometry
+        out = dcnv4(value, offset_mask, kernel_size=geometry.kernel_size, groups=geometry.groups,
+                    stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation,
+                    offset_scale=geometry.offset_scale, remove_center=geometry.remove_center,
+                    softmax=geometry.softmax)
+        if self.center_feature_scale:
+            out = self._mix_center(out, value)
+        return out if self.output_proj is None else self.output_proj(out)
+
+    def _predictor_input(self, x: Tensor) -> Tensor:
+        """Brings the input of the predictor to the output positions: (N, Ho, Wo, in_channels)."""
+        out_h, out_w = output_size(x.shape[1], x.shape[2], self.geometry)
+        if self.offset_mask_dw is not None:
+            u = x.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
+            crop_h, crop_w = (max(-p, 0) for p in self._dw_padding)
+            u = u[:, :, crop_h:u.shape[2] - crop_h, crop_w:u.shape[3] - crop_w]
+            return self.offset_mask_dw(u).permute(0, 2, 3, 1)[:, :out_h, :out_w]
+        if (out_h, out_w) == tuple(x.shape[1:3]) and self.geometry.stride == (1, 1):
+            return x
+        rows, columns = (self._window_centers(axis, count, x) for axis, count in
+                         ((0, out_h), (1, out_w)))
+        return x[:, rows[:, None], columns]
+
+    def _window_centers(self, axis: int, count: int, x: Tensor) -> Tensor:
+        geometry = self.geometry
+        centers = (torch.arange(count, device=x.device) * geometry.stride[axis]
+                   - geometry.padding[axis] + geometry.center[axis])
+        return centers.clamp(0, x.shape[1 + axis] - 1)
+
+    def _mix_center(self, out: Tensor, value: Tensor) -> Tensor:
+        gate = F.linear(out, self.center_feature_scale_proj_weight,
+                        self.center_feature_scale_proj_bias).sigmoid()
+        gate = gate.repeat_interleave(self.channels // self.geometry.groups, dim=-1)
+        return out * (1 - gate) + value * gate
+
+    def extra_repr(self) -> str:
+        """Geometry, for `print(module)`."""
+        g = self.geometry
+        return (f'{self.in_channels}, {self.channels}, kernel_size={g.kernel_size}, '
+                f'stride={g.stride}, pad={g.padding}, dilation={g.dilation}, group={g.groups}, '
+                f'offset_scale={g.offset_scale}, remove_center={g.remove_center}, '
+                f'softmax={g.softmax}')
