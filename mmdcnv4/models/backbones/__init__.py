@@ -1,0 +1,7 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Backbones, registered once in mmengine's root registry for all task libraries."""
+
+from .flash_intern_image import FlashInternImage
+
+__all__ = ['FlashInternImage']

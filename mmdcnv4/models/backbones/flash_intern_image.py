@@ -1,0 +1,465 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""FlashInternImage: a convolutional backbone whose spatial mixing is DCNv4.
+
+Source:   "Efficient Deformable ConvNets: Rethinking Dynamic and Sparse Operator for Vision
+          Applications", Xiong et al., CVPR 2024, arXiv:2401.06197, section 4; the architecture
+          is that of "InternImage", Wang et al., CVPR 2023, arXiv:2211.05778, section 3.2.
+Differs:  `arch` names the published sizes; without it `offset_scale` is 1. `layer_scale=None`
+          works everywhere, `center_feature_scale` reaches the DCNv4 layers, `frozen_stages` is
+          new, unknown arguments are refused, and the outputs are NCHW-contiguous.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Optional, Union
+
+import torch
+from mmcv.cnn.bricks import DropPath
+from mmengine.model import BaseModule
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ...ops import DCNv4
+from ..checkpoint import load_pretrained
+from ..layers.norm import ToChannelsFirst, ToChannelsLast
+
+# Parameters follow the published checkpoints; B halves and L doubles the reach of the kernel.
+_POST_NORM = dict(post_norm=True, layer_scale=1e-5, dw_kernel_size=3)
+ARCH_SETTINGS: dict[str, dict[str, Any]] = {
+    't': dict(channels=64, depths=(4, 4, 18, 4), groups=(4, 8, 16, 32)),
+    's': dict(channels=80, depths=(4, 4, 21, 4), groups=(5, 10, 20, 40), **_POST_NORM),
+    'b': dict(channels=112, depths=(4, 4, 21, 4), groups=(7, 14, 28, 56), offset_scale=0.5,
+              **_POST_NORM),
+    'l': dict(channels=160, depths=(5, 5, 22, 5), groups=(10, 20, 40, 80), offset_scale=2.0,
+              dcn_output_bias=True, mlp_fc2_bias=True, **_POST_NORM),
+}
+# What an argument is when neither the caller nor the size table gives it.
+_DEFAULTS = dict(mlp_ratio=4.0, layer_scale=None, offset_scale=1.0, post_norm=False,
+                 dw_kernel_size=None, mlp_fc2_bias=False, dcn_output_bias=False)
+_ACTIVATIONS = {'GELU': nn.GELU, 'ReLU': nn.ReLU, 'SiLU': nn.SiLU}
+_FOREIGN_WEIGHTS = ('open-mmlab://', 'torchvision://', 'mmcls://', 'mmpretrain://')
+_EPS = 1e-6
+
+
+@dataclass(frozen=True)
+class BlockOptions:
+    """What all blocks of a backbone have in common; names and meaning as in FlashInternImage."""
+
+    mlp_ratio: float
+    drop_rate: float
+    act_layer: str
+    layer_scale: Optional[float]
+    offset_scale: float
+    post_norm: bool
+    res_post_norm: bool
+    dw_kernel_size: Optional[int]
+    dcn_output_bias: bool
+    mlp_fc2_bias: bool
+    center_feature_scale: bool
+    with_cp: bool
+
+
+def _layer_norm(channels: int) -> nn.Sequential:
+    """Norm of a channels-last map, at index 0: the published keys end in `.0.weight`."""
+    return nn.Sequential(nn.LayerNorm(channels, eps=_EPS))
+
+
+class Stem(nn.Module):
+    """Two 3x3 convolutions of stride 2, each with a norm: (N, 3, H, W) -> (N, H/4, W/4, C)."""
+
+    def __init__(self, in_channels: int, channels: int, act_layer: str) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels // 2, 3, stride=2, padding=1)
+        self.norm1 = nn.Sequential(ToChannelsLast(), nn.LayerNorm(channels // 2, eps=_EPS),
+                                   ToChannelsFirst())
+        self.act = _ACTIVATIONS[act_layer]()
+        self.conv2 = nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1)
+        self.norm2 = nn.Sequential(ToChannelsLast(), nn.LayerNorm(channels, eps=_EPS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps an image (N, 3, H, W) to (N, ceil(H / 4), ceil(W / 4), C)."""
+        return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
+
+
+class Downsample(nn.Module):
+    """Halves the map and doubles the channels: (N, H, W, c) -> (N, H/2, W/2, 2c)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.Sequential(ToChannelsLast(), nn.LayerNorm(2 * channels, eps=_EPS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, H, W, c) to (N, ceil(H / 2), ceil(W / 2), 2c)."""
+        return self.norm(self.conv(x.permute(0, 3, 1, 2)))
+
+
+class MLP(nn.Module):
+    """Two linear layers per pixel, `mlp_ratio * channels` wide in between."""
+
+    def __init__(self, channels: int, options: BlockOptions) -> None:
+        super().__init__()
+        hidden = int(channels * options.mlp_ratio)
+        self.fc1 = nn.Linear(channels, hidden)
+        self.act = _ACTIVATIONS[options.act_layer]()
+        self.fc2 = nn.Linear(hidden, channels, bias=options.mlp_fc2_bias)
+        self.drop = nn.Dropout(options.drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (..., c) to (..., c)."""
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class FlashInternImageBlock(nn.Module):
+    """DCNv4 and MLP, each in a residual branch.
+
+    Args:
+        channels: width c.
+        group: groups of the DCNv4 layer.
+        drop_path: probability with which a sample skips a branch.
+        options: of the backbone.
+    """
+
+    def __init__(self, channels: int, group: int, drop_path: float,
+                 options: BlockOptions) -> None:
+        super().__init__()
+        self.post_norm = options.post_norm
+        self.with_cp = options.with_cp
+        self.layer_scale = options.layer_scale
+        # as in the released models, layer scale and post-norm take precedence
+        self.res_post_norm = (options.res_post_norm and options.layer_scale is None
+                              and not options.post_norm)
+        self.norm1 = _layer_norm(channels)
+        self.dcn = DCNv4(
+            channels, kernel_size=3, stride=1, pad=1, dilation=1, group=group,
+            offset_scale=options.offset_scale, dw_kernel_size=options.dw_kernel_size,
+            center_feature_scale=options.center_feature_scale,
+            output_bias=options.dcn_output_bias)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = _layer_norm(channels)
+        self.mlp = MLP(channels, options)
+        if options.layer_scale is not None:
+            self.gamma1 = nn.Parameter(torch.full((channels,), float(options.layer_scale)))
+            self.gamma2 = nn.Parameter(torch.full((channels,), float(options.layer_scale)))
+        if options.res_post_norm:
+            self.res_post_norm1 = _layer_norm(channels)
+            self.res_post_norm2 = _layer_norm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, H, W, c) to (N, H, W, c)."""
+        if self.with_cp and x.requires_grad:
+            return checkpoint(self._forward, x, use_reentrant=False)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self._branch(1, x))
+        return x + self.drop_path(self._branch(2, x))
+
+    def _branch(self, index: int, x: Tensor) -> Tensor:
+        """Branch 1 (DCNv4) or 2 (MLP) with its norms and its layer scale."""
+        layer, norm = (self.dcn, self.norm1) if index == 1 else (self.mlp, self.norm2)
+        x = norm(layer(x)) if self.post_norm else layer(norm(x))
+        if self.res_post_norm:
+            x = (self.res_post_norm1 if index == 1 else self.res_post_norm2)(x)
+        if self.layer_scale is not None:
+            x = x * (self.gamma1 if index == 1 else self.gamma2)
+        return x
+
+
+class Stage(nn.Module):
+    """Blocks of one resolution, and the layer that leads to the next stage.
+
+    Args:
+        channels: width c.
+        group: groups of the DCNv4 layers.
+        drop_paths: drop-path probability of each block; its length is the depth.
+        options: of the backbone.
+        has_downsample: False for the last stage.
+        post_norm_block_ids: blocks that are followed by one more norm.
+    """
+
+    def __init__(self, channels: int, group: int, drop_paths: Sequence[float],
+                 options: BlockOptions, has_downsample: bool,
+                 post_norm_block_ids: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            FlashInternImageBlock(channels, group, rate, options) for rate in drop_paths)
+        self.norm = (_layer_norm(channels)
+                     if not options.post_norm or options.center_feature_scale else None)
+        self.post_norm_block_ids = tuple(post_norm_block_ids)
+        if self.post_norm_block_ids:
+            self.post_norms = nn.ModuleList(
+                _layer_norm(channels) for _ in self.post_norm_block_ids)
+        self.downsample = Downsample(channels) if has_downsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Runs the blocks and the norm, not `downsample`: (N, H, W, c) -> (N, H, W, c)."""
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index in self.post_norm_block_ids:
+                x = self.post_norms[self.post_norm_block_ids.index(index)](x)
+        return x if self.norm is None else self.norm(x)
+
+
+@MODELS.register_module()
+class FlashInternImage(BaseModule):
+    """FlashInternImage, with the argument names and the parameter names of its published weights.
+
+    Feature maps have strides 4, 8, 16, 32 and widths C, 2C, 4C, 8C. Any image size works: a layer
+    of stride 2 maps n pixels to ceil(n / 2).
+
+    Args:
+        arch: 't', 's', 'b' or 'l', the published sizes (`ARCH_SETTINGS`). Arguments given beside
+            it override its table. Without it `channels`, `depths` and `groups` are needed.
+        channels: width C of the first stage; even.
+        depths: blocks per stage, four numbers.
+        groups: DCNv4 groups per stage; each divides the width of its stage. The published sizes
+            have 16 channels per group.
+        mlp_ratio: hidden width of the MLP over its width.
+        drop_rate: dropout behind the stem and inside the MLPs.
+        drop_path_rate: largest probability with which a sample skips a residual branch.
+        drop_path_type: 'linear' (from 0 in the first block to `drop_path_rate` in the last one)
+            or 'uniform'.
+        act_layer: 'GELU', 'ReLU' or 'SiLU'.
+        norm_layer: 'LN', the only one.
+        layer_scale: start value of a learned factor per channel on every branch; None for none.
+            'arch' follows the size (none for T, 1e-5 for S, B and L, as for classification); the
+            published detection and segmentation configs set 1.0.
+        offset_scale: factor on the kernel grid and on the learned offsets of DCNv4.
+        post_norm: normalise the result of a branch instead of its input. Then the feature maps
+            are the unnormalised residual stream.
+        dw_kernel_size: depthwise convolution before the offset predictor; None for none, 'arch'
+            follows the size.
+        mlp_fc2_bias, dcn_output_bias: whether the last layer of the branch has a bias.
+        level2_post_norm, level2_post_norm_block_ids: one more norm behind these blocks of the
+            third stage.
+        res_post_norm: one more norm at the end of each branch; without effect beside
+            `layer_scale` or `post_norm`.
+        center_feature_scale: gate between the DCNv4 output and the projected input.
+        core_op: 'DCNv4', the only one.
+        with_cp: recompute blocks in the backward pass to save memory.
+        in_channels: channels of the image.
+        out_indices: stages whose maps are returned, in ascending order.
+        frozen_stages: -1 for none, 0 for the stem, n for the stem and the first n stages: no
+            gradients and no dropout there.
+        pretrained: accepted because mmsegmentation passes `model.pretrained` on. A model-zoo name
+            of another backbone is ignored with a warning; for weights use `init_cfg`.
+        init_cfg: None, `dict(type='Pretrained', checkpoint=path or URL)` (any published layout,
+            see :func:`mmdcnv4.models.checkpoint.load_pretrained`), or initialisers of mmengine.
+
+    Raises:
+        ValueError: the message names the argument, the expectation and the value.
+    """
+
+    def __init__(self, arch: Optional[str] = None, channels: Optional[int] = None,
+                 depths: Optional[Sequence[int]] = None, groups: Optional[Sequence[int]] = None,
+                 mlp_ratio: Optional[float] = None, drop_rate: float = 0.0,
+                 drop_path_rate: float = 0.2, drop_path_type: str = 'linear',
+                 act_layer: str = 'GELU', norm_layer: str = 'LN',
+                 layer_scale: Union[float, str, None] = 'arch',
+                 offset_scale: Optional[float] = None, post_norm: Optional[bool] = None,
+                 dw_kernel_size: Union[int, str, None] = 'arch',
+                 mlp_fc2_bias: Optional[bool] = None, dcn_output_bias: Optional[bool] = None,
+                 level2_post_norm: bool = False,
+                 level2_post_norm_block_ids: Optional[Sequence[int]] = None,
+                 res_post_norm: bool = False, center_feature_scale: bool = False,
+                 core_op: str = 'DCNv4', with_cp: bool = False, in_channels: int = 3,
+                 out_indices: Sequence[int] = (0, 1, 2, 3), frozen_stages: int = -1,
+                 pretrained: Optional[str] = None,
+                 init_cfg: Union[dict, list, None] = None) -> None:
+        super().__init__(init_cfg=init_cfg)
+        _check_choice('core_op', core_op, ('DCNv4',))
+        _check_choice('norm_layer', norm_layer, ('LN',))
+        _check_choice('act_layer', act_layer, tuple(_ACTIVATIONS))
+        _refuse_pretrained(pretrained)
+        size = _resolve_arch(arch, dict(
+            channels=channels, depths=depths, groups=groups, mlp_ratio=mlp_ratio,
+            layer_scale=layer_scale, offset_scale=offset_scale, post_norm=post_norm,
+            dw_kernel_size=dw_kernel_size, mlp_fc2_bias=mlp_fc2_bias,
+            dcn_output_bias=dcn_output_bias))
+        channels, depths, groups = (size.pop(key) for key in ('channels', 'depths', 'groups'))
+        _check_sizes(channels, depths, groups)
+        self.channels, self.depths, self.groups = channels, tuple(depths), tuple(groups)
+        self.out_indices = _check_out_indices(out_indices)
+        if frozen_stages not in range(-1, 5):
+            raise ValueError('FlashInternImage: frozen_stages must be -1 ... 4, '
+                             f'got {frozen_stages!r}')
+        self.frozen_stages = frozen_stages
+        post_norm_ids = _check_post_norm_ids(level2_post_norm, level2_post_norm_block_ids,
+                                             self.depths[2])
+        options = BlockOptions(
+            drop_rate=drop_rate, act_layer=act_layer, res_post_norm=res_post_norm,
+            center_feature_scale=center_feature_scale, with_cp=with_cp, **size)
+        drop_paths = _drop_path_rates(drop_path_rate, drop_path_type, self.depths)
+
+        self.patch_embed = Stem(in_channels, channels, act_layer)
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.levels = nn.ModuleList(
+            Stage(channels * 2**i, groups[i], drop_paths[i], options, has_downsample=i < 3,
+                  post_norm_block_ids=post_norm_ids if i == 2 else ()) for i in range(4))
+        self._reset_parameters()
+        self._freeze()
+
+    def _reset_parameters(self) -> None:
+        """Start values: truncated normal linears, unit norms; DCNv4 layers reset themselves."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        self._reset_dcnv4()
+
+    def _reset_dcnv4(self) -> None:
+        for module in self.modules():
+            if isinstance(module, DCNv4):
+                module.reset_parameters()
+
+    def init_weights(self) -> None:
+        """Start values, then those of `init_cfg`; whatever comes first, DCNv4 starts at zero.
+
+        As everywhere in mmengine a second call changes nothing and logs a warning.
+
+        Raises:
+            FileNotFoundError, ValueError: from the file that `init_cfg` names.
+        """
+        if self.is_init:
+            super().init_weights()
+            return
+        init_cfg = self.init_cfg
+        configs = [] if not init_cfg else [init_cfg] if isinstance(init_cfg, dict) else init_cfg
+        pretrained = [cfg for cfg in configs if cfg['type'] == 'Pretrained']
+        self._reset_parameters()
+        self.init_cfg = [cfg for cfg in configs if cfg['type'] != 'Pretrained']
+        try:
+            super().init_weights()
+        finally:
+            self.init_cfg = init_cfg
+        self._reset_dcnv4()
+        for cfg in pretrained:
+            load_pretrained(self, **{key: cfg[key] for key in cfg if key != 'type'})
+
+    def _freeze(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        for module in (self.patch_embed, self.pos_drop, *self.levels[:self.frozen_stages]):
+            module.eval()
+            for parameter in module.parameters():
+                parameter.requires_grad = False
+
+    def train(self, mode: bool = True) -> FlashInternImage:
+        """Sets the training mode; frozen stages stay in evaluation mode."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Computes the feature maps.
+
+        Args:
+            x: images, shape (N, in_channels, H, W).
+
+        Returns:
+            One map per entry of `out_indices`, (N, C * 2**i, ceil(H / 2**(i + 2)),
+            ceil(W / 2**(i + 2))), NCHW-contiguous: some operators of mmcv read them as if.
+
+        Raises:
+            ValueError: `x` has another shape, or no pixel.
+        """
+        in_channels = self.patch_embed.conv1.in_channels
+        if x.dim() != 4 or x.shape[1] != in_channels or 0 in x.shape[2:]:
+            raise ValueError(f'FlashInternImage: x must have shape (N, {in_channels}, H, W) with '
+                             f'H and W >= 1, got {tuple(x.shape)}')
+        x = self.pos_drop(self.patch_embed(x))
+        outs = []
+        for index, level in enumerate(self.levels):
+            x = level(x)
+            if index in self.out_indices:
+                # (N, H, W, C) -> (N, C, H, W)
+                outs.append(x.permute(0, 3, 1, 2).contiguous())
+            if index == self.out_indices[-1]:
+                break
+            x = level.downsample(x)
+        return tuple(outs)
+
+
+def _check_choice(name: str, value: str, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f'FlashInternImage: {name} must be one of {choices}, got {value!r}')
+
+
+def _refuse_pretrained(pretrained: Optional[str]) -> None:
+    if pretrained is None:
+        return
+    if not pretrained.startswith(_FOREIGN_WEIGHTS):
+        raise ValueError('FlashInternImage: pretrained must be None, give '
+                         "init_cfg=dict(type='Pretrained', checkpoint=...) instead, "
+                         f'got {pretrained!r}')
+    warnings.warn(f'FlashInternImage: pretrained={pretrained!r} names weights of another backbone '
+                  "and is ignored; set model.pretrained=None and give the backbone an init_cfg")
+
+
+def _resolve_arch(arch: Optional[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Defaults, overridden by the table of `arch`, overridden by the arguments that were given."""
+    if arch is not None and arch not in ARCH_SETTINGS:
+        raise ValueError(f'FlashInternImage: arch must be one of {tuple(ARCH_SETTINGS)} or None, '
+                         f'got {arch!r}')
+    nullable = ('layer_scale', 'dw_kernel_size')  # None means none; 'arch' means not given
+    explicit = {key: value for key, value in given.items()
+                if (value != 'arch' if key in nullable else value is not None)}
+    size = {**_DEFAULTS, **(ARCH_SETTINGS[arch] if arch else {}), **explicit}
+    missing = [key for key in ('channels', 'depths', 'groups') if key not in size]
+    if missing:
+        raise ValueError(f'FlashInternImage: {", ".join(missing)} must be given without arch, '
+                         'got None')
+    return size
+
+
+def _check_sizes(channels: int, depths: Sequence[int], groups: Sequence[int]) -> None:
+    if channels < 2 or channels % 2:
+        raise ValueError(f'FlashInternImage: channels must be even and >= 2, got {channels}')
+    for name, values in (('depths', depths), ('groups', groups)):
+        if len(values) != 4 or min(values) < 1:
+            raise ValueError(f'FlashInternImage: {name} must be four numbers >= 1, '
+                             f'got {tuple(values)}')
+    for stage, group in enumerate(groups):
+        if channels * 2**stage % group:
+            raise ValueError(f'FlashInternImage: groups[{stage}] must divide the width of the '
+                             f'stage ({channels * 2**stage}), got {group}')
+
+
+def _check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
+    indices = tuple(out_indices)
+    if not indices or list(indices) != sorted(set(indices)) or not set(indices) <= {0, 1, 2, 3}:
+        raise ValueError('FlashInternImage: out_indices must be an ascending selection of '
+                         f'0, 1, 2, 3, got {indices}')
+    return indices
+
+
+def _check_post_norm_ids(enabled: bool, ids: Optional[Sequence[int]],
+                         depth: int) -> tuple[int, ...]:
+    if not enabled:
+        return ()
+    ids = tuple(ids or ())
+    if not ids or len(set(ids)) != len(ids) or not set(ids) <= set(range(depth)):
+        raise ValueError('FlashInternImage: level2_post_norm_block_ids must be different blocks '
+                         f'of the third stage (0 ... {depth - 1}), got {ids}')
+    return ids
+
+
+def _drop_path_rates(rate: float, kind: str, depths: Sequence[int]) -> list[list[float]]:
+    """Drop-path probability of every block, stage by stage."""
+    _check_choice('drop_path_type', kind, ('linear', 'uniform'))
+    if not 0 <= rate < 1:
+        raise ValueError(f'FlashInternImage: drop_path_rate must be in [0, 1), got {rate}')
+    last = sum(depths) - 1
+    rates = [rate * index / max(last, 1) if kind == 'linear' else rate
+             for index in range(last + 1)]
+    starts = [sum(depths[:stage]) for stage in range(len(depths))]
+    return [rates[start:start + depth] for start, depth in zip(starts, depths)]

@@ -1,0 +1,219 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Reads published weights into a backbone, without running code from the file.
+
+A file may be a bare state dict or hold one under `state_dict`, `model_ema` or `model`; its keys
+may begin with `module.` and `backbone.`. mmengine's own `Pretrained` knows `state_dict` alone and
+loads nothing, without an error, from the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from mmengine.dist import barrier, get_rank
+from mmengine.logging import print_log
+from torch import Tensor, nn
+
+_CONTAINERS = ('state_dict', 'model_ema', 'model')
+# Parts of the published classifiers and of detectors' heads that a backbone has no use for.
+_CLASSIFIER = ('conv_head.', 'head.', 'fc_norm.', 'clip_projector.', 'dcnv3_head_x3.',
+               'dcnv3_head_x4.')
+_LAYER_SCALE = ('gamma1', 'gamma2')
+# Names in training checkpoints that say nothing about weights: the settings of the published
+# classifiers, and the logs of mmengine. None becomes the object it names.
+_INERT_MAPPINGS = ('yacs.config.CfgNode', 'argparse.Namespace')  # read as an OrderedDict
+_INERT_OBJECTS = (
+    'mmengine.logging.history_buffer.HistoryBuffer', 'numpy.core.multiarray.scalar',
+    'numpy._core.multiarray.scalar', 'numpy.core.multiarray._reconstruct',
+    'numpy._core.multiarray._reconstruct', 'numpy.ndarray', 'numpy.dtype', '__builtin__.getattr',
+    'builtins.getattr')  # read as an `_Inert`
+_SHOWN = 8
+
+
+class _Inert:
+    """Stands for an object that is not needed; takes any arguments and any state."""
+
+    def __new__(cls, *args: Any) -> _Inert:
+        """Ignores the arguments."""
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any) -> None:
+        """Ignores the arguments."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Forgets the state."""
+
+
+def load_pretrained(model: nn.Module, checkpoint: str, prefix: Optional[str] = None,
+                    map_location: str = 'cpu') -> None:
+    """Loads a published file into a backbone and logs what matched.
+
+    Args:
+        model: the backbone; its keys are those of the published files.
+        checkpoint: path or http(s) URL of a .pth or .safetensors file.
+        prefix: take only keys that begin with it, and cut it off; None cuts `module.` and, in the
+            file of a whole detector, keeps what is below `backbone.`.
+        map_location: where the tensors are read to.
+
+    Raises:
+        FileNotFoundError: no such file; says where the published weights are.
+        ValueError: the file holds something else than weights, or weights that do not fit.
+            Classifier layers may be left over, and layer scale may be missing.
+    """
+    weights = select_backbone(find_state_dict(read_file(checkpoint, map_location), checkpoint),
+                              prefix)
+    own = model.state_dict()
+    used = {key: value for key, value in weights.items() if not key.startswith(_CLASSIFIER)}
+    mismatched = [f'{key} {tuple(used[key].shape)}, expected {tuple(own[key].shape)}'
+                  for key in own if key in used and used[key].shape != own[key].shape]
+    found = [key for key in own if key in used]
+    missing = [key for key in own if key not in used]
+    unexpected = [key for key in used if key not in own]
+    kept = []  # a file without any layer scale leaves it at its start value
+    if not any(key.endswith(_LAYER_SCALE) for key in used):
+        kept = [key for key in missing if key.endswith(_LAYER_SCALE)]
+        missing = [key for key in missing if key not in kept]
+    if len(found) < len(own) / 10:
+        tops = sorted({key.split('.')[0] for key in weights})
+        raise ValueError(
+            f'Pretrained: checkpoint must hold weights of {type(model).__name__}, but '
+            f'{checkpoint} matches {len(found)} of {len(own)} keys; its keys begin with '
+            f'{_shorten(tops)}, expected {_shorten(sorted({key.split(".")[0] for key in own}))}')
+    report = (f'{len(found) - len(mismatched)} of {len(own)} tensors matched; '
+              f'{len(weights) - len(used)} classifier tensors ignored; '
+              f'{len(kept)} layer-scale tensors absent, left at their start; '
+              f'missing {_shorten(missing)}; unexpected {_shorten(unexpected)}; '
+              f'of another shape {_shorten(mismatched)}')
+    if missing or unexpected or mismatched:
+        raise ValueError('Pretrained: checkpoint must fit the backbone without missing, '
+                         f'unexpected or differently shaped tensors, got {checkpoint}: {report}')
+    model.load_state_dict(used, strict=not kept)
+    print_log(f'{type(model).__name__} loaded {checkpoint}: {report}', logger='current')
+    if kept:
+        print_log(f'{checkpoint} has no layer scale; with layer_scale=1.0 the function is '
+                  'unchanged, with another value it is not', logger='current',
+                  level=logging.WARNING)
+
+
+def _shorten(names: list[str]) -> str:
+    """Count and first names."""
+    if not names:
+        return '0'
+    more = ', ...' if len(names) > _SHOWN else ''
+    return f'{len(names)} ({", ".join(names[:_SHOWN])}{more})'
+
+
+def select_backbone(weights: Mapping[str, Tensor], prefix: Optional[str]) -> dict[str, Tensor]:
+    """Cuts the prefixes that wrappers, detectors and segmentors put before the backbone's keys."""
+    if prefix is not None:
+        prefix = prefix if prefix.endswith('.') else prefix + '.'
+        return {key[len(prefix):]: value for key, value in weights.items()
+                if key.startswith(prefix)}
+    bare = {re.sub(r'^(module\.)+', '', key): value for key, value in weights.items()}
+    inside = {key[len('backbone.'):]: value for key, value in bare.items()
+              if key.startswith('backbone.')}
+    return inside or bare
+
+
+def find_state_dict(content: Any, source: str) -> Mapping[str, Tensor]:
+    """Finds the state dict inside the content of a file.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(content, Mapping):
+        inner = [content[key] for key in _CONTAINERS
+                 if isinstance(content.get(key), Mapping) and content[key]]
+        weights = inner[0] if inner else content
+        tensors = {key: value for key, value in weights.items()
+                   if isinstance(key, str) and isinstance(value, Tensor)}
+        if tensors:
+            return tensors
+    keys = list(content) if isinstance(content, Mapping) else type(content).__name__
+    raise ValueError(f'Pretrained: checkpoint must hold a state dict, bare or under one of '
+                     f'{_CONTAINERS}, got {source} with {keys}')
+
+
+def read_file(checkpoint: str, map_location: str = 'cpu') -> Any:
+    """Reads a .pth or .safetensors file, weights only.
+
+    Args:
+        checkpoint: path or http(s) URL.
+        map_location: where the tensors are read to.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: a .safetensors file, and that package is not installed.
+        ValueError: the file is damaged, or holds other objects than weights.
+    """
+    path = _download(checkpoint) if re.match(r'https?://', checkpoint) else Path(checkpoint)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f'Pretrained: checkpoint must be an existing file or an http(s) URL, got '
+            f'{checkpoint!r}. The FlashInternImage weights are published in the Hugging Face '
+            'repository OpenGVLab/DCNv4: put the file there. To train from scratch instead, add '
+            '--cfg-options model.backbone.init_cfg=None')
+    if path.suffix == '.safetensors':
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ImportError(f'Pretrained: {checkpoint} needs the package safetensors: '
+                              'pip install safetensors') from None
+        return load_file(path, device=map_location)
+    with _allow_inert():
+        try:
+            return torch.load(path, map_location=map_location, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(_explain(checkpoint, str(error))) from None
+
+
+def _allow_inert() -> AbstractContextManager:
+    """Lets torch read the inert names, where it can map names (torch >= 2.6)."""
+    if not _can_map_names():
+        return nullcontext()
+    return torch.serialization.safe_globals(
+        [(OrderedDict, name) for name in _INERT_MAPPINGS]
+        + [(_Inert, name) for name in _INERT_OBJECTS])
+
+
+def _can_map_names() -> bool:
+    return tuple(int(part) for part in torch.__version__.split('.')[:2]) >= (2, 6)
+
+
+def _explain(checkpoint: str, error: str) -> str:
+    """Message for a file that torch refuses to read weights-only."""
+    name = re.search(r'GLOBAL ([\w.]+)', error)
+    if name is None:
+        return f'Pretrained: checkpoint must be a file of weights, got {checkpoint}: {error}'
+    text = (f'Pretrained: checkpoint must hold tensors and plain values, got {checkpoint}, which '
+            f'names {name.group(1)}; nothing was run from it.')
+    if name.group(1) in _INERT_MAPPINGS + _INERT_OBJECTS:
+        return (f'{text} torch >= 2.6 can read it (this is {torch.__version__}), or keep only its '
+                "weights: torch.save({'state_dict': ...}, file)")
+    return f'{text} If you trust the file, keep only its weights and save them again'
+
+
+def _download(url: str) -> Path:
+    """Fetches `url` into torch's cache, the first process before the others."""
+    target = Path(torch.hub.get_dir()) / 'checkpoints' / os.path.basename(url.split('?')[0])
+    if get_rank() == 0:
+        _fetch(url, target)
+    barrier()
+    _fetch(url, target)  # for other nodes with a cache of their own
+    return target
+
+
+def _fetch(url: str, target: Path) -> None:
+    if not target.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(target), progress=get_rank() == 0)

@@ -1,0 +1,8 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Layers that configs name by type, and blocks used by more than one model."""
+
+from .dcnv4_conv import DCNv4Conv2d
+from .norm import ChannelLayerNorm
+
+__all__ = ['ChannelLayerNorm', 'DCNv4Conv2d']

@@ -1,0 +1,106 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""DCNv4 as a convolution layer of mmcv: NCHW in and out, built by `dict(type='DCNv4')`.
+
+Source:   "Efficient Deformable ConvNets", arXiv:2401.06197, section 3.
+Differs:  different numbers of input and output channels, stride, any kernel; a start value of the
+          masks that lets a plain convolution learn.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from ...ops import DCNv4
+from ...ops.contract import IntOrPair, make_geometry
+
+MIN_GROUP_WIDTH = 16
+
+
+def default_group(channels: int) -> int:
+    """Largest number of equal groups of at least 16 channels; 1 for narrower layers."""
+    for width in range(MIN_GROUP_WIDTH, channels + 1):
+        if channels % width == 0:
+            return channels // width
+    return 1
+
+
+@MODELS.register_module('DCNv4')
+class DCNv4Conv2d(DCNv4):
+    """Takes the place of a convolution: `conv_cfg=dict(type='DCNv4')`, or `dcn=` in a ResNet.
+
+    The first eight arguments are those of a convolution, as mmcv passes them; the others tune
+    DCNv4 and stand in the config dict. Parameter names are those of :class:`mmdcnv4.ops.DCNv4`.
+
+    Args:
+        in_channels: width of the input.
+        out_channels: width of the output.
+        kernel_size, stride, padding, dilation: int or (height, width), in input pixels.
+        groups: of an ordinary convolution; must be 1. DCNv4's own groups are `group`.
+        bias: whether the output projection has a bias.
+        group: number of channel groups, each with its own offsets and masks; must divide
+            `out_channels`. None for as many groups of at least 16 channels as fit.
+        offset_scale: factor on the kernel grid and on the offsets.
+        dw_kernel_size: odd size of a depthwise convolution before the predictor; None for none.
+        remove_center: leave out the middle tap.
+        softmax: normalise the masks over the taps of each group.
+        without_pointwise: no projections (then `bias` is without effect).
+        center_feature_scale: mix the projected input back in with a learned gate.
+        mask_init: start value of every mask. None for 1 / K, the mean over the window of K taps:
+            the zero start that suits a residual branch gives a zero map here, and a ReLU behind
+            it passes no gradient back, for ever.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, the rule and the value.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: IntOrPair,
+                 stride: IntOrPair = 1, padding: IntOrPair = 0, dilation: IntOrPair = 1,
+                 groups: int = 1, bias: bool = True, *, group: Optional[int] = None,
+                 offset_scale: float = 1.0, dw_kernel_size: Optional[int] = None,
+                 remove_center: bool = False, softmax: bool = False,
+                 without_pointwise: bool = False, center_feature_scale: bool = False,
+                 mask_init: Optional[float] = None) -> None:
+        if groups != 1:
+            raise ValueError('DCNv4: groups must be 1, the channel groups of DCNv4 are set by '
+                             f'group, got groups={groups}')
+        group = default_group(out_channels) if group is None else group
+        if mask_init is None:
+            mask_init = 1 / make_geometry(kernel_size=kernel_size, groups=group,
+                                          remove_center=remove_center).points
+        super().__init__(
+            out_channels, kernel_size, stride, padding, dilation, group, offset_scale,
+            dw_kernel_size, center_feature_scale, remove_center, output_bias=bias,
+            without_pointwise=without_pointwise, softmax=softmax, in_channels=in_channels,
+            mask_init=mask_init)
+        # what mmcv reads from a convolution layer
+        self.out_channels = out_channels
+        self.kernel_size = self.geometry.kernel_size
+        self.stride = self.geometry.stride
+        self.padding = self.geometry.padding
+        self.dilation = self.geometry.dilation
+        self.groups = 1
+        self.transposed = False
+        self.output_padding = (0, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the layer.
+
+        Args:
+            x: shape (N, in_channels, H, W).
+
+        Returns:
+            Shape (N, out_channels, Ho, Wo), NCHW-contiguous: some operators of mmcv read their
+            input as if it were.
+
+        Raises:
+            ValueError: `x` has another shape.
+        """
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f'DCNv4: x must have shape (N, {self.in_channels}, H, W), '
+                             f'got {tuple(x.shape)}')
+        out = super().forward(x.permute(0, 2, 3, 1))  # (N, C, H, W) -> (N, H, W, C)
+        return out.permute(0, 3, 1, 2).contiguous()  # (N, H, W, C) -> (N, C, H, W)

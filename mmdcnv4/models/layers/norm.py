@@ -1,0 +1,59 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Layer normalisation over channels, for maps in either memory order."""
+
+from __future__ import annotations
+
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+
+class ToChannelsLast(nn.Module):
+    """(N, C, H, W) -> (N, H, W, C), a view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Moves the channels to the end."""
+        return x.permute(0, 2, 3, 1)
+
+
+class ToChannelsFirst(nn.Module):
+    """(N, H, W, C) -> (N, C, H, W), a view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Moves the channels behind the batch axis."""
+        return x.permute(0, 3, 1, 2)
+
+
+@MODELS.register_module('ChannelLN')
+class ChannelLayerNorm(nn.LayerNorm):
+    """Layer normalisation over the channels of every pixel of a (N, C, H, W) map.
+
+    mmcv's own 'LN' is `nn.LayerNorm`, which normalises the last axis and so cannot stand in
+    `norm_cfg` of a convolutional neck. `norm_cfg=dict(type='ChannelLN')` in mmdet's stock `FPN`
+    gives the neck of the FlashInternImage detectors; mmcv names the child `ln`, as in their
+    published weights, and sets `eps` to 1e-5 unless told otherwise.
+
+    Args:
+        num_features: C.
+        eps: added to the variance.
+        elementwise_affine: whether there are a weight and a bias per channel.
+    """
+
+    def __init__(self, num_features: int, eps: float = 1e-5,
+                 elementwise_affine: bool = True) -> None:
+        super().__init__(num_features, eps=eps, elementwise_affine=elementwise_affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises `x` of shape (N, C, H, W).
+
+        Returns:
+            Shape of `x`, NCHW-contiguous: some operators of mmcv read their input as if it were.
+
+        Raises:
+            ValueError: `x` has another shape.
+        """
+        if x.dim() != 4 or x.shape[1] != self.normalized_shape[0]:
+            raise ValueError(f'ChannelLN: x must have shape (N, {self.normalized_shape[0]}, H, W),'
+                             f' got {tuple(x.shape)}')
+        x = super().forward(x.permute(0, 2, 3, 1))  # (N, C, H, W) -> (N, H, W, C)
+        return x.permute(0, 3, 1, 2).contiguous()  # (N, H, W, C) -> (N, C, H, W)
