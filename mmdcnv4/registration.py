@@ -15,6 +15,7 @@ import importlib.util
 _MODULES = {
     'mmdcnv4.models.layers': ('mmengine', 'mmcv'),
     'mmdcnv4.models.backbones': ('mmengine', 'mmcv'),
+    'mmdcnv4.engine': ('mmengine',),
 }
 
 # module that was left out -> reason

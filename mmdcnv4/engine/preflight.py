@@ -1,0 +1,271 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""What can be found wrong before a run, and what an exception of a run means to its user.
+
+A check raises `UserError`, whose message is all that the user needs: what is wrong, where, and
+what to do. `explain` turns exceptions that come from the user's files into the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+from mmengine.config import Config
+
+OUR_TYPES = ('DCNv4', 'FlashInternImage')
+_IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+_MAX_FILES_TO_SEARCH = 50_000
+
+
+class UserError(RuntimeError):
+    """An error in what the user gave; its message needs no traceback beside it."""
+
+
+# -------------------------------------------------------------------------- checks before a run
+
+
+def check_work_dir(work_dir: str) -> None:
+    """Creates `work_dir` and writes a file into it.
+
+    Raises:
+        UserError: one of the two is not possible.
+    """
+    try:
+        os.makedirs(work_dir, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=work_dir, prefix='.write-test-'):
+            pass
+    except OSError as error:
+        raise UserError(f'cannot write to the work directory {work_dir}: {error.strerror}. '
+                        'Choose another one with --work-dir.') from error
+
+
+def _is_local(path: object) -> bool:
+    """Whether `path` names something on this machine's disks."""
+    return isinstance(path, (str, Path)) and str(path) != '' and '://' not in str(path)
+
+
+def check_checkpoint(path: Optional[str], source: str) -> None:
+    """Refuses a local file that is absent.
+
+    Args:
+        path: of a checkpoint; None and addresses of other machines pass.
+        source: where the path comes from, for the message.
+
+    Raises:
+        UserError: no such file.
+    """
+    if path is not None and _is_local(path) and not os.path.isfile(path):
+        raise UserError(f'{source}: the checkpoint {path} does not exist or is no file.')
+
+
+def _walk(node: Any, path: str = '') -> Iterator[tuple[str, dict]]:
+    """All dicts in a config, with the dotted way to each."""
+    if isinstance(node, dict):
+        yield path, node
+        for key, value in node.items():
+            yield from _walk(value, f'{path}.{key}' if path else str(key))
+    elif isinstance(node, (list, tuple)):
+        for index, value in enumerate(node):
+            yield from _walk(value, f'{path}.{index}')
+
+
+def check_pretrained(cfg: Config) -> None:
+    """Refuses a model whose `Pretrained` file is absent.
+
+    Raises:
+        UserError: names the file and the entry of the config.
+    """
+    for path, node in _walk(cfg.get('model', {}), 'model'):
+        checkpoint = node.get('checkpoint')
+        if node.get('type') == 'Pretrained' and _is_local(checkpoint) \
+                and not re.match(r'\w+:', str(checkpoint)) and not os.path.isfile(checkpoint):
+            raise UserError(
+                f'{path}.checkpoint: the pre-trained weights {checkpoint} do not exist. Download '
+                f'them there, or start from scratch with --cfg-options {path}=None.')
+
+
+def missing_import(cfg: Config) -> Optional[str]:
+    """A hint when the config uses a class of this package without importing the package."""
+    imports = (cfg.get('custom_imports') or {}).get('imports', [])
+    imports = [imports] if isinstance(imports, str) else imports
+    if any(name.split('.')[0] == 'mmdcnv4' for name in imports):
+        return None
+    used = sorted({node['type'] for _, node in _walk(cfg.get('model', {}), 'model')
+                   if node.get('type') in OUR_TYPES})
+    if not used:
+        return None
+    return (f'the config uses {", ".join(used)} but does not import mmdcnv4. The tools of this '
+            'package do that themselves; all other programs need the line\n'
+            "    custom_imports = dict(imports=['mmdcnv4'], allow_failed_imports=False)")
+
+
+def _leaf_datasets(node: Any, path: str) -> Iterator[tuple[str, dict]]:
+    """Data sets that read files, below wrappers such as RepeatDataset and ConcatDataset."""
+    if isinstance(node, dict) and isinstance(node.get('dataset'), dict):
+        yield from _leaf_datasets(node['dataset'], f'{path}.dataset')
+    elif isinstance(node, dict) and isinstance(node.get('datasets'), (list, tuple)):
+        for index, inner in enumerate(node['datasets']):
+            yield from _leaf_datasets(inner, f'{path}.datasets.{index}')
+    elif isinstance(node, dict):
+        yield path, node
+
+
+def _dataset_paths(dataset: dict) -> Iterator[tuple[str, str]]:
+    """(entry, path) of the annotation file and of the folders that a data set reads."""
+    root = dataset.get('data_root') or ''
+    if dataset.get('ann_file'):
+        yield 'ann_file', os.path.join(root, dataset['ann_file'])
+    for key, prefix in (dataset.get('data_prefix') or {}).items():
+        if isinstance(prefix, str):
+            yield f'data_prefix.{key}', os.path.join(root, prefix)
+
+
+def _annotation_files(cfg: Config) -> Iterator[tuple[str, str]]:
+    """(entry of the config, path) of every annotation file and data folder."""
+    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        for path, dataset in _leaf_datasets((cfg.get(loader) or {}).get('dataset'),
+                                            f'{loader}.dataset'):
+            for key, file in _dataset_paths(dataset):
+                yield f'{path}.{key}', file
+    for name in ('val_evaluator', 'test_evaluator'):
+        for path, metric in _walk(cfg.get(name) or {}, name):
+            if isinstance(metric.get('ann_file'), str):
+                yield f'{path}.ann_file', metric['ann_file']
+
+
+def check_datasets(cfg: Config, splits: tuple[str, ...]) -> None:
+    """Refuses a config whose annotation files or image folders are absent.
+
+    Args:
+        cfg: the config.
+        splits: of 'train', 'val', 'test', those that the run reads.
+
+    Raises:
+        UserError: names the file and the entry of the config.
+    """
+    for entry, file in _annotation_files(cfg):
+        split = entry.split('_')[0]
+        if split not in splits or not _is_local(file) or os.path.exists(file):
+            continue
+        what = 'annotation file' if entry.endswith('ann_file') else 'data folder'
+        hint = (' Draw it with: python tools/dataset_converters/drawn_scenes.py '
+                'data/drawn_scenes.' if 'drawn_scenes' in file else
+                ' Put the data set there, or set data_root and the paths below it with '
+                '--cfg-options.')
+        raise UserError(f'{entry}: the {what} {file} does not exist (working directory '
+                        f'{os.getcwd()}).{hint}')
+
+
+# ------------------------------------------------------------------ exceptions and what they mean
+
+
+def _broken_annotation(cfg: Config) -> Optional[str]:
+    """The first annotation file that cannot be parsed, and why."""
+    for _, file in _annotation_files(cfg):
+        try:
+            if file.endswith('.json'):
+                json.loads(Path(file).read_bytes())
+            elif file.endswith('.pkl'):
+                with open(file, 'rb') as stream:
+                    pickle.load(stream)  # the data set has just done the same
+        except (ValueError, EOFError, pickle.UnpicklingError) as error:
+            return f'{file} ({error})'
+        except OSError:
+            continue
+    return None
+
+
+def _unreadable_image(cfg: Config) -> Optional[str]:
+    """The first image or label map of the data sets that no decoder accepts."""
+    import cv2  # only here: after a failure
+    budget = _MAX_FILES_TO_SEARCH
+    for _, folder in _annotation_files(cfg):
+        if not os.path.isdir(folder):
+            continue
+        for file in sorted(Path(folder).rglob('*')):
+            if file.suffix.lower() not in _IMAGE_SUFFIXES:
+                continue
+            budget -= 1
+            if budget < 0:
+                return None
+            if cv2.imread(str(file), cv2.IMREAD_REDUCED_GRAYSCALE_8) is None:
+                return str(file)
+    return None
+
+
+def _explain_import(text: str) -> Optional[str]:
+    match = re.search(r"(\w+) is not in the ([\w:-]+ ?[\w:-]*) registry", text)
+    if match is None:
+        return None
+    from mmdcnv4 import registration
+    skipped = getattr(registration, 'skipped', {})
+    reasons = ''.join(f'\n    {name}: {why}' for name, why in skipped.items())
+    return (f'{match[1]} is in no registry: check the spelling of the type, default_scope and '
+            'custom_imports in the config.'
+            + (f' Classes of mmdcnv4 that were not registered:{reasons}' if reasons else ''))
+
+
+def translate(error: BaseException, cfg: Optional[Config] = None) -> Optional[str]:
+    """What an exception of a run means to its user; None when it is not known to be theirs.
+
+    Args:
+        error: the exception, also one that a worker process of a data loader has wrapped.
+        cfg: the config of the run, to find the file that is broken.
+    """
+    if isinstance(error, UserError):
+        return str(error)
+    text = str(error)
+    match = re.search(r'failed to load image: (.+)', text)
+    if match:
+        return f'cannot read the image {match[1].strip()}: the file is empty or corrupt.'
+    match = re.search(r"No such file or directory: ['\"](.+?)['\"]", text)
+    if match:
+        return f'the file {match[1]} does not exist, but an annotation or the config names it.'
+    if re.search(r'No space left on device', text):
+        return 'the disk is full; free some space and continue with --resume.'
+    if 'PytorchStreamReader' in text or 'failed finding central directory' in text:
+        return (f'the checkpoint {cfg.get("load_from") if cfg else ""} is truncated or no '
+                'checkpoint.')
+    if 'Weights only load failed' in text:
+        return (f'the checkpoint {cfg.get("load_from") if cfg else ""} holds objects that are '
+                'neither weights nor what MMEngine saves. It could run code, so it is refused.')
+    if cfg is None:
+        return None
+    if re.search('JSONDecodeError|UnpicklingError|EOFError|UnicodeDecodeError',
+                 f'{type(error).__name__} {text}'):
+        broken = _broken_annotation(cfg)
+        if broken:
+            return f'cannot read the annotation file {broken}: the file is corrupt.'
+    if re.search('UnidentifiedImageError|cannot identify image file|truncated|NoneType', text):
+        broken = _unreadable_image(cfg)
+        if broken:
+            return f'cannot read the image {broken}: the file is empty or corrupt.'
+    return _explain_import(text)
+
+
+@contextmanager
+def explain(cfg: Optional[Config] = None, debug: bool = False) -> Iterator[None]:
+    """Ends the program with one clear last line where the user's files are at fault.
+
+    Args:
+        cfg: the config of the run.
+        debug: let the exception pass, with its traceback.
+
+    Raises:
+        SystemExit: with the message.
+    """
+    try:
+        yield
+    except Exception as error:
+        message = None if debug else translate(error, cfg)
+        if message is None:
+            raise
+        raise SystemExit(f'error: {message}') from None

@@ -1,0 +1,174 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks that talk to the person who waits: a progress bar, and a word when there is no data."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any, Optional
+
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+from .preflight import UserError
+
+_PLAIN_PROGRESS = re.compile(r'(Iter|Epoch)\((train|val|test)\) .*\beta:|Exp name:')
+
+
+def _is_not_plain_progress(record: logging.LogRecord) -> bool:
+    """Lets through everything but MMEngine's own progress lines, which the bar replaces."""
+    return _PLAIN_PROGRESS.match(record.getMessage()) is None
+
+
+@HOOKS.register_module()
+class ProgressBarHook(Hook):
+    """A bar with the time left, loss and learning rate, on a terminal.
+
+    Where standard output is no terminal, `rich` is not installed, or the process is not the first
+    of a distributed run, the hook does nothing and MMEngine prints its log lines. The log file
+    holds them in any case.
+
+    Args:
+        refresh_per_second: how often the bar is drawn.
+    """
+
+    priority = 'VERY_LOW'
+
+    def __init__(self, refresh_per_second: float = 4.0) -> None:
+        self.refresh_per_second = refresh_per_second
+        self._progress: Optional[Any] = None
+        self._task: Optional[int] = None
+        self._train_task: Optional[int] = None
+        self._handlers: list[tuple[logging.StreamHandler, Any]] = []
+
+    def _start(self, runner: Any) -> None:
+        """Opens the bar, if there is a place for it."""
+        if self._progress is not None or not is_main_process() or not sys.stdout.isatty():
+            return
+        try:
+            from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TextColumn,
+                                       TimeElapsedColumn, TimeRemainingColumn)
+        except ModuleNotFoundError:
+            return
+        self._progress = Progress(
+            TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn(),
+            TextColumn('{task.fields[values]}'), refresh_per_second=self.refresh_per_second)
+        self._progress.start()
+        # log lines go through the bar's console from now on, which prints them above the bar
+        for handler in runner.logger.handlers:
+            if type(handler) is logging.StreamHandler:
+                self._handlers.append((handler, handler.setStream(sys.stdout)))
+                handler.addFilter(_is_not_plain_progress)
+
+    def _stop(self) -> None:
+        if self._progress is None:
+            return
+        self._progress.stop()
+        for handler, stream in self._handlers:
+            handler.removeFilter(_is_not_plain_progress)
+            if stream is not None:
+                handler.setStream(stream)
+        self._handlers.clear()
+        self._progress = self._task = self._train_task = None
+
+    @staticmethod
+    def _train_values(runner: Any) -> str:
+        """The mean loss since the last log line was written, and the learning rate."""
+        scalars = runner.message_hub.log_scalars
+        values = []
+        if 'train/loss' in scalars:
+            values.append(f'loss {scalars["train/loss"].mean(10):.3f}')
+        if 'train/lr' in scalars:
+            values.append(f'lr {scalars["train/lr"].current():.2g}')
+        return '  '.join(values)
+
+    def before_train(self, runner: Any) -> None:
+        """Opens the bar over all iterations."""
+        self._start(runner)
+        if self._progress is not None:
+            self._train_task = self._progress.add_task(
+                'train', total=runner.max_iters, completed=runner.iter, values='')
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None,
+                         outputs: Optional[dict] = None) -> None:
+        """Moves the bar."""
+        if self._progress is not None:
+            self._progress.update(self._train_task, completed=runner.iter + 1,
+                                  values=self._train_values(runner))
+
+    def _before_evaluation(self, runner: Any, name: str, total: int) -> None:
+        self._start(runner)
+        if self._progress is not None:
+            self._task = self._progress.add_task(name, total=total, values='')
+
+    def _after_evaluation_iter(self) -> None:
+        if self._progress is not None:
+            self._progress.advance(self._task)
+
+    def _after_evaluation(self) -> None:
+        if self._progress is not None:
+            self._progress.remove_task(self._task)
+            if self._train_task is None:
+                self._stop()
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """Opens a second bar below that of the training."""
+        self._before_evaluation(runner, 'val', len(runner.val_dataloader))
+
+    def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None,
+                       outputs: Optional[Sequence] = None) -> None:
+        """Moves the second bar."""
+        self._after_evaluation_iter()
+
+    def after_val_epoch(self, runner: Any, metrics: Optional[dict] = None) -> None:
+        """Takes the second bar away."""
+        self._after_evaluation()
+
+    def before_test_epoch(self, runner: Any) -> None:
+        """Opens the bar of a test."""
+        self._before_evaluation(runner, 'test', len(runner.test_dataloader))
+
+    def after_test_iter(self, runner: Any, batch_idx: int, data_batch: Any = None,
+                        outputs: Optional[Sequence] = None) -> None:
+        """Moves the bar of a test."""
+        self._after_evaluation_iter()
+
+    def after_test_epoch(self, runner: Any, metrics: Optional[dict] = None) -> None:
+        """Takes the bar of a test away."""
+        self._after_evaluation()
+
+    def after_run(self, runner: Any) -> None:
+        """Leaves the terminal as it was."""
+        self._stop()
+
+
+@HOOKS.register_module()
+class EmptyDatasetHook(Hook):
+    """Refuses to train or score on nothing, which would otherwise look like a success."""
+
+    priority = 'VERY_HIGH'
+
+    @staticmethod
+    def _check(loader: Any, split: str) -> None:
+        if len(loader) == 0:
+            raise UserError(
+                f'{split}_dataloader: no image is left (batch size {loader.batch_size}, '
+                f'{len(loader.dataset)} images after filtering). Check that metainfo.classes of '
+                'the data set are the category names of its annotation file.')
+
+    def before_train(self, runner: Any) -> None:
+        """Looks at the training data."""
+        self._check(runner.train_dataloader, 'train')
+
+    def before_val(self, runner: Any) -> None:
+        """Looks at the validation data."""
+        self._check(runner.val_dataloader, 'val')
+
+    def before_test(self, runner: Any) -> None:
+        """Looks at the test data."""
+        self._check(runner.test_dataloader, 'test')
