@@ -402,7 +402,8 @@ def _refuse_pretrained(pretrained: Optional[str]) -> None:
                          "init_cfg=dict(type='Pretrained', checkpoint=...) instead, "
                          f'got {pretrained!r}')
     warnings.warn(f'FlashInternImage: pretrained={pretrained!r} names weights of another backbone '
-                  "and is ignored; set model.pretrained=None and give the backbone an init_cfg")
+                  "and is ignored; set model.pretrained=None and give the backbone an init_cfg",
+                  stacklevel=3)
 
 
 def _resolve_arch(arch: Optional[str], given: dict[str, Any]) -> dict[str, Any]:
