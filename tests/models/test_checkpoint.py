@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer, MMLogger
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, DefaultScope
 
 from mmdcnv4.models import checkpoint as checkpoint_module
 from mmdcnv4.models.backbones import FlashInternImage
@@ -259,16 +259,16 @@ def test_training_checkpoint_of_mmengine(tmp_path):
 
 
 def build_detector(init_cfg, detector_init_cfg=None):
-    init_default_scope('mmdet')
-    from mmdet.utils import register_all_modules
-    register_all_modules(init_default_scope=True)
-    return MODELS.build(dict(
+    pytest.importorskip('mmdet.models')
+    detector = dict(
         type='mmdet.FCOS', init_cfg=detector_init_cfg,
         backbone=dict(type='FlashInternImage', **TINY, layer_scale=1.0, init_cfg=init_cfg),
         neck=dict(type='FPN', in_channels=[16, 32, 64, 128], out_channels=8, num_outs=5,
                   norm_cfg=dict(type='ChannelLN')),
         bbox_head=dict(type='FCOSHead', num_classes=3, in_channels=8, feat_channels=8,
-                       stacked_convs=1, norm_cfg=None)))
+                       stacked_convs=1, norm_cfg=None))
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        return MODELS.build(detector)
 
 
 @pytest.mark.parametrize('detector_init_cfg', [

@@ -7,8 +7,6 @@ from __future__ import annotations
 import pytest
 import torch
 from mmcv.cnn import ConvModule, build_conv_layer, build_norm_layer
-from mmdet.models.backbones import ResNet
-from mmdet.models.necks import FPN
 from torch import nn
 
 import mmdcnv4  # noqa: F401  (registers)
@@ -107,6 +105,7 @@ def test_in_a_conv_module(act):
 
 
 def test_in_the_resnet_of_mmdet():
+    ResNet = pytest.importorskip('mmdet.models.backbones').ResNet
     torch.manual_seed(0)
     model = ResNet(50, dcn=dict(type='DCNv4', fallback_on_stride=False),
                    stage_with_dcn=(False, True, True, True))
@@ -156,6 +155,7 @@ def test_norm_refuses_other_shapes():
 
 @pytest.mark.parametrize('channels, count', [(64, 2_609_152), (80, 2_670_592), (112, 2_793_472)])
 def test_fpn_with_layer_norm(channels, count):
+    FPN = pytest.importorskip('mmdet.models.necks').FPN
     widths = [channels * 2**i for i in range(4)]
     neck = FPN(in_channels=widths, out_channels=256, num_outs=5, norm_cfg=dict(type='ChannelLN'))
     assert sum(p.numel() for p in neck.parameters()) == count

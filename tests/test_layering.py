@@ -1,0 +1,170 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Who may import whom: every import statement and every #include against one table."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / 'mmdcnv4'
+HOST = ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmdet3d', 'mmpretrain')
+EVERYTHING = ('mmdcnv4',)
+
+# layer -> (own modules it may import, host packages it may import); the longest name counts
+TABLE = {
+    'mmdcnv4': (('mmdcnv4.registration', 'mmdcnv4.version'), ()),
+    'mmdcnv4.version': ((), ()),
+    'mmdcnv4.registration': (EVERYTHING, ()),
+    'mmdcnv4.info': (EVERYTHING, ('mmengine', 'mmcv')),
+    'mmdcnv4.testing': (('mmdcnv4.ops',), ()),
+    'mmdcnv4.ops': (('mmdcnv4.ops', 'mmdcnv4._C'), ()),
+    'mmdcnv4.models.checkpoint': ((), ('mmengine',)),
+    'mmdcnv4.models.layers': (('mmdcnv4.ops', 'mmdcnv4.models.layers'), ('mmengine', 'mmcv')),
+    'mmdcnv4.models.backbones': (
+        ('mmdcnv4.ops', 'mmdcnv4.models.layers', 'mmdcnv4.models.checkpoint'),
+        ('mmengine', 'mmcv')),
+    'mmdcnv4.datasets': (('mmdcnv4.datasets',), ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmdet3d')),
+    # the tools' start-up may say which registrations were skipped
+    'mmdcnv4.engine': (('mmdcnv4.engine', 'mmdcnv4.registration', 'mmdcnv4.version'),
+                       ('mmengine', 'mmcv')),
+}
+# A package's __init__ may name the modules beside it, `models` its parts.
+TORCH_FREE_HEADERS = ('bilinear.h', 'dcnv4_params.h', 'launch_plan.h')
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix('').parts
+    return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+def imports(path):
+    """Absolute names of everything that a file imports, at any depth."""
+    package = module_name(path).split('.')
+    if path.name != '__init__.py':
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else []
+            base = '.'.join(base + ([node.module] if node.module else []))
+            for alias in node.names:
+                full = f'{base}.{alias.name}'
+                yield (full if is_module(full) else base), node.lineno
+
+
+def is_module(name):
+    path = ROOT.joinpath(*name.split('.'))
+    return path.with_suffix('.py').is_file() or (path / '__init__.py').is_file()
+
+
+def covers(allowed, name):
+    return any(name == item or name.startswith(item + '.') for item in allowed)
+
+
+def layer_of(name):
+    layers = [layer for layer in TABLE if covers((layer,), name)]
+    return max(layers, key=len)
+
+
+def violations(path):
+    name = module_name(path)
+    own, host = TABLE[layer_of(name)]
+    if path.name == '__init__.py':
+        own = (*own, name)
+    for target, line in imports(path):
+        top = target.split('.')[0]
+        if top == 'mmdcnv4' and not covers(own, target) or top in HOST and top not in host:
+            yield f'{path.relative_to(ROOT)}:{line}: {name} must not import {target}'
+
+
+FILES = sorted(PACKAGE.rglob('*.py'))
+
+
+@pytest.mark.parametrize('path', FILES, ids=[module_name(path) for path in FILES])
+def test_imports(path):
+    assert list(violations(path)) == []
+
+
+def test_every_layer_is_in_the_table():
+    """A new subpackage must be entered, rather than fall under the rule of the package."""
+    allowed = {'mmdcnv4', *TABLE, 'mmdcnv4.models'}
+    for path in FILES:
+        name = module_name(path)
+        assert name in allowed or layer_of(name) != 'mmdcnv4', name
+
+
+def test_backbones_do_not_import_each_other():
+    for path in (PACKAGE / 'models' / 'backbones').glob('[!_]*.py'):
+        others = [target for target, _ in imports(path)
+                  if target.startswith('mmdcnv4.models.backbones')]
+        assert others == [], path
+
+
+@pytest.mark.parametrize('text, bad', [
+    ('from ..models import layers', True), ('import mmdet', True), ('import torch', False),
+    ('from . import contract', False), ('def f():\n    from mmengine import Config', True),
+    ('from mmdcnv4.models.layers import norm', True)])
+def test_the_check_itself(tmp_path, monkeypatch, text, bad):
+    monkeypatch.setattr(sys.modules[__name__], 'ROOT', tmp_path)
+    path = tmp_path / 'mmdcnv4' / 'ops' / 'example.py'
+    path.parent.mkdir(parents=True)
+    path.write_text(text + '\n')
+    assert bool(list(violations(path))) == bad
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT,
+                          timeout=120)
+
+
+def test_import_does_not_import_task_libraries():
+    result = run_python(
+        'import sys, mmdcnv4\n'
+        f'loaded = [name for name in {HOST[2:]} if name in sys.modules]\n'
+        'assert not loaded, loaded\n'
+        'assert not mmdcnv4.registration.skipped, mmdcnv4.registration.skipped')
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_without_any_host_package():
+    result = run_python(
+        'import sys\n'
+        'class Hide:\n'
+        '    def find_spec(self, name, path=None, target=None):\n'
+        f'        if name.split(".")[0] in {HOST}:\n'
+        '            raise ModuleNotFoundError(name, name=name)\n'
+        'sys.meta_path.insert(0, Hide())\n'
+        'import mmdcnv4.ops\n'
+        'from mmdcnv4 import registration\n'
+        'assert "mmdcnv4.models.backbones" in registration.skipped\n'
+        'assert "mmengine" in registration.skipped["mmdcnv4.engine"]\n'
+        'print(registration.skipped)')
+    assert result.returncode == 0, result.stderr
+
+
+def includes(path):
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+SOURCES = sorted(path for path in (ROOT / 'csrc').rglob('*')
+                 if path.suffix in ('.h', '.cpp', '.cu', '.cuh'))
+
+
+@pytest.mark.parametrize('path', SOURCES, ids=lambda path: path.name)
+def test_includes(path):
+    device = path.parent.name
+    for name in includes(path):
+        other = dict(cpu='cuda', cuda='cpu').get(device)
+        assert other is None or f'{other}/' not in name, f'{path.name} includes {name}'
+        assert device != 'csrc' or not name.startswith(('cpu/', 'cuda/')), name
+        if path.name in TORCH_FREE_HEADERS:
+            is_own = name in TORCH_FREE_HEADERS
+            assert is_own or re.fullmatch(r'[a-z_]+', name), f'{path.name} includes {name}'
