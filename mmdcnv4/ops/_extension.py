@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 
@@ -28,9 +28,19 @@ def _load() -> Optional[str]:
 
 missing_reason: Optional[str] = _load()
 is_available: bool = missing_reason is None
-# What was compiled, e.g. {"cpu": {"instruction_sets": [...], "active": "avx2"}}; see csrc/library.cpp
-build_info: dict = json.loads(torch.ops.mmdcnv4._build_info()) if is_available else {}
-devices: tuple = tuple(name for name in ('cpu', 'cuda') if name in build_info)
+
+
+def _read_build_info() -> dict[str, Any]:
+    """What was compiled, per device; the keys are the devices that have kernels."""
+    if not is_available:
+        return {}
+    info = {'cpu': json.loads(torch.ops.mmdcnv4._cpu_info())}
+    if hasattr(torch.ops.mmdcnv4, '_cuda_info'):
+        info['cuda'] = json.loads(torch.ops.mmdcnv4._cuda_info())
+    return info
+
+
+build_info: dict[str, Any] = _read_build_info()
 _warned = False
 
 

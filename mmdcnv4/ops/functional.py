@@ -52,7 +52,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 
 def _has_kernel(device_type: str) -> bool:
-    return device_type == 'meta' and _extension.is_available or device_type in _extension.devices
+    return device_type == 'meta' and _extension.is_available or device_type in _extension.build_info
 
 
 def _choose(backend: Optional[str], device: torch.device) -> str:

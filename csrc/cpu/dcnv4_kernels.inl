@@ -1,0 +1,404 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// dcnv4_kernels.inl — forward and backward of DCNv4 on the CPU, included once per instruction set
+// inside a namespace of its own, with kVectorBytes defined.
+// No function template of the standard library is used here: its instance might be compiled for a
+// newer instruction set and be the one that the linker keeps for everybody.
+//
+// Computes    out[n,q,g,:] = sum_k mask[n,q,g,k] * bilinear(value[n,:,:,g,:], x_k, y_k)
+// Work split  per output position, the coefficients of all taps of a block of groups are computed
+//             at once, one lane per tap; then each group is accumulated, one lane per channel
+// Threads     forward: output rows; backward: (image, groups), each with its own slice of
+//             grad_value, so that no atomics are needed and the sums have one fixed order
+// Numerics    T throughout (the caller widens half inputs); bitwise repeatable for any thread count
+// Borders     a tap without a corner in the image is skipped: its pixel, even NaN, is never used
+// Source      arXiv:2401.06197, section 3
+
+// Number of taps as a compile-time constant; 0: known at run time only.
+template <int kCount_>
+struct Points {
+  static constexpr int kCount = kCount_;
+};
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Coefficients of the taps of a few neighbouring output positions and groups, as arrays with one
+// lane per tap: lane s = (position * groups + group) * K + k. Arrays of one cache-aligned block.
+template <typename T, typename Index>
+class TapBlock {
+ public:
+  const int64_t points, groups, positions; // K, and what one block covers
+  const int64_t size;                      // lanes, a multiple of kPad
+
+  TapBlock(const Dcnv4Params& p, int64_t most_groups, int64_t most_positions)
+      : points(p.points()),
+        groups(share(most_groups, kLanesWanted / points)),
+        positions(share(most_positions, kLanesWanted / (points * groups))),
+        size((points * groups * positions + kPad - 1) / kPad * kPad),
+        memory_(std::calloc(size * kBytesPerLane + kAlignment, 1)) {
+    if (memory_ == nullptr) throw std::bad_alloc();
+    const auto start = (reinterpret_cast<uintptr_t>(memory_) + kAlignment - 1) & -kAlignment;
+    numbers_ = reinterpret_cast<T*>(start);
+    indices_ = reinterpret_cast<Index*>(numbers_ + kNumbers * size);
+    flags_ = reinterpret_cast<int32_t*>(indices_ + kIndices * size);
+    fill_grid(p);
+  }
+  TapBlock(const TapBlock&) = delete;
+  TapBlock& operator=(const TapBlock&) = delete;
+  ~TapBlock() { std::free(memory_); }
+
+  int64_t lane(int64_t position, int64_t group) const {
+    return (position * groups + group) * points;
+  }
+
+  T* grid_x() { return numbers_; } // resting grid, scaled, relative to the first position
+  T* grid_y() { return numbers_ + size; }
+  T* offset_x() { return numbers_ + 2 * size; } // dx, as given
+  T* offset_y() { return numbers_ + 3 * size; }
+  T* mask() { return numbers_ + 4 * size; }
+  T* weight(int corner) { return numbers_ + (5 + corner) * size; }
+  T* fx() { return numbers_ + 9 * size; }
+  T* fy() { return numbers_ + 10 * size; }
+  T* dot(int corner) { return numbers_ + (11 + corner) * size; } // <grad_output, corner>
+  Index* corner(int corner) { return indices_ + corner * size; } // element offset in image
+  int32_t* inside() { return flags_; }
+  int32_t* present(int corner) { return flags_ + (1 + corner) * size; }
+  void clear_dots() { std::memset(dot(0), 0, 4 * size * sizeof(T)); }
+
+ private:
+  static constexpr int64_t kNumbers = 15, kIndices = 4, kFlags = 5; // arrays of each type
+  static constexpr int64_t kBytesPerLane =
+      kNumbers * sizeof(T) + kIndices * sizeof(Index) + kFlags * sizeof(int32_t);
+  static constexpr int64_t kPad = 16;           // lanes of the widest vector of floats
+  static constexpr int64_t kLanesWanted = 144;  // long enough loops, short enough for L1
+  static constexpr uintptr_t kAlignment = 64;
+
+  // Splits `most` into equal parts of at most `wanted`, at least 1.
+  static int64_t share(int64_t most, int64_t wanted) {
+    if (wanted <= 1) return 1;
+    const int64_t parts = (most + wanted - 1) / wanted;
+    return (most + parts - 1) / parts;
+  }
+
+  void fill_grid(const Dcnv4Params& p) {
+    const T scale = T(p.offset_scale);
+    for_each_tap(p, [&](int32_t k, int32_t i, int32_t j) {
+      for (int64_t column = 0; column < positions; ++column) {
+        for (int64_t g = 0; g < groups; ++g) {
+          const int64_t s = lane(column, g) + k;
+          grid_x()[s] = T(column * p.stride_w) +
+                        T(int64_t(i) * p.dilation_w - p.center_w()) * scale;
+          grid_y()[s] = T(int64_t(j) * p.dilation_h - p.center_h()) * scale;
+        }
+      }
+    });
+  }
+
+  void* memory_;
+  T* numbers_;
+  Index* indices_;
+  int32_t* flags_;
+};
+
+template <typename T>
+void softmax_in_place(T* logits, int64_t count) {
+  T largest = logits[0];
+  for (int64_t k = 1; k < count; ++k) largest = logits[k] > largest ? logits[k] : largest;
+  T total = 0;
+  for (int64_t k = 0; k < count; ++k) total += logits[k] = std::exp(logits[k] - largest);
+  for (int64_t k = 0; k < count; ++k) logits[k] /= total;
+}
+
+// Splits the packed offsets and masks of one position into the lanes of `count` groups.
+template <int kPoints, typename T, typename Index>
+MMDCNV4_HD void unpack(const Dcnv4Params& p, const T* packed, int64_t position, int64_t count,
+                       TapBlock<T, Index>& taps) {
+  const int64_t points = kPoints > 0 ? kPoints : taps.points;
+  for (int64_t g = 0; g < count; ++g) {
+    const int64_t first = taps.lane(position, g);
+    const T* MMDCNV4_RESTRICT from = packed + g * 3 * points;
+    T* MMDCNV4_RESTRICT dx = taps.offset_x() + first;
+    T* MMDCNV4_RESTRICT dy = taps.offset_y() + first;
+    T* MMDCNV4_RESTRICT mask = taps.mask() + first;
+    int64_t k = 0;
+    for (; k + 8 <= points; k += 8) { // eight at a time become a few shuffles
+      for (int64_t i = 0; i < 8; ++i) {
+        dx[k + i] = from[2 * (k + i)];
+        dy[k + i] = from[2 * (k + i) + 1];
+      }
+    }
+    for (; k < points; ++k) {
+      dx[k] = from[2 * k];
+      dy[k] = from[2 * k + 1];
+    }
+    std::memcpy(mask, from + 2 * points, points * sizeof(T));
+    if (p.softmax) softmax_in_place(mask, points);
+  }
+}
+
+// Positions -> corner offsets and weights, for all lanes at once (this loop is vectorised).
+template <bool kBackward, typename T, typename Index>
+void compute_taps(const Dcnv4Params& p, T base_x, T base_y, TapBlock<T, Index>& taps) {
+  const T scale = T(p.offset_scale);
+  const int32_t height = int32_t(p.height), width = int32_t(p.width);
+  const Index channels = Index(p.channels()), line = Index(p.width) * channels;
+  const T *grid_x = taps.grid_x(), *grid_y = taps.grid_y();
+  const T *dx = taps.offset_x(), *dy = taps.offset_y(), *mask = taps.mask();
+  T *w00 = taps.weight(0), *w01 = taps.weight(1), *w10 = taps.weight(2), *w11 = taps.weight(3);
+  Index *o00 = taps.corner(0), *o01 = taps.corner(1), *o10 = taps.corner(2), *o11 = taps.corner(3);
+  T *fx = taps.fx(), *fy = taps.fy();
+  int32_t *inside = taps.inside(), *p00 = taps.present(0), *p01 = taps.present(1),
+          *p10 = taps.present(2), *p11 = taps.present(3);
+  const int64_t size = taps.size;
+  MMDCNV4_VECTORIZE
+  for (int64_t s = 0; s < size; ++s) {
+    const Bilinear<T> b = make_bilinear(base_x + (grid_x[s] + dx[s] * scale),
+                                        base_y + (grid_y[s] + dy[s] * scale), height, width);
+    const T top = mask[s] * b.wy0, bottom = mask[s] * b.wy1;
+    w00[s] = top * b.wx0;
+    w01[s] = top * b.wx1;
+    w10[s] = bottom * b.wx0;
+    w11[s] = bottom * b.wx1;
+    const Index start = Index(b.y0) * line + Index(b.x0) * channels;
+    const Index right = b.x1 > b.x0 ? channels : 0, below = b.y1 > b.y0 ? line : 0;
+    o00[s] = start;
+    o01[s] = start + right;
+    o10[s] = start + below;
+    o11[s] = start + below + right;
+    inside[s] = b.inside;
+    if (kBackward) {
+      fx[s] = b.fx;
+      fy[s] = b.fy;
+      p00[s] = b.has_x0 & b.has_y0;
+      p01[s] = b.has_x1 & b.has_y0;
+      p10[s] = b.has_x0 & b.has_y1;
+      p11[s] = b.has_x1 & b.has_y1;
+    }
+  }
+}
+
+// Accumulates kRows * kLanes channels of one group. Few rows leave registers for one sum per
+// corner, four independent chains of additions; many rows are chains enough.
+template <int kPoints, int kLanes, int kRows, typename T, typename Index>
+MMDCNV4_HD void gather_rows(const T* image, TapBlock<T, Index>& taps, int64_t first, T* output) {
+  const int64_t points = kPoints > 0 ? kPoints : taps.points;
+  constexpr int kChains = kRows >= 8 ? 1 : (kRows >= 4 ? 2 : 4);
+  Vec<T, kLanes> sum[kChains][kRows] = {};
+  const int32_t* inside = taps.inside() + first;
+  const T* weight[4];
+  const Index* offset[4];
+  for (int c = 0; c < 4; ++c) {
+    weight[c] = taps.weight(c) + first;
+    offset[c] = taps.corner(c) + first;
+  }
+  MMDCNV4_UNROLL_POINTS
+  for (int64_t k = 0; k < points; ++k) {
+    if (!inside[k]) continue;
+    for (int c = 0; c < 4; ++c) {
+      const T* from = image + offset[c][k];
+      const T w = weight[c][k];
+      for (int r = 0; r < kRows; ++r)
+        sum[c % kChains][r].add_product(w, Vec<T, kLanes>::load(from + r * kLanes));
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    Vec<T, kLanes> total = sum[0][r];
+    for (int c = 1; c < kChains; ++c) total = total + sum[c][r];
+    total.store(output + r * kLanes);
+  }
+}
+
+// Scatters kRows * kLanes channels of one group and adds to the dot products of its taps.
+template <int kPoints, int kLanes, int kRows, typename T, typename Index>
+MMDCNV4_HD void scatter_rows(const T* grad_output, const T* image, T* grad_image,
+                             TapBlock<T, Index>& taps, int64_t first) {
+  const int64_t points = kPoints > 0 ? kPoints : taps.points;
+  Vec<T, kLanes> grad[kRows];
+  for (int r = 0; r < kRows; ++r) grad[r] = Vec<T, kLanes>::load(grad_output + r * kLanes);
+  const int32_t* inside = taps.inside() + first;
+  for (int64_t k = 0; k < points; ++k) {
+    if (!inside[k]) continue;
+    for (int c = 0; c < 4; ++c) {
+      if (!taps.present(c)[first + k]) continue;
+      const Index offset = taps.corner(c)[first + k];
+      const T w = taps.weight(c)[first + k];
+      Vec<T, kLanes> dot = grad[0] * Vec<T, kLanes>::load(image + offset);
+      for (int r = 1; r < kRows; ++r)
+        dot = dot + grad[r] * Vec<T, kLanes>::load(image + offset + r * kLanes);
+      for (int r = 0; r < kRows; ++r) {
+        T* to = grad_image + offset + r * kLanes;
+        Vec<T, kLanes> sum = Vec<T, kLanes>::load(to);
+        sum.add_product(w, grad[r]);
+        sum.store(to);
+      }
+      taps.dot(c)[first + k] += dot.sum();
+    }
+  }
+}
+
+// Calls visit(channel, RowShape<lanes, rows>) over the channels of a group, widest rows first.
+template <int kLanes_, int kRows_>
+struct RowShape {
+  static constexpr int kLanes = kLanes_, kRows = kRows_;
+};
+
+template <int kLanes, int kRows, typename Visit>
+MMDCNV4_HD void for_channel_rows(int64_t channel, int64_t count, const Visit& visit) {
+  for (; count - channel >= kRows * kLanes; channel += kRows * kLanes)
+    visit(channel, RowShape<kLanes, kRows>());
+  if (channel == count) return;
+  if constexpr (kRows > 1) {
+    for_channel_rows<kLanes, kRows / 2>(channel, count, visit);
+  } else if constexpr (kLanes > 1) {
+    for_channel_rows<kLanes / 2, 1>(channel, count, visit);
+  }
+}
+
+template <int kPoints, typename T, typename Index>
+void forward_rows(const Dcnv4Params& p, const T* value, const T* offset_mask, T* output,
+                  int64_t begin, int64_t end) {
+  constexpr int kLanes = kVectorBytes / int(sizeof(T));
+  TapBlock<T, Index> taps(p, p.groups, p.out_width);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* image = value + row / p.out_height * p.height * p.width * p.channels();
+    const T base_y = T(row % p.out_height * p.stride_h - p.pad_h + p.center_h());
+    for (int64_t column = 0; column < p.out_width; column += taps.positions) {
+      const int64_t positions = smaller(taps.positions, p.out_width - column);
+      const int64_t query = row * p.out_width + column;
+      const T base_x = T(column * p.stride_w - p.pad_w + p.center_w());
+      for (int64_t first = 0; first < p.groups; first += taps.groups) {
+        const int64_t groups = smaller(taps.groups, p.groups - first);
+        const T* packed = offset_mask + query * p.offset_mask_channels + first * 3 * taps.points;
+        for (int64_t i = 0; i < positions; ++i)
+          unpack<kPoints>(p, packed + i * p.offset_mask_channels, i, groups, taps);
+        compute_taps<false>(p, base_x, base_y, taps);
+        for (int64_t i = 0; i < positions; ++i) {
+          for (int64_t g = 0; g < groups; ++g) {
+            const int64_t start = (first + g) * p.group_channels;
+            const T* from = image + start;
+            T* to = output + (query + i) * p.channels() + start;
+            for_channel_rows<kLanes, 8>(
+                0, p.group_channels, [&](int64_t c, auto shape) MMDCNV4_INLINE {
+                  gather_rows<kPoints, shape.kLanes, shape.kRows>(from + c, taps, taps.lane(i, g),
+                                                                  to + c);
+                });
+          }
+        }
+      }
+    }
+  }
+}
+
+// Writes the gradients of offsets and masks of one group from the dot products of its taps.
+template <int kPoints, typename T, typename Index>
+MMDCNV4_HD void write_grad_offset_mask(const Dcnv4Params& p, TapBlock<T, Index>& taps,
+                                       int64_t first, T* to) {
+  const int64_t points = kPoints > 0 ? kPoints : p.points();
+  const T scale = T(p.offset_scale);
+  T expected = 0; // sum_j m_j h_j, for the softmax
+  for (int64_t k = 0; k < points; ++k) {
+    const int64_t s = first + k;
+    const BilinearGrad<T> grad = bilinear_grad(taps.dot(0)[s], taps.dot(1)[s], taps.dot(2)[s],
+                                               taps.dot(3)[s], taps.fx()[s], taps.fy()[s]);
+    const bool inside = taps.inside()[s] != 0;
+    const T mask = taps.mask()[s];
+    to[2 * k] = inside ? scale * mask * grad.x : T(0);
+    to[2 * k + 1] = inside ? scale * mask * grad.y : T(0);
+    to[2 * points + k] = inside ? grad.mask : T(0);
+    if (inside) expected += mask * grad.mask;
+  }
+  if (!p.softmax) return;
+  for (int64_t k = 0; k < points; ++k)
+    to[2 * points + k] = taps.mask()[first + k] * (to[2 * points + k] - expected);
+}
+
+template <typename T, typename Index>
+void clear_grad_value(const Dcnv4Params& p, T* grad_image, int64_t group_begin, int64_t group_end) {
+  const int64_t bytes = (group_end - group_begin) * p.group_channels * int64_t(sizeof(T));
+  for (int64_t pixel = 0; pixel < p.height * p.width; ++pixel)
+    std::memset(grad_image + pixel * p.channels() + group_begin * p.group_channels, 0, bytes);
+}
+
+// The gradients of `positions` neighbouring outputs of one row, for the groups of one TapBlock.
+template <int kPoints, typename T, typename Index>
+MMDCNV4_HD void backward_block(const Dcnv4Params& p, const T* grad_output, const T* pixels,
+                               T* grad_pixels, T* grad_offset_mask, int64_t positions,
+                               int64_t first, int64_t groups, TapBlock<T, Index>& taps) {
+  constexpr int kLanes = kVectorBytes / int(sizeof(T));
+  taps.clear_dots();
+  for (int64_t i = 0; i < positions; ++i) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t start = (first + g) * p.group_channels, lane = taps.lane(i, g);
+      const T* grad = grad_output + i * p.channels() + start;
+      for_channel_rows<kLanes, 4>(0, p.group_channels, [&](int64_t c, auto shape) MMDCNV4_INLINE {
+        scatter_rows<kPoints, shape.kLanes, shape.kRows>(grad + c, pixels + start + c,
+                                                         grad_pixels + start + c, taps, lane);
+      });
+      write_grad_offset_mask<kPoints>(p, taps, lane, grad_offset_mask +
+                                      i * p.offset_mask_channels + (first + g) * 3 * taps.points);
+    }
+  }
+}
+
+template <int kPoints, typename T, typename Index>
+void backward_groups(const Dcnv4Params& p, const T* grad_output, const T* value,
+                     const T* offset_mask, T* grad_value, T* grad_offset_mask, int64_t image,
+                     int64_t group_begin, int64_t group_end) {
+  TapBlock<T, Index> taps(p, group_end - group_begin, p.out_width);
+  const int64_t image_size = p.height * p.width * p.channels();
+  const int64_t packed = 3 * taps.points, used = p.groups * packed;
+  clear_grad_value<T, Index>(p, grad_value + image * image_size, group_begin, group_end);
+  for (int64_t row = 0; row < p.out_height; ++row) {
+    const T base_y = T(row * p.stride_h - p.pad_h + p.center_h());
+    for (int64_t column = 0; column < p.out_width; column += taps.positions) {
+      const int64_t positions = smaller(taps.positions, p.out_width - column);
+      const int64_t query = (image * p.out_height + row) * p.out_width + column;
+      const T base_x = T(column * p.stride_w - p.pad_w + p.center_w());
+      const T* from = offset_mask + query * p.offset_mask_channels;
+      T* to = grad_offset_mask + query * p.offset_mask_channels;
+      for (int64_t first = group_begin; first < group_end; first += taps.groups) {
+        const int64_t groups = smaller(taps.groups, group_end - first);
+        for (int64_t i = 0; i < positions; ++i)
+          unpack<kPoints>(p, from + i * p.offset_mask_channels + first * packed, i, groups, taps);
+        compute_taps<true>(p, base_x, base_y, taps);
+        backward_block<kPoints>(p, grad_output + query * p.channels(), value + image * image_size,
+                                grad_value + image * image_size, to, positions, first, groups,
+                                taps);
+      }
+      for (int64_t i = 0; i < positions && group_end == p.groups; ++i)
+        std::memset(to + i * p.offset_mask_channels + used, 0,
+                    (p.offset_mask_channels - used) * sizeof(T));
+    }
+  }
+}
+
+// 32-bit element offsets where an image allows them: half the traffic of the coefficients.
+template <typename Visit>
+void with_index_and_points(const Dcnv4Params& p, const Visit& visit) {
+  const bool is_short = p.height * p.width <= INT32_MAX / p.channels();
+  if (p.points() == 9) { // 3x3, known to the compiler
+    is_short ? visit(int32_t(), Points<9>()) : visit(int64_t(), Points<9>());
+  } else {
+    is_short ? visit(int32_t(), Points<0>()) : visit(int64_t(), Points<0>());
+  }
+}
+
+template <typename T>
+void forward(const Dcnv4Params& p, const T* value, const T* offset_mask, T* output, int64_t begin,
+             int64_t end) {
+  with_index_and_points(p, [&](auto index, auto points) {
+    forward_rows<points.kCount, T, decltype(index)>(p, value, offset_mask, output, begin, end);
+  });
+}
+
+template <typename T>
+void backward(const Dcnv4Params& p, const T* grad_output, const T* value, const T* offset_mask,
+              T* grad_value, T* grad_offset_mask, int64_t image, int64_t group_begin,
+              int64_t group_end) {
+  with_index_and_points(p, [&](auto index, auto points) {
+    backward_groups<points.kCount, T, decltype(index)>(p, grad_output, value, offset_mask,
+                                                       grad_value, grad_offset_mask, image,
+                                                       group_begin, group_end);
+  });
+}

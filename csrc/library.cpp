@@ -1,0 +1,36 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// library.cpp — every schema of the namespace mmdcnv4, and the empty Python module whose import
+// loads them. Kernels register themselves in csrc/cpu and csrc/cuda.
+
+#include <Python.h>
+#include <torch/library.h>
+
+TORCH_LIBRARY(mmdcnv4, m) {
+  m.def(
+      "dcnv4(Tensor value, Tensor offset_mask, int[2] kernel_size, int groups, int[2] stride, "
+      "int[2] padding, int[2] dilation, float offset_scale, bool remove_center, bool softmax) "
+      "-> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_dcnv4_backward(Tensor grad_output, Tensor value, Tensor offset_mask, int[2] kernel_size, "
+      "int groups, int[2] stride, int[2] padding, int[2] dilation, float offset_scale, "
+      "bool remove_center, bool softmax) -> (Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+
+  // What was compiled, as JSON; read by mmdcnv4/ops/_extension.py.
+  m.def("_cpu_info() -> str");
+  // Chooses the CPU kernels: "auto", "generic", "avx2" or "avx512". For tests and benchmarks.
+  m.def("_set_cpu_instruction_set(str name) -> ()");
+#ifdef MMDCNV4_WITH_CUDA
+  m.def("_cuda_info() -> str");
+#endif
+}
+
+// import mmdcnv4._C
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
+                                   nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,116 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the extension `mmdcnv4._C`. Everything else about the package is in pyproject.toml.
+
+Environment variables:
+    MMDCNV4_CUDA=0/1      never / always compile the CUDA kernels (default: when nvcc is found and
+                          torch was built for CUDA; a GPU is never looked for).
+    MMDCNV4_NATIVE=0      no extension at all: the PyTorch path.
+    MMDCNV4_SANITIZE=1    AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`).
+    TORCH_CUDA_ARCH_LIST, MAX_JOBS: as for every torch extension.
+
+Without torch or a working C++ compiler the package installs without kernels and says so.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def warn(message: str) -> None:
+    """One clear line in pip's output (pip shows it with -v, and always when the build fails)."""
+    print(f'\n*** mmdcnv4: {message} ***\n', file=sys.stderr, flush=True)
+
+
+def compiler_problem() -> str:
+    """Compiles a three-line C++17 program; returns why that failed, or an empty string."""
+    if os.name == 'nt':
+        return ''  # setuptools finds MSVC by itself
+    compiler = os.environ.get('CXX', 'c++').split()
+    if shutil.which(compiler[0]) is None:
+        return f'no C++ compiler was found ({compiler[0]})'
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, 'probe.cpp')
+        source.write_text('#include <Python.h>\n#include <vector>\n'
+                          'template <class T> int f() { if constexpr (sizeof(T) > 1) return 1; '
+                          'else return 0; }\nint main() { return f<std::vector<int>>(); }\n')
+        import sysconfig
+        command = [*compiler, '-std=c++17', '-I', sysconfig.get_paths()['include'], '-c',
+                   str(source), '-o', str(Path(folder, 'probe.o'))]
+        result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode != 0:
+        return f'the C++ compiler does not work ({" ".join(compiler)}): {result.stderr[-300:]}'
+    return ''
+
+
+def cuda_wanted() -> bool:
+    """Whether to compile csrc/cuda: by toolkit and choice, never by the GPUs of this machine."""
+    from torch.utils.cpp_extension import CUDA_HOME
+    import torch
+    sources = list((ROOT / 'csrc' / 'cuda').glob('*.cu'))
+    choice = os.environ.get('MMDCNV4_CUDA', os.environ.get('FORCE_CUDA', ''))
+    if choice == '0' or not sources:
+        return False
+    possible = CUDA_HOME is not None and torch.version.cuda is not None
+    if choice == '1' and not possible:
+        raise SystemExit(f'mmdcnv4: MMDCNV4_CUDA=1 needs nvcc and a CUDA build of torch; found '
+                         f'CUDA_HOME={CUDA_HOME}, torch {torch.__version__}')
+    return possible
+
+
+def cpu_flags() -> list:
+    """Flags of our own C++ files."""
+    if os.name == 'nt':
+        return ['/O2', '/std:c++17', '/DMMDCNV4_COMPILER="msvc"']
+    # floor and comparisons keep their IEEE meaning; only errno and traps are given up
+    flags = ['-O3', '-fno-math-errno', '-fno-trapping-math', '-Wall', '-Wextra',
+             '-Wno-unused-parameter', '-Wno-unknown-pragmas', '-fvisibility=hidden',
+             '-DMMDCNV4_COMPILER="' + platform.python_compiler().split('[')[0].strip() + '"']
+    if platform.machine().lower() in ('x86_64', 'amd64'):
+        flags += ['-DMMDCNV4_X86=1', '-Wno-psabi']
+    if os.environ.get('MMDCNV4_SANITIZE') == '1':
+        flags += ['-fsanitize=address,undefined', '-fno-sanitize-recover=undefined',
+                  '-fno-omit-frame-pointer', '-g', '-O1']
+    return flags
+
+
+def make_extension() -> dict:
+    """Keyword arguments for `setup`: the extension, or nothing with a warning."""
+    if os.environ.get('MMDCNV4_NATIVE') == '0':
+        return {}
+    problem = compiler_problem()
+    if not problem:
+        try:
+            from torch.utils import cpp_extension
+        except ImportError as error:
+            problem = f'torch cannot be imported while building ({error})'
+    if problem:
+        warn(f'{problem}; installing WITHOUT compiled kernels: dcnv4 will take the slow PyTorch '
+             'path. Install a compiler and torch, then `pip install --no-build-isolation .`')
+        return {}
+    with_cuda = cuda_wanted()
+    sources = ['csrc/library.cpp', 'csrc/dcnv4_check.cpp']
+    sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'csrc/cpu').glob('*.cpp'))
+    arguments = {'cxx': cpu_flags()}
+    kind = cpp_extension.CppExtension
+    if with_cuda:
+        kind = cpp_extension.CUDAExtension
+        sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'csrc/cuda').glob('*.cu'))
+        arguments['cxx'].append('-DMMDCNV4_WITH_CUDA=1')
+        arguments['nvcc'] = ['-O3', '-lineinfo', '--expt-relaxed-constexpr']
+    links = ['-fsanitize=address,undefined'] if os.environ.get('MMDCNV4_SANITIZE') == '1' else []
+    extension = kind('mmdcnv4._C', sources, extra_compile_args=arguments, extra_link_args=links)
+    return dict(ext_modules=[extension],
+                cmdclass=dict(build_ext=cpp_extension.BuildExtension.with_options(
+                    no_python_abi_suffix=False)))
+
+
+setup(**make_extension())
