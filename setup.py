@@ -76,6 +76,10 @@ def cpu_flags() -> list:
              '-DMMDCNV4_COMPILER="' + platform.python_compiler().split('[')[0].strip() + '"']
     if platform.machine().lower() in ('x86_64', 'amd64'):
         flags += ['-DMMDCNV4_X86=1', '-Wno-psabi']
+    if sys.platform == 'linux':
+        # at::parallel_for is serial without it. Not a link flag: the threads are those of torch,
+        # whose own OpenMP runtime the dynamic linker finds.
+        flags.append('-fopenmp')
     if os.environ.get('MMDCNV4_SANITIZE') == '1':
         flags += ['-fsanitize=address,undefined', '-fno-sanitize-recover=undefined',
                   '-fno-omit-frame-pointer', '-g', '-O1']
