@@ -33,9 +33,8 @@ TABLE = {
     'mmdcnv4.datasets': (('mmdcnv4.datasets',), ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmdet3d')),
     # the tools' start-up may say which registrations were skipped
     'mmdcnv4.engine': (('mmdcnv4.engine', 'mmdcnv4.registration', 'mmdcnv4.version'),
-                       ('mmengine', 'mmcv')),
+                       ('mmengine',)),
 }
-# A package's __init__ may name the modules beside it, `models` its parts.
 TORCH_FREE_HEADERS = ('bilinear.h', 'dcnv4_params.h', 'launch_plan.h')
 
 

@@ -131,7 +131,7 @@ class CustomLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
                   f'{max(group["lr"] for group in params):.3g}', logger='current')
 
     def _resolve_depths(self, model: nn.Module) -> tuple[int, ...]:
-        found = {tuple(module.depths) for module in _backbones(model)}
+        found = set(_backbone_depths(model))
         given = self.paramwise_cfg['depths']
         if given is not None and found and tuple(given) not in found:
             raise ValueError(f'layer decay: depths must be those of the backbone {sorted(found)}, '
@@ -198,10 +198,11 @@ def _in_backbone(name: str) -> Optional[str]:
     return None
 
 
-def _backbones(model: nn.Module) -> Iterator[nn.Module]:
+def _backbone_depths(model: nn.Module) -> Iterator[tuple[int, ...]]:
     for name, module in model.named_modules():
-        if _strip(name).split('.')[-1].endswith('backbone') and hasattr(module, 'depths'):
-            yield module
+        depths: Any = getattr(module, 'depths', None)
+        if depths is not None and _strip(name).split('.')[-1].endswith('backbone'):
+            yield tuple(depths)
 
 
 def layer_id(name: str, depths: Sequence[int], head_embed_decay: bool = True) -> int:

@@ -38,6 +38,9 @@ _INERT_OBJECTS = (
     'numpy._core.multiarray._reconstruct', 'numpy.ndarray', 'numpy.dtype', '__builtin__.getattr',
     'builtins.getattr')  # read as an `_Inert`
 _SHOWN = 8
+# What torch raises for files that are refused, cut off, or no pickle at all.
+_READ_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError,
+                LookupError, AssertionError, AttributeError)
 
 
 class _Inert:
@@ -88,7 +91,8 @@ def load_pretrained(model: nn.Module, checkpoint: str, prefix: Optional[str] = N
         raise ValueError(
             f'Pretrained: checkpoint must hold weights of {type(model).__name__}, but '
             f'{checkpoint} matches {len(found)} of {len(own)} keys; its keys begin with '
-            f'{_shorten(tops)}, expected {_shorten(sorted({key.split(".")[0] for key in own}))}')
+            f'{_shorten(tops)}, expected {_shorten(sorted({key.split(".")[0] for key in own}))}. '
+            'Give init_cfg a prefix where the backbone stands below one')
     report = (f'{len(found) - len(mismatched)} of {len(own)} tensors matched; '
               f'{len(weights) - len(used)} classifier tensors ignored; '
               f'{len(kept)} layer-scale tensors absent, left at their start; '
@@ -173,7 +177,7 @@ def read_file(checkpoint: str, map_location: str = 'cpu') -> Any:
     with _allow_inert():
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except _READ_ERRORS as error:
             raise ValueError(_explain(checkpoint, str(error))) from None
 
 
@@ -181,9 +185,9 @@ def _allow_inert() -> AbstractContextManager:
     """Lets torch read the inert names, where it can map names (torch >= 2.6)."""
     if not _can_map_names():
         return nullcontext()
-    return torch.serialization.safe_globals(
-        [(OrderedDict, name) for name in _INERT_MAPPINGS]
-        + [(_Inert, name) for name in _INERT_OBJECTS])
+    allowed: list[Any] = [(OrderedDict, name) for name in _INERT_MAPPINGS]
+    allowed += [(_Inert, name) for name in _INERT_OBJECTS]
+    return torch.serialization.safe_globals(allowed)
 
 
 def _can_map_names() -> bool:

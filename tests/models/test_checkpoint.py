@@ -12,6 +12,7 @@ import types
 import pytest
 import torch
 from mmengine.logging import HistoryBuffer, MMLogger
+from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS, DefaultScope
 
 from mmdcnv4.models import checkpoint as checkpoint_module
@@ -75,6 +76,26 @@ def test_prefix_argument(tmp_path):
         type='Pretrained', checkpoint=str(tmp_path / 'file.pth'), prefix='img_backbone'))
     model.init_weights()
     assert_equal(model, weights)
+
+
+@pytest.mark.parametrize('extra', [dict(_scope_='mmdet'), dict(map_location='cpu'),
+                                   dict(type=PretrainedInit)])
+def test_other_spellings_of_init_cfg(tmp_path, extra):
+    weights = make_weights()
+    torch.save(weights, tmp_path / 'file.pth')
+    init_cfg = dict(dict(type='Pretrained', checkpoint=str(tmp_path / 'file.pth')), **extra)
+    model = FlashInternImage(**TINY, init_cfg=[dict(type='Constant', layer='Conv2d', val=9.0),
+                                               init_cfg])
+    model.init_weights()
+    assert_equal(model, weights)
+
+
+def test_misspelt_init_cfg(tmp_path):
+    torch.save(make_weights(), tmp_path / 'file.pth')
+    model = FlashInternImage(**TINY, init_cfg=dict(
+        type='Pretrained', checkpoint=str(tmp_path / 'file.pth'), prefx='backbone'))
+    with pytest.raises(TypeError, match='prefx'):
+        model.init_weights()
 
 
 def test_safetensors(tmp_path):
@@ -159,6 +180,17 @@ def test_file_without_weights(tmp_path, content):
 @pytest.mark.parametrize('content', [b'', b'no pickle at all', b'PK\x03\x04 truncated'])
 def test_damaged_file(tmp_path, content):
     (tmp_path / 'file.pth').write_bytes(content)
+    with pytest.raises(ValueError, match='file.pth'):
+        load(tmp_path / 'file.pth')
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+@pytest.mark.parametrize('share', [0.02, 0.5, 0.95])
+def test_cut_off_file(tmp_path, zipped, share):
+    torch.save(dict(model=make_weights()), tmp_path / 'whole.pth',
+               _use_new_zipfile_serialization=zipped)
+    content = (tmp_path / 'whole.pth').read_bytes()
+    (tmp_path / 'file.pth').write_bytes(content[:int(share * len(content))])
     with pytest.raises(ValueError, match='file.pth'):
         load(tmp_path / 'file.pth')
 

@@ -8,6 +8,7 @@ project; weights are drawn from the state-dict keys, so that a renamed key chang
 
 from __future__ import annotations
 
+import copy
 import warnings
 import zlib
 from pathlib import Path
@@ -251,6 +252,29 @@ def test_checkpointing_keeps_fewer_tensors():
         return total
 
     assert saved_bytes(True) < 0.5 * saved_bytes(False)
+
+
+@pytest.mark.parametrize('options', [TINY, POST_NORM, LARGE_OPTIONS])
+def test_autocast(options):
+    model = build(**options).eval()
+    images = torch.randn(2, 3, 40, 56)
+    expected = model(images)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        outs = model(images)
+    sum(out.float().sum() for out in outs).backward()
+    for out, reference in zip(outs, expected):
+        # bfloat16 has 8 bits; 0.07 was the worst over five seeds, in the last map
+        assert (out - reference).norm() < 0.1 * reference.norm()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+def test_copies_and_empty_batches():
+    model = build(**POST_NORM).eval()
+    images = torch.randn(1, 3, 32, 32)
+    for out, expected in zip(copy.deepcopy(model)(images), model(images)):
+        assert torch.equal(out, expected)
+    assert [tuple(out.shape) for out in model(images[:0])] == [
+        (0, 16, 8, 8), (0, 32, 4, 4), (0, 64, 2, 2), (0, 128, 1, 1)]
 
 
 def test_drop_path_acts_in_training_only():

@@ -19,7 +19,7 @@ from typing import Any, Optional, Union
 
 import torch
 from mmcv.cnn.bricks import DropPath
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -256,6 +256,8 @@ class FlashInternImage(BaseModule):
         ValueError: the message names the argument, the expectation and the value.
     """
 
+    init_cfg: Any
+
     def __init__(self, arch: Optional[str] = None, channels: Optional[int] = None,
                  depths: Optional[Sequence[int]] = None, groups: Optional[Sequence[int]] = None,
                  mlp_ratio: Optional[float] = None, drop_rate: float = 0.0,
@@ -334,16 +336,17 @@ class FlashInternImage(BaseModule):
             return
         init_cfg = self.init_cfg
         configs = [] if not init_cfg else [init_cfg] if isinstance(init_cfg, dict) else init_cfg
-        pretrained = [cfg for cfg in configs if cfg['type'] == 'Pretrained']
+        pretrained = [cfg for cfg in configs if cfg['type'] in ('Pretrained', PretrainedInit)]
         self._reset_parameters()
-        self.init_cfg = [cfg for cfg in configs if cfg['type'] != 'Pretrained']
+        self.init_cfg = [cfg for cfg in configs if cfg not in pretrained]
         try:
             super().init_weights()
         finally:
             self.init_cfg = init_cfg
         self._reset_dcnv4()
         for cfg in pretrained:
-            load_pretrained(self, **{key: cfg[key] for key in cfg if key != 'type'})
+            load_pretrained(self, **{key: cfg[key] for key in cfg
+                                     if key not in ('type', '_scope_')})
 
     def _freeze(self) -> None:
         if self.frozen_stages < 0:
@@ -385,7 +388,8 @@ class FlashInternImage(BaseModule):
                 outs.append(x.permute(0, 3, 1, 2).contiguous())
             if index == self.out_indices[-1]:
                 break
-            x = level.downsample(x)
+            downsample: Any = level.downsample
+            x = downsample(x)
         return tuple(outs)
 
 
