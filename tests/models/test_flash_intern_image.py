@@ -357,7 +357,9 @@ def test_start_state():
 @pytest.mark.parametrize('init_cfg', [
     dict(type='Normal', layer='Linear', std=0.7, bias=0.3),
     [dict(type='Constant', layer=['LayerNorm'], val=3.0),
-     dict(type='TruncNormal', layer='Linear', std=0.7)]])
+     dict(type='TruncNormal', layer='Linear', std=0.7)],
+    [dict(type='Constant', layer='OffsetMaskProj', val=5.0, bias=5.0),
+     dict(type='Normal', layer='Linear', std=0.7)]])
 def test_start_state_with_initialisers_of_mmengine(init_cfg):
     model = FlashInternImage(**TINY, init_cfg=init_cfg)
     model.init_weights()
@@ -365,6 +367,8 @@ def test_start_state_with_initialisers_of_mmengine(init_cfg):
     for module in model.modules():
         if isinstance(module, DCNv4):
             assert not module.offset_mask.weight.any() and not module.offset_mask.bias.any()
+            bound = (6 / (2 * module.channels))**0.5  # Xavier uniform, not the initialiser's
+            assert module.value_proj.weight.abs().max() <= bound
     assert model.init_cfg == init_cfg
 
 
