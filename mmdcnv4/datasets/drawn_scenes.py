@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small data set of drawn shapes, so that a model can be trained and scored without a download.
 
-Five classes that differ by outline alone: colour, size, rotation, texture, background and order
-of overlap are random and independent of the class. Every object that is drawn is annotated: one
+Five classes that differ by outline alone: colour, size, rotation, texture and order of overlap
+are random and independent of the class. Objects are vivid and the background is greyish, so that
+it is easy to find them and hard to name them. Every object that is drawn is annotated: one
 that would be too small, or would hide too much of another, is not drawn at all. Masks are the
 visible parts. The same arguments give the same scenes, pixel for pixel.
 
@@ -71,8 +72,8 @@ class SceneConfig:
     """
 
     size: int = 160
-    max_objects: int = 6
-    radii: tuple[float, float] = (11.0, 42.0)
+    max_objects: int = 5
+    radii: tuple[float, float] = (14.0, 45.0)
 
     def __post_init__(self) -> None:
         if self.size < 64:
@@ -153,15 +154,21 @@ def _texture(rng: np.random.Generator, size: int, color: FloatArray,
     return color + shade[..., None]
 
 
-def _contrasting_color(rng: np.random.Generator, others: list[FloatArray]) -> FloatArray:
-    """The first random colour that is well apart from `others`, else the best of 20."""
+def _paper_color(rng: np.random.Generator) -> FloatArray:
+    """A grey, nearly: (3,), BGR, 0 to 255."""
+    return rng.uniform(40, 215) + rng.uniform(-12, 12, 3)
+
+
+def _paint_color(rng: np.random.Generator, others: list[FloatArray]) -> FloatArray:
+    """A vivid colour that is well apart from `others`, or the best of 20 tries: (3,), BGR."""
     best, best_gap = np.zeros(3), -1.0
     for _ in range(20):
-        color = rng.uniform(20, 235, 3)
+        pure = rng.permutation([0.0, rng.random(), 1.0])  # any hue
+        color = 255 * rng.uniform(0.6, 1.0) * (1 - rng.uniform(0.6, 1.0) * (1 - pure))
         gap = min(float(np.abs(color - other).max()) for other in others)
         if gap > best_gap:
             best, best_gap = color, gap
-        if gap > 70:
+        if gap > 80:
             break
     return best
 
@@ -178,7 +185,7 @@ class _Canvas:
         self.rng, self.size = rng, config.size
         self.scale = config.size / 160
         self.log_radii = np.log(np.array(config.radii) * self.scale)
-        self.colors = [rng.uniform(20, 235, 3)]
+        self.colors = [_paper_color(rng)]
         self.pixels = _texture(rng, self.size, self.colors[0], strength=rng.uniform(5, 30))
         self.instances: list[Instance] = []
         self.areas: list[int] = []  # of the objects before others covered them
@@ -198,7 +205,7 @@ class _Canvas:
         areas = [*self.areas, int(mask.sum())]
         if not all(map(self._is_visible, masks, areas)):
             return False
-        color = _contrasting_color(rng, self.colors)
+        color = _paint_color(rng, self.colors)
         coverage = np.clip(0.5 - distance, 0, 1)[..., None]  # of each pixel, for smooth edges
         fill = _texture(rng, size, color, strength=rng.uniform(5, 30))
         self.pixels += coverage * (fill - self.pixels)
@@ -294,7 +301,7 @@ def write_drawn_scenes(root: Union[str, Path], num_train: int = 800, num_val: in
         root: folder to create; it must not exist, or be empty.
         num_train, num_val: images in each split, at least 1.
         seed: another seed gives other scenes.
-        config: sizes; the default is 160 x 160 pixels with 1 to 6 objects.
+        config: sizes; the default is 160 x 160 pixels with 1 to 5 objects.
 
     Returns:
         `root` as a path.

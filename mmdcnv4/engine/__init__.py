@@ -1,7 +1,8 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Training parts that know no model: optimiser constructors."""
+"""Training parts that know no model: optimiser constructors, hooks, what the tools share."""
 
 from .layer_decay import CustomLayerDecayOptimizerConstructor
+from .progress import ProgressBarHook
 
-__all__ = ['CustomLayerDecayOptimizerConstructor']
+__all__ = ['CustomLayerDecayOptimizerConstructor', 'ProgressBarHook']

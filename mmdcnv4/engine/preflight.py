@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,17 +54,23 @@ def _is_local(path: object) -> bool:
 
 
 def check_checkpoint(path: Optional[str], source: str) -> None:
-    """Refuses a local file that is absent.
+    """Refuses a local file that is absent or was not written to its end.
 
     Args:
         path: of a checkpoint; None and addresses of other machines pass.
         source: where the path comes from, for the message.
 
     Raises:
-        UserError: no such file.
+        UserError: no such file, or not the whole file.
     """
-    if path is not None and _is_local(path) and not os.path.isfile(path):
+    if path is None or not _is_local(path):
+        return
+    if not os.path.isfile(path):
         raise UserError(f'{source}: the checkpoint {path} does not exist or is no file.')
+    with open(path, 'rb') as stream:
+        is_zip = stream.read(4) == b'PK\x03\x04'
+    if is_zip and not zipfile.is_zipfile(path):
+        raise UserError(f'{source}: the checkpoint {path} is truncated; its end is missing.')
 
 
 def _walk(node: Any, path: str = '') -> Iterator[tuple[str, dict]]:
@@ -183,6 +190,16 @@ def _broken_annotation(cfg: Config) -> Optional[str]:
     return None
 
 
+def _incomplete_annotation(cfg: Config, key: str) -> Optional[str]:
+    """The first COCO-like annotation file without the list `key`."""
+    for _, file in _annotation_files(cfg):
+        if file.endswith('.json') and os.path.isfile(file):
+            content = json.loads(Path(file).read_bytes())
+            if not isinstance(content, dict) or key not in content:
+                return file
+    return None
+
+
 def _unreadable_image(cfg: Config) -> Optional[str]:
     """The first image or label map of the data sets that no decoder accepts."""
     import cv2  # only here: after a failure
@@ -223,28 +240,37 @@ def translate(error: BaseException, cfg: Optional[Config] = None) -> Optional[st
     if isinstance(error, UserError):
         return str(error)
     text = str(error)
-    match = re.search(r'failed to load image: (.+)', text)
-    if match:
-        return f'cannot read the image {match[1].strip()}: the file is empty or corrupt.'
+    names = re.findall(r'failed to load image: ([^{\n]+)$', text, re.MULTILINE)
+    if names:
+        return f'cannot read the image {names[-1].strip()}: the file is empty or corrupt.'
+    if 'need at least one array to concatenate' in text:
+        return ('a data set has no image left. Check that its folders hold images, and that '
+                'metainfo.classes are the category names of its annotation file.')
     match = re.search(r"No such file or directory: ['\"](.+?)['\"]", text)
     if match:
         return f'the file {match[1]} does not exist, but an annotation or the config names it.'
     if re.search(r'No space left on device', text):
         return 'the disk is full; free some space and continue with --resume.'
-    if 'PytorchStreamReader' in text or 'failed finding central directory' in text:
-        return (f'the checkpoint {cfg.get("load_from") if cfg else ""} is truncated or no '
-                'checkpoint.')
-    if 'Weights only load failed' in text:
-        return (f'the checkpoint {cfg.get("load_from") if cfg else ""} holds objects that are '
-                'neither weights nor what MMEngine saves. It could run code, so it is refused.')
     if cfg is None:
-        return None
+        return _explain_import(text)
+    if re.search('PytorchStreamReader|Weights only load failed', text):
+        file = cfg.get('load_from')
+        if file is not None and not zipfile.is_zipfile(file):
+            return f'the checkpoint {file} is no checkpoint.'
+        return (f'the checkpoint {file} holds objects that are neither weights nor what MMEngine '
+                'saves. It could run code, so it is refused.')
     if re.search('JSONDecodeError|UnpicklingError|EOFError|UnicodeDecodeError',
                  f'{type(error).__name__} {text}'):
         broken = _broken_annotation(cfg)
         if broken:
             return f'cannot read the annotation file {broken}: the file is corrupt.'
-    if re.search('UnidentifiedImageError|cannot identify image file|truncated|NoneType', text):
+    match = re.search(r"^'(images|annotations|categories)'$", text, re.MULTILINE)
+    if match:
+        broken = _incomplete_annotation(cfg, match[1])
+        if broken:
+            return (f'the annotation file {broken} has no list {text}: COCO files hold images, '
+                    'annotations and categories.')
+    if re.search('UnidentifiedImageError|cannot identify image file|NoneType|buf.empty', text):
         broken = _unreadable_image(cfg)
         if broken:
             return f'cannot read the image {broken}: the file is empty or corrupt.'

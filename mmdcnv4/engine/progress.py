@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks that talk to the person who waits: a progress bar, and a word when there is no data."""
+"""A progress bar for the person who waits."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from typing import Any, Optional
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
-
-from .preflight import UserError
 
 _PLAIN_PROGRESS = re.compile(r'(Iter|Epoch)\((train|val|test)\) .*\beta:|Exp name:')
 
@@ -50,8 +48,14 @@ class ProgressBarHook(Hook):
         if self._progress is not None or not is_main_process() or not sys.stdout.isatty():
             return
         try:
-            from rich.progress import (BarColumn, MofNCompleteColumn, Progress, TextColumn,
-                                       TimeElapsedColumn, TimeRemainingColumn)
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
         except ModuleNotFoundError:
             return
         self._progress = Progress(
@@ -145,30 +149,3 @@ class ProgressBarHook(Hook):
     def after_run(self, runner: Any) -> None:
         """Leaves the terminal as it was."""
         self._stop()
-
-
-@HOOKS.register_module()
-class EmptyDatasetHook(Hook):
-    """Refuses to train or score on nothing, which would otherwise look like a success."""
-
-    priority = 'VERY_HIGH'
-
-    @staticmethod
-    def _check(loader: Any, split: str) -> None:
-        if len(loader) == 0:
-            raise UserError(
-                f'{split}_dataloader: no image is left (batch size {loader.batch_size}, '
-                f'{len(loader.dataset)} images after filtering). Check that metainfo.classes of '
-                'the data set are the category names of its annotation file.')
-
-    def before_train(self, runner: Any) -> None:
-        """Looks at the training data."""
-        self._check(runner.train_dataloader, 'train')
-
-    def before_val(self, runner: Any) -> None:
-        """Looks at the validation data."""
-        self._check(runner.val_dataloader, 'val')
-
-    def before_test(self, runner: Any) -> None:
-        """Looks at the test data."""
-        self._check(runner.test_dataloader, 'test')

@@ -18,9 +18,11 @@ import argparse
 import datetime
 import importlib
 import os
+import pickle
 import re
 import subprocess
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -35,6 +37,7 @@ from torch import distributed as dist
 from . import preflight, progress  # noqa: F401  (registers the progress bar)
 from .preflight import UserError
 
+_HISTORY_METHODS = ('min', 'max', 'current', 'mean')
 _VISUALIZATION_OPTIONS = {  # default_scope: names of (switch, output folder) in its hook
     'mmdet': ('draw', 'test_out_dir'),
     'mmdet3d': ('draw', 'test_out_dir'),
@@ -46,24 +49,37 @@ _VISUALIZATION_OPTIONS = {  # default_scope: names of (switch, output folder) in
 # ---------------------------------------------------------------------------------- checkpoints
 
 
+def _history_method(owner: type, name: str) -> Callable:
+    """Stands in for `getattr` in checkpoints, for the one use that MMEngine makes of it.
+
+    The real `getattr` reaches `__globals__` and, from there, everything.
+    """
+    if owner is not HistoryBuffer or name not in _HISTORY_METHODS:
+        raise pickle.UnpicklingError(f'refused: the attribute {name!r} of {owner!r}')
+    return getattr(owner, name)
+
+
 def allow_mmengine_checkpoints() -> None:
     """Allow-lists the types that MMEngine 0.10.7 stores in checkpoints beside weights.
 
-    These are the histories of logged values, numpy's scalars and arrays, and the plain numeric
-    dtypes of both; none of them runs code when it is unpickled. Both names that numpy 1 and 2 give
-    to its functions are accepted, so checkpoints pass from one to the other.
+    These are the histories of logged values with their four statistics, numpy's scalars and
+    arrays, and the plain numeric dtypes of both; none of them runs foreign code when it is
+    unpickled. Both names that numpy 1 and 2 give to its functions are accepted, so checkpoints
+    pass from one to the other. Before torch 2.6 nothing needs to be done.
     """
+    if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 6):
+        return  # torch.load is not weights-only there, and no function can stand in for another
     core = 'numpy._core' if int(np.__version__.split('.')[0]) >= 2 else 'numpy.core'
     multiarray = importlib.import_module(f'{core}.multiarray')
-    allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype]
+    allowed: list[Any] = [HistoryBuffer, np.ndarray, np.dtype,
+                          (_history_method, 'builtins.getattr'),
+                          (_history_method, '__builtin__.getattr')]
     allowed += [type(np.dtype(name)) for name in (
         'bool', 'int8', 'uint8', 'int16', 'int32', 'int64', 'float16', 'float32', 'float64')]
     for name in ('_reconstruct', 'scalar'):
         function = getattr(multiarray, name)
         allowed += [(function, f'numpy.core.multiarray.{name}'),
                     (function, f'numpy._core.multiarray.{name}')]
-    if tuple(map(int, torch.__version__.split('.')[:2])) < (2, 6):
-        return  # torch.load is not weights-only there, and takes no pairs
     torch.serialization.add_safe_globals(allowed)
 
 
@@ -142,10 +158,10 @@ def prepare_distributed(cfg: Config) -> None:
         except (KeyError, ValueError) as error:
             raise UserError(f'--launcher {launcher} needs the environment of that launcher, but '
                             f'{error}; use tools/dist_train.sh or tools/slurm_train.sh') from error
-    wrapper = dict(type='MMDistributedDataParallel',
+    wrapper = dict(type='MMDistributedDataParallel', broadcast_buffers=False,
                    find_unused_parameters=cfg.get('find_unused_parameters', False))
     wrapper.update(cfg.get('model_wrapper_cfg') or {})
-    cfg.model_wrapper_cfg = wrapper  # MMEngine's own choice would name a GPU
+    cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)  # MMEngine's default names a GPU
     _replace_sync_bn(cfg)
 
 
@@ -311,12 +327,11 @@ def dump_metric(cfg: Config, out: str) -> dict:
 # ---------------------------------------------------------------------------------------- runner
 
 
-def _add_hooks(cfg: Config) -> None:
+def _add_progress_bar(cfg: Config) -> None:
     hooks = list(cfg.get('custom_hooks') or [])
     present = {hook.get('type') for hook in hooks if isinstance(hook, dict)}
-    for kind in ('ProgressBarHook', 'EmptyDatasetHook'):
-        if kind not in present:
-            hooks.append(dict(type=f'mmengine.{kind}'))
+    if 'ProgressBarHook' not in present:
+        hooks.append(dict(type='ProgressBarHook'))
     cfg.custom_hooks = hooks
 
 
@@ -324,7 +339,7 @@ def build_runner(cfg: Config, splits: tuple[str, ...]) -> Runner:
     """Checks what can be checked, then builds the Runner.
 
     Args:
-        cfg: the config with all arguments applied; hooks are added to it.
+        cfg: the config with all arguments applied; a hook is added to it.
         splits: of 'train', 'val', 'test', the data the run reads.
 
     Raises:
@@ -334,12 +349,13 @@ def build_runner(cfg: Config, splits: tuple[str, ...]) -> Runner:
     if hint:
         print_log(hint, level=30)
     preflight.check_work_dir(cfg.work_dir)
+    preflight.check_checkpoint(cfg.get('load_from'), 'load_from')
     preflight.check_datasets(cfg, splits)
     if cfg.get('load_from') is None:
         preflight.check_pretrained(cfg)
     allow_mmengine_checkpoints()
     prepare_distributed(cfg)
-    _add_hooks(cfg)
+    _add_progress_bar(cfg)
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)
     return Runner.from_cfg(cfg)

@@ -1,0 +1,106 @@
+# A small FlashInternImage Mask R-CNN, trained from scratch in minutes on two CPU cores.
+# Data: tools/dataset_converters/drawn_scenes.py data/drawn_scenes
+_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_runtime.py']
+custom_imports = dict(imports=['mmdcnv4'], allow_failed_imports=False)
+
+classes = ('disk', 'ring', 'square', 'triangle', 'star')
+width = 64  # of the neck and of the heads
+
+model = dict(
+    backbone=dict(
+        _delete_=True,  # the ResNet-50 of the base
+        type='FlashInternImage',
+        channels=32,
+        depths=(2, 2, 4, 2),
+        groups=(2, 4, 8, 16),  # 16 channels per group, as in the published sizes
+        drop_path_rate=0.0),
+    neck=dict(
+        in_channels=[32, 64, 128, 256], out_channels=width, num_outs=4,
+        norm_cfg=dict(type='ChannelLN')),
+    rpn_head=dict(
+        in_channels=width, feat_channels=width,
+        # objects are 28 to 90 pixels wide
+        anchor_generator=dict(scales=[5], strides=[4, 8, 16, 32])),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=width, finest_scale=28,
+                                roi_layer=dict(sampling_ratio=1)),
+        bbox_head=dict(in_channels=width, fc_out_channels=256, num_classes=len(classes)),
+        mask_roi_extractor=dict(out_channels=width, finest_scale=28,
+                                roi_layer=dict(sampling_ratio=1)),
+        mask_head=dict(num_convs=2, in_channels=width, conv_out_channels=width,
+                       norm_cfg=dict(type='GN', num_groups=8), num_classes=len(classes))),
+    # there are at most five objects per image
+    train_cfg=dict(
+        rpn_proposal=dict(nms_pre=200, max_per_img=100),
+        rcnn=dict(sampler=dict(num=48, pos_fraction=0.5))),
+    test_cfg=dict(
+        rpn=dict(nms_pre=200, max_per_img=50),
+        rcnn=dict(max_per_img=20)))
+
+data_root = 'data/drawn_scenes/coco/'
+metainfo = dict(classes=classes, palette=[(230, 70, 60), (70, 130, 240), (60, 180, 90),
+                                          (240, 180, 40), (170, 90, 220)])
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(
+        type='CocoDataset',
+        data_root=data_root,
+        ann_file='annotations/instances_train.json',
+        data_prefix=dict(img='images/train/'),
+        metainfo=metainfo,
+        filter_cfg=dict(filter_empty_gt=True),
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+            dict(type='RandomFlip', prob=[0.25, 0.25, 0.25],
+                 direction=['horizontal', 'vertical', 'diagonal']),
+            dict(type='PackDetInputs'),
+        ]))
+val_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        type='CocoDataset',
+        data_root=data_root,
+        ann_file='annotations/instances_val.json',
+        data_prefix=dict(img='images/val/'),
+        metainfo=metainfo,
+        test_mode=True,
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='Resize', scale=(160, 160), keep_ratio=True),
+            dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+            dict(type='PackDetInputs',
+                 meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+        ]))
+test_dataloader = val_dataloader
+val_evaluator = dict(type='CocoMetric', ann_file=data_root + 'annotations/instances_val.json',
+                     metric=['bbox', 'segm'])
+test_evaluator = val_evaluator
+
+max_epochs = 6
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=2)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
+    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
+    clip_grad=dict(max_norm=10.0, norm_type=2))
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type='CosineAnnealingLR', by_epoch=True, begin=0, end=max_epochs, T_max=max_epochs,
+         eta_min=1e-5, convert_to_iter_based=True),
+]
+auto_scale_lr = dict(enable=False, base_batch_size=4)
+
+default_hooks = dict(
+    logger=dict(interval=20),
+    checkpoint=dict(max_keep_ckpts=2))
+randomness = dict(seed=0)

@@ -1,0 +1,49 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Trains the model of a config of mmdet, mmseg, mmdet3d or mmpretrain.
+
+python tools/train.py configs/quick_start/<name>.py
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Optional
+
+from mmengine.runner import Runner
+
+from mmdcnv4.engine import runtime
+from mmdcnv4.engine.preflight import explain
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description='Train a model.')
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--resume', nargs='?', const='auto', metavar='CHECKPOINT',
+                        help='continue from a checkpoint; without a path from the newest in the '
+                        'work directory')
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision')
+    parser.add_argument('--auto-scale-lr', action='store_true',
+                        help='scale the learning rate with the total batch size')
+    runtime.add_common_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> Runner:
+    """Trains; returns the runner, for programs that build on this one."""
+    args = parse_args(argv)
+    with explain(debug=args.debug):
+        cfg = runtime.load_config(args)
+    with explain(cfg, args.debug):
+        if args.amp:
+            runtime.apply_amp(cfg)
+        if args.auto_scale_lr:
+            runtime.apply_auto_scale_lr(cfg)
+        runtime.apply_resume(cfg, args.resume)
+        runner = runtime.build_runner(cfg, splits=('train', 'val'))
+        runner.train()
+    return runner
+
+
+if __name__ == '__main__':
+    main()
