@@ -9,25 +9,42 @@ Environment variables:
     MMDCNV4_SANITIZE=1    AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`).
     TORCH_CUDA_ARCH_LIST, MAX_JOBS: as for every torch extension.
 
-Without torch or a working C++ compiler the package installs without kernels and says so.
+Without torch or a working C++ compiler the package installs without kernels and says so. Under
+build isolation the torch of the environment that asked for the build is used, not a fresh download:
+kernels work only with the torch they were built against.
 """
 
+import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
+# 'undefined' alone does not look at conversions of NaN and large floats to integers
+SANITIZERS = '-fsanitize=address,undefined,float-cast-overflow'
 
 
 def warn(message: str) -> None:
     """One clear line in pip's output (pip shows it with -v, and always when the build fails)."""
     print(f'\n*** mmdcnv4: {message} ***\n', file=sys.stderr, flush=True)
+
+
+def torch_problem() -> str:
+    """Makes torch importable, also from an isolated build; returns why that failed, or ''."""
+    if importlib.util.find_spec('torch') is None:
+        sys.path.append(sysconfig.get_paths()['purelib'])
+    try:
+        import torch.utils.cpp_extension  # noqa: F401
+    except ImportError as error:
+        return f'torch cannot be imported while building ({error})'
+    return ''
 
 
 def compiler_problem() -> str:
@@ -42,7 +59,6 @@ def compiler_problem() -> str:
         source.write_text('#include <Python.h>\n#include <vector>\n'
                           'template <class T> int f() { if constexpr (sizeof(T) > 1) return 1; '
                           'else return 0; }\nint main() { return f<std::vector<int>>(); }\n')
-        import sysconfig
         command = [*compiler, '-std=c++17', '-I', sysconfig.get_paths()['include'], '-c',
                    str(source), '-o', str(Path(folder, 'probe.o'))]
         result = subprocess.run(command, capture_output=True, text=True)
@@ -71,7 +87,7 @@ def cpu_flags() -> list:
     if os.name == 'nt':
         return ['/O2', '/std:c++17', '/DMMDCNV4_COMPILER="msvc"']
     # floor and comparisons keep their IEEE meaning; only errno and traps are given up
-    flags = ['-O3', '-fno-math-errno', '-fno-trapping-math', '-Wall', '-Wextra',
+    flags = ['-O3', '-g0', '-fno-math-errno', '-fno-trapping-math', '-Wall', '-Wextra',
              '-Wno-unused-parameter', '-Wno-unknown-pragmas', '-fvisibility=hidden',
              '-DMMDCNV4_COMPILER="' + platform.python_compiler().split('[')[0].strip() + '"']
     if platform.machine().lower() in ('x86_64', 'amd64'):
@@ -81,8 +97,7 @@ def cpu_flags() -> list:
         # whose own OpenMP runtime the dynamic linker finds.
         flags.append('-fopenmp')
     if os.environ.get('MMDCNV4_SANITIZE') == '1':
-        flags += ['-fsanitize=address,undefined', '-fno-sanitize-recover=undefined',
-                  '-fno-omit-frame-pointer', '-g', '-O1']
+        flags += [SANITIZERS, '-fno-sanitize-recover=all', '-fno-omit-frame-pointer', '-g', '-O1']
     return flags
 
 
@@ -90,16 +105,12 @@ def make_extension() -> dict:
     """Keyword arguments for `setup`: the extension, or nothing with a warning."""
     if os.environ.get('MMDCNV4_NATIVE') == '0':
         return {}
-    problem = compiler_problem()
-    if not problem:
-        try:
-            from torch.utils import cpp_extension
-        except ImportError as error:
-            problem = f'torch cannot be imported while building ({error})'
+    problem = compiler_problem() or torch_problem()
     if problem:
         warn(f'{problem}; installing WITHOUT compiled kernels: dcnv4 will take the slow PyTorch '
              'path. Install a compiler and torch, then `pip install --no-build-isolation .`')
         return {}
+    from torch.utils import cpp_extension
     with_cuda = cuda_wanted()
     sources = ['csrc/library.cpp', 'csrc/dcnv4_check.cpp']
     sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'csrc/cpu').glob('*.cpp'))
@@ -110,11 +121,9 @@ def make_extension() -> dict:
         sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'csrc/cuda').glob('*.cu'))
         arguments['cxx'].append('-DMMDCNV4_WITH_CUDA=1')
         arguments['nvcc'] = ['-O3', '-lineinfo', '--expt-relaxed-constexpr']
-    links = ['-fsanitize=address,undefined'] if os.environ.get('MMDCNV4_SANITIZE') == '1' else []
+    links = [SANITIZERS] if os.environ.get('MMDCNV4_SANITIZE') == '1' else []
     extension = kind('mmdcnv4._C', sources, extra_compile_args=arguments, extra_link_args=links)
-    return dict(ext_modules=[extension],
-                cmdclass=dict(build_ext=cpp_extension.BuildExtension.with_options(
-                    no_python_abi_suffix=False)))
+    return dict(ext_modules=[extension], cmdclass=dict(build_ext=cpp_extension.BuildExtension))
 
 
 setup(**make_extension())

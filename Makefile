@@ -1,0 +1,58 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both do the set-up they need, once.
+# Every line can also be typed by hand.
+
+# The tested Python is 3.11.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+# A folder of prebuilt wheels beside the clone saves the 12 minutes in which mmcv compiles.
+WHEELS ?= ../shared/wheels
+export PIP_FIND_LINKS := $(strip $(PIP_FIND_LINKS) $(abspath $(wildcard $(WHEELS))))
+# A backend for pictures that needs no screen.
+export MPLBACKEND ?= Agg
+
+NATIVE_SOURCES := $(shell find csrc -type f -not -name '*.md') setup.py pyproject.toml \
+                  mmdcnv4/version.py
+
+.PHONY: help setup build test demo lint format bench sanitize clean
+help:
+	@echo 'make demo      set up, train the quick start on the CPU, draw its pictures'
+	@echo 'make test      set up, run every test'
+	@echo 'make bench     time the operator on this machine'
+	@echo 'make sanitize  hostile inputs under AddressSanitizer and UBSan'
+	@echo 'make lint      ruff and mypy'
+	@echo 'make build     compile the extension after a change in csrc/'
+
+$(VENV)/.installed: tools/setup_venv.sh $(wildcard requirements/*.txt)
+	bash tools/setup_venv.sh $(PYTHON) $(VENV)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+setup: $(VENV)/.built
+
+build: $(VENV)/.built
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: $(VENV)/.built
+	$(BIN)/python tools/demo/quick_start.py
+
+bench: $(VENV)/.built
+	$(BIN)/python tools/benchmark_op.py
+
+sanitize: $(VENV)/.built
+	bash tools/sanitize.sh $(BIN)/python
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/mypy mmdcnv4/ops
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build .build *.egg-info mmdcnv4/_C*.so $(VENV)/.built

@@ -1,0 +1,80 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Installing without a compiler gives a working package, and the source archive is complete."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# An editable install of this repository would lend its _C to the package under test.
+USE_WITHOUT_KERNELS = """
+import sys
+import warnings
+import torch
+sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    from mmdcnv4.ops import dcnv4
+    value, offset_mask = torch.ones(2, 3, 5, 4), torch.zeros(2, 3, 5, 32)
+    offset_mask[..., 18 + 4] = 1  # the middle tap of the only group
+    for _ in range(3):
+        out = dcnv4(value, offset_mask, kernel_size=3, groups=1, padding=1)
+ours = [str(w.message) for w in caught if 'mmdcnv4' in str(w.message)]
+assert torch.equal(out, value), out
+assert len(ours) == 1 and 'compiler' in ours[0] and 'pip install' in ours[0], ours
+"""
+
+
+def run(*command, **environment):
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment},
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope='module')
+def wheel_without_compiler(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('wheel')
+    log = run(sys.executable, 'setup.py', 'build', '--build-base', str(folder / 'build'),
+              'bdist_wheel', '--dist-dir', str(folder), CXX='no-such-compiler')
+    return next(folder.glob('*.whl')), log
+
+
+def test_install_without_compiler_says_so(wheel_without_compiler):
+    wheel, log = wheel_without_compiler
+    assert 'no C++ compiler was found (no-such-compiler)' in log
+    assert 'WITHOUT compiled kernels' in log
+    names = zipfile.ZipFile(wheel).namelist()
+    assert 'mmdcnv4/ops/reference.py' in names
+    assert not any(name.endswith(('.so', '.pyd')) for name in names)
+
+
+def test_package_without_kernels_works_with_one_warning(wheel_without_compiler, tmp_path):
+    zipfile.ZipFile(wheel_without_compiler[0]).extractall(tmp_path)
+    result = subprocess.run([sys.executable, '-c', USE_WITHOUT_KERNELS], cwd=tmp_path,
+                            env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_source_archive_holds_the_kernels(tmp_path):
+    run(sys.executable, 'setup.py', 'egg_info', '--egg-base', str(tmp_path), 'sdist',
+        '--dist-dir', str(tmp_path), MMDCNV4_NATIVE='0')
+    names = tarfile.open(next(tmp_path.glob('*.tar.gz'))).getnames()
+    held = {'/'.join(name.split('/')[1:]) for name in names}
+    tracked = run('git', 'ls-files', 'csrc', 'configs', 'mmdcnv4').split()
+    missing = [name for name in tracked if name not in held]
+    assert not missing, missing
+
+
+def test_info_reports_kernels_and_registrations():
+    out = run(sys.executable, '-m', 'mmdcnv4.info')
+    for word in ('torch', 'CPU kernels', 'CUDA kernels', 'in use', 'FlashInternImage'):
+        assert word in out, out
