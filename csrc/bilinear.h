@@ -1,12 +1,12 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// bilinear.h — one bilinear sample: its four corners, its weights and their derivatives. Shared by
-// every kernel. No torch headers.
+// bilinear.h — one bilinear sample: its four corners, weights and derivatives. Shared by every
+// kernel. No torch headers.
 //
 // Positions are in pixels, pixel centres on the integers. A corner outside the image counts as
 // zero; its coordinates are clamped, so that it may be loaded, and its weight is zero.
-// Positions are clamped before they become integers: NaN, infinity and 1e9 are defined, and outside.
+// Positions are clamped before they become integers: NaN, infinity and 1e9 are defined: outside.
 #pragma once
 
 #include <cstdint>

@@ -15,8 +15,8 @@ constexpr int64_t kMaxSide = int64_t(1) << 30; // pixel coordinates are 32-bit
 void check_pair(at::IntArrayRef pair, const char* name, int64_t minimum) {
   TORCH_CHECK_VALUE(pair.size() == 2, "dcnv4: ", name, " must be a pair (height, width), got ",
               pair.size(), " numbers");
-  TORCH_CHECK_VALUE(pair[0] >= minimum && pair[1] >= minimum, "dcnv4: ", name, " must be >= ", minimum,
-              ", got (", pair[0], ", ", pair[1], ")");
+  TORCH_CHECK_VALUE(pair[0] >= minimum && pair[1] >= minimum, "dcnv4: ", name, " must be >= ",
+                    minimum, ", got (", pair[0], ", ", pair[1], ")");
   TORCH_CHECK_VALUE(pair[0] <= kMaxSide && pair[1] <= kMaxSide, "dcnv4: ", name, " must be <= ",
               kMaxSide, ", got (", pair[0], ", ", pair[1], ")");
 }
@@ -69,8 +69,8 @@ int64_t output_side(int64_t size, int64_t kernel, int64_t stride, int64_t pad, i
 Dcnv4Params check_dcnv4(const at::Tensor& value, const at::Tensor& offset_mask, MMDCNV4_SCALARS) {
   check_geometry(MMDCNV4_SCALAR_NAMES);
   check_dtypes(value, offset_mask);
-  TORCH_CHECK_VALUE(value.dim() == 4, "dcnv4: value must have 4 dimensions (N, H, W, C), got shape ",
-                    value.sizes());
+  TORCH_CHECK_VALUE(value.dim() == 4, "dcnv4: value must have 4 dimensions (N, H, W, C), got ",
+                    "shape ", value.sizes());
   TORCH_CHECK_VALUE(value.size(1) > 0 && value.size(2) > 0,
                     "dcnv4: value must have at least one pixel, got shape ", value.sizes());
   TORCH_CHECK_VALUE(value.size(1) <= kMaxSide && value.size(2) <= kMaxSide,

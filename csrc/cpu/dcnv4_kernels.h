@@ -1,8 +1,8 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// dcnv4_kernels.h — the CPU kernels as plain functions on pointers, one table per instruction set.
-// No torch headers: the kernels can be built and tested alone.
+// dcnv4_kernels.h — the CPU kernels as plain functions on pointers, one table per instruction
+// set. No torch headers: the kernels can be built and tested alone.
 #pragma once
 
 #include "../dcnv4_params.h"

@@ -1,8 +1,8 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// kernel_includes.h — all that the kernels include. It comes before any instruction set is chosen,
-// so that these headers are compiled for every processor of the platform.
+// kernel_includes.h — all that the kernels include. It comes before any instruction set is
+// chosen, so that these headers are compiled for every processor of the platform.
 #pragma once
 
 #include <cmath>

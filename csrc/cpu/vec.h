@@ -11,7 +11,8 @@
 template <typename T, int kLanes>
 struct Vec {
 #if defined(__GNUC__)
-  typedef T Register __attribute__((vector_size(kLanes * sizeof(T)), aligned(sizeof(T)), may_alias));
+  typedef T Register
+      __attribute__((vector_size(kLanes * sizeof(T)), aligned(sizeof(T)), may_alias));
   Register r;
 
   static MMDCNV4_HD Vec load(const T* from) { return {*reinterpret_cast<const Register*>(from)}; }
