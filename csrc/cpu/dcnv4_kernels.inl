@@ -52,7 +52,7 @@ class TapBlock {
     return (position * groups + group) * points;
   }
 
-  T* grid_x() { return numbers_; } // resting grid, scaled, relative to the first position
+  T* grid_x() { return numbers_; } // resting grid around the centre of the window
   T* grid_y() { return numbers_ + size; }
   T* offset_x() { return numbers_ + 2 * size; } // dx, as given
   T* offset_y() { return numbers_ + 3 * size; }
@@ -61,13 +61,14 @@ class TapBlock {
   T* fx() { return numbers_ + 9 * size; }
   T* fy() { return numbers_ + 10 * size; }
   T* dot(int corner) { return numbers_ + (11 + corner) * size; } // <grad_output, corner>
+  T* column() { return numbers_ + 15 * size; } // window centre, from that of the first position
   Index* corner(int corner) { return indices_ + corner * size; } // element offset in image
   int32_t* inside() { return flags_; }
   int32_t* present(int corner) { return flags_ + (1 + corner) * size; }
   void clear_dots() { std::memset(dot(0), 0, 4 * size * sizeof(T)); }
 
  private:
-  static constexpr int64_t kNumbers = 15, kIndices = 4, kFlags = 5; // arrays of each type
+  static constexpr int64_t kNumbers = 16, kIndices = 4, kFlags = 5; // arrays of each type
   static constexpr int64_t kBytesPerLane =
       kNumbers * sizeof(T) + kIndices * sizeof(Index) + kFlags * sizeof(int32_t);
   static constexpr int64_t kPad = 16;           // lanes of the widest vector of floats
@@ -82,14 +83,13 @@ class TapBlock {
   }
 
   void fill_grid(const Dcnv4Params& p) {
-    const T scale = T(p.offset_scale);
     for_each_tap(p, [&](int32_t k, int32_t i, int32_t j) {
-      for (int64_t column = 0; column < positions; ++column) {
+      for (int64_t position = 0; position < positions; ++position) {
         for (int64_t g = 0; g < groups; ++g) {
-          const int64_t s = lane(column, g) + k;
-          grid_x()[s] = T(column * p.stride_w) +
-                        T(int64_t(i) * p.dilation_w - p.center_w()) * scale;
-          grid_y()[s] = T(int64_t(j) * p.dilation_h - p.center_h()) * scale;
+          const int64_t s = lane(position, g) + k;
+          column()[s] = T(position * p.stride_w);
+          grid_x()[s] = T(int64_t(i) * p.dilation_w - p.center_w());
+          grid_y()[s] = T(int64_t(j) * p.dilation_h - p.center_h());
         }
       }
     });
@@ -143,7 +143,7 @@ void compute_taps(const Dcnv4Params& p, T base_x, T base_y, TapBlock<T, Index>& 
   const T scale = T(p.offset_scale);
   const int32_t height = int32_t(p.height), width = int32_t(p.width);
   const Index channels = Index(p.channels()), line = Index(p.width) * channels;
-  const T *grid_x = taps.grid_x(), *grid_y = taps.grid_y();
+  const T *grid_x = taps.grid_x(), *grid_y = taps.grid_y(), *column = taps.column();
   const T *dx = taps.offset_x(), *dy = taps.offset_y(), *mask = taps.mask();
   T *w00 = taps.weight(0), *w01 = taps.weight(1), *w10 = taps.weight(2), *w11 = taps.weight(3);
   Index *o00 = taps.corner(0), *o01 = taps.corner(1), *o10 = taps.corner(2), *o11 = taps.corner(3);
@@ -153,8 +153,9 @@ void compute_taps(const Dcnv4Params& p, T base_x, T base_y, TapBlock<T, Index>& 
   const int64_t size = taps.size;
   MMDCNV4_VECTORIZE
   for (int64_t s = 0; s < size; ++s) {
-    const Bilinear<T> b = make_bilinear(base_x + (grid_x[s] + dx[s] * scale),
-                                        base_y + (grid_y[s] + dy[s] * scale), height, width);
+    // base + column is exact: a position does not depend on how the outputs are cut into blocks
+    const Bilinear<T> b = make_bilinear((base_x + column[s]) + (grid_x[s] + dx[s]) * scale,
+                                        base_y + (grid_y[s] + dy[s]) * scale, height, width);
     const T top = mask[s] * b.wy0, bottom = mask[s] * b.wy1;
     w00[s] = top * b.wx0;
     w01[s] = top * b.wx1;
