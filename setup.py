@@ -69,8 +69,8 @@ def compiler_problem() -> str:
 
 def cuda_wanted() -> bool:
     """Whether to compile csrc/cuda: by toolkit and choice, never by the GPUs of this machine."""
-    from torch.utils.cpp_extension import CUDA_HOME
     import torch
+    from torch.utils.cpp_extension import CUDA_HOME
     sources = list((ROOT / 'csrc' / 'cuda').glob('*.cu'))
     choice = os.environ.get('MMDCNV4_CUDA', os.environ.get('FORCE_CUDA', ''))
     if choice == '0' or not sources:

@@ -67,7 +67,8 @@ def test_package_without_kernels_works_with_one_warning(wheel_without_compiler, 
 def test_source_archive_holds_the_kernels(tmp_path):
     run(sys.executable, 'setup.py', 'egg_info', '--egg-base', str(tmp_path), 'sdist',
         '--dist-dir', str(tmp_path), MMDCNV4_NATIVE='0')
-    names = tarfile.open(next(tmp_path.glob('*.tar.gz'))).getnames()
+    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as archive:
+        names = archive.getnames()
     held = {'/'.join(name.split('/')[1:]) for name in names}
     tracked = run('git', 'ls-files', 'csrc', 'configs', 'mmdcnv4').split()
     missing = [name for name in tracked if name not in held]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import _extension
 from ._library import cast_to_autocast, is_autocast_on
-from .contract import FLOAT_DTYPES, HALF_DTYPES, IntOrPair, check_tensors, make_geometry
-from .reference import dcnv4_reference
+from .contract import FLOAT_DTYPES, HALF_DTYPES, IntOrPair, check_tensors, check_types, make_geometry
+from .reference import evaluate_reference
 
 Backend = Literal['auto', 'native', 'pytorch']
 _BACKENDS = ('auto', 'native', 'pytorch')
@@ -137,16 +137,16 @@ def dcnv4(value: Tensor, offset_mask: Tensor, *, kernel_size: IntOrPair, groups:
         >>> dcnv4(value, offset_mask, kernel_size=3, groups=4, padding=1).shape
         torch.Size([2, 14, 14, 64])
     """
-    options = dict(kernel_size=kernel_size, groups=groups, stride=stride, padding=padding,
-                   dilation=dilation, offset_scale=offset_scale, remove_center=remove_center,
-                   softmax=softmax)
+    geometry = make_geometry(kernel_size=kernel_size, groups=groups, stride=stride,
+                             padding=padding, dilation=dilation, offset_scale=offset_scale,
+                             remove_center=remove_center, softmax=softmax)
+    check_types(value, offset_mask)
     chosen = _choose(backend, value.device)
     if is_autocast_on(value.device.type):
         value, offset_mask = cast_to_autocast(value, offset_mask)
     offset_mask = _widen_offset_mask(value, offset_mask)
     if chosen == 'pytorch':
-        return dcnv4_reference(value, offset_mask, **options)
-    geometry = make_geometry(**options)
+        return evaluate_reference(value, offset_mask, geometry)
     check_tensors(value, offset_mask, geometry)
     return torch.ops.mmdcnv4.dcnv4(value, offset_mask, geometry.kernel_size, geometry.groups,
                                    geometry.stride, geometry.padding, geometry.dilation,

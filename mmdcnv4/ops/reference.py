@@ -29,6 +29,23 @@ def dcnv4_reference(value: Tensor, offset_mask: Tensor, *, kernel_size: IntOrPai
     geometry = make_geometry(kernel_size=kernel_size, groups=groups, stride=stride,
                              padding=padding, dilation=dilation, offset_scale=offset_scale,
                              remove_center=remove_center, softmax=softmax)
+    return evaluate_reference(value, offset_mask, geometry)
+
+
+def evaluate_reference(value: Tensor, offset_mask: Tensor, geometry: Geometry) -> Tensor:
+    """`dcnv4_reference` with its scalars already checked.
+
+    Args:
+        value: (N, H, W, C).
+        offset_mask: (N, Ho, Wo, P).
+        geometry: of the call.
+
+    Returns:
+        (N, Ho, Wo, C).
+
+    Raises:
+        TypeError, ValueError: the tensors do not fit the geometry.
+    """
     out_h, out_w = check_tensors(value, offset_mask, geometry)
     if value.dtype in HALF_DTYPES:
         return _evaluate(value.float(), offset_mask.float(), geometry, out_h,
@@ -73,13 +90,14 @@ def sampling_positions(offset: Tensor, geometry: Geometry, out_h: int,
     Returns:
         x and y, each (N, Ho, Wo, G, K).
     """
-    options = dict(dtype=offset.dtype, device=offset.device)
     center_y, center_x = geometry.center
-    taps = torch.tensor(geometry.taps(), **options)  # (K, 2) in (y, x)
+    taps = offset.new_tensor(geometry.taps())  # (K, 2) in (y, x)
+    rows = torch.arange(out_h, dtype=offset.dtype, device=offset.device)
+    columns = torch.arange(out_w, dtype=offset.dtype, device=offset.device)
     tap_y = taps[:, 0] * geometry.dilation[0] - center_y
     tap_x = taps[:, 1] * geometry.dilation[1] - center_x
-    base_y = torch.arange(out_h, **options) * geometry.stride[0] - geometry.padding[0] + center_y
-    base_x = torch.arange(out_w, **options) * geometry.stride[1] - geometry.padding[1] + center_x
+    base_y = rows * geometry.stride[0] - geometry.padding[0] + center_y
+    base_x = columns * geometry.stride[1] - geometry.padding[1] + center_x
     x = base_x[:, None, None] + (tap_x + offset[..., 0]) * geometry.offset_scale
     y = base_y[:, None, None, None] + (tap_y + offset[..., 1]) * geometry.offset_scale
     return x, y
