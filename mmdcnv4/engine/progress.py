@@ -115,10 +115,12 @@ class ProgressBarHook(Hook):
             self._progress.advance(self._task)
 
     def _after_evaluation(self) -> None:
-        if self._progress is not None:
+        if self._progress is None:
+            return
+        if self._train_task is None:
+            self._stop()
+        else:
             self._progress.remove_task(self._task)
-            if self._train_task is None:
-                self._stop()
 
     def before_val_epoch(self, runner: Any) -> None:
         """Opens a second bar below that of the training."""
@@ -143,7 +145,7 @@ class ProgressBarHook(Hook):
         self._after_evaluation_iter()
 
     def after_test_epoch(self, runner: Any, metrics: Optional[dict] = None) -> None:
-        """Takes the bar of a test away."""
+        """Closes the bar of a test."""
         self._after_evaluation()
 
     def after_run(self, runner: Any) -> None:

@@ -1,0 +1,68 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""The full-size detector on real photographs: an epoch of training, a test, pictures."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from tool_runner import REPOSITORY, TOOLS, run_command
+
+CONFIG = (REPOSITORY / 'configs/flash_intern_image'
+          / 'mask-rcnn_flash-intern-image-t_fpn_8xb2-1x_coco.py')
+SHARED = Path(os.environ.get('MMDCNV4_SHARED', REPOSITORY.parent / 'shared'))
+SAMPLE = SHARED / 'data/coco_sample'
+NAMES = ['000000142238.jpg', '000000439180.jpg']
+
+needs_sample = pytest.mark.skipif(
+    not SAMPLE.is_dir(), reason=f'{SAMPLE} does not exist (set MMDCNV4_SHARED)')
+
+
+def options() -> list[str]:
+    """The sample as training and as test data, one image at a time, at a quarter of the size."""
+    annotations = f'{SAMPLE}/annotations/instances_val2017.json'
+    entries = ['model.backbone.init_cfg=None', 'train_cfg.max_epochs=1',
+               'model.test_cfg.rcnn.score_thr=0.0',  # an untrained model is sure of nothing
+               'default_hooks.logger.interval=1', 'train_dataloader.batch_size=1',
+               'train_dataloader.dataset.pipeline.2.scale=(333,200)']
+    for loader in ('train', 'val', 'test'):
+        dataset = f'{loader}_dataloader.dataset'
+        entries += [f'{dataset}.data_root={SAMPLE}/', f'{dataset}.ann_file={annotations}',
+                    f'{dataset}.data_prefix.img=images/', f'{loader}_dataloader.num_workers=0',
+                    f'{loader}_dataloader.persistent_workers=False']
+        if loader != 'train':
+            entries += [f'{dataset}.pipeline.1.scale=(333,200)',
+                        f'{loader}_evaluator.ann_file={annotations}']
+    return ['--cfg-options', *entries]
+
+
+@needs_sample
+def test_an_epoch_and_a_test_on_photographs(tmp_path: Path) -> None:
+    output = run_command('python', TOOLS / 'train.py', CONFIG, '--work-dir', tmp_path / 'work',
+                         *options())
+    losses = [float(loss) for loss in re.findall(r' loss: ([\d.naif]+)', output)]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    assert 'coco/segm_mAP' in output
+    checkpoint = tmp_path / 'work/epoch_1.pth'
+
+    output = run_command('python', TOOLS / 'test.py', CONFIG, checkpoint, '--work-dir',
+                         tmp_path / 'test', '--show-dir', tmp_path / 'shown', '--out',
+                         tmp_path / 'out.pkl', *options())
+    assert 'coco/bbox_mAP' in output
+    results = pickle.loads((tmp_path / 'out.pkl').read_bytes())
+    assert [Path(result['img_path']).name for result in results] == NAMES
+
+    run_command('python', TOOLS / 'demo/image_demo.py', SAMPLE / 'images', CONFIG, checkpoint,
+                '--out-dir', tmp_path / 'demo', '--score-thr', 0.01, '--device', 'cpu',
+                *options())
+    for name in NAMES:
+        original = cv2.imread(str(SAMPLE / 'images' / name))
+        for folder in ('shown', 'demo'):
+            assert cv2.imread(str(tmp_path / folder / name)) is not None, (folder, name)
+        assert not np.array_equal(cv2.imread(str(tmp_path / 'demo' / name)), original)
