@@ -24,6 +24,8 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 # A kernel axis larger than this is a mistake in the call, and would overflow the 32-bit tap index.
 MAX_KERNEL = 1024
+# Pixel coordinates are 32-bit in the kernels.
+MAX_SIDE = 2**30
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,11 @@ class Geometry:
 
 
 def pair(value: IntOrPair, name: str, minimum: int) -> Pair:
-    """Turns an int or a sequence of two ints into a pair and checks its lower bound.
+    """Turns an int or a sequence of two ints into a pair and checks its bounds.
 
     Raises:
         TypeError: not an int and not a pair of ints.
-        ValueError: an element is below `minimum`.
+        ValueError: an element is below `minimum` or above `MAX_SIDE`.
     """
     items = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(items) != 2 or any(isinstance(item, bool) for item in items):
@@ -84,6 +86,8 @@ def pair(value: IntOrPair, name: str, minimum: int) -> Pair:
                         f'got {value!r}') from None
     if height < minimum or width < minimum:
         raise ValueError(f'dcnv4: {name} must be >= {minimum}, got ({height}, {width})')
+    if height > MAX_SIDE or width > MAX_SIDE:
+        raise ValueError(f'dcnv4: {name} must be <= {MAX_SIDE}, got ({height}, {width})')
     return height, width
 
 
@@ -102,7 +106,11 @@ def make_geometry(*, kernel_size: IntOrPair, groups: int, stride: IntOrPair = 1,
         raise TypeError(f'dcnv4: groups must be an int, got {groups!r}')
     if groups < 1:
         raise ValueError(f'dcnv4: groups must be >= 1, got {groups}')
-    if not math.isfinite(offset_scale):
+    try:
+        is_finite = math.isfinite(offset_scale)
+    except TypeError:
+        raise TypeError(f'dcnv4: offset_scale must be a number, got {offset_scale!r}') from None
+    if not is_finite:
         raise ValueError(f'dcnv4: offset_scale must be finite, got {offset_scale}')
     if remove_center and (kernel_size[0] % 2 == 0 or kernel_size[1] % 2 == 0):
         raise ValueError('dcnv4: remove_center must be False for a kernel_size with an even side, '
@@ -137,6 +145,17 @@ def output_size(height: int, width: int, geometry: Geometry) -> Pair:
     return sizes[0], sizes[1]
 
 
+def check_types(value: Tensor, offset_mask: Tensor) -> None:
+    """Both are tensors.
+
+    Raises:
+        TypeError: one is something else, a NumPy array for instance.
+    """
+    for name, tensor in (('value', value), ('offset_mask', offset_mask)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f'dcnv4: {name} must be a torch.Tensor, got {type(tensor).__name__}')
+
+
 def check_dtypes(value: Tensor, offset_mask: Tensor) -> None:
     """Dtype and device rules.
 
@@ -168,6 +187,7 @@ def check_tensors(value: Tensor, offset_mask: Tensor, geometry: Geometry) -> Pai
     Raises:
         TypeError, ValueError: the message names the argument, the rule and the value.
     """
+    check_types(value, offset_mask)
     check_dtypes(value, offset_mask)
     if value.dim() != 4:
         raise ValueError('dcnv4: value must have 4 dimensions (N, H, W, C), '

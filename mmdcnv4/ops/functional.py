@@ -14,7 +14,14 @@ from torch import Tensor
 
 from . import _extension
 from ._library import cast_to_autocast, is_autocast_on
-from .contract import FLOAT_DTYPES, HALF_DTYPES, IntOrPair, check_tensors, check_types, make_geometry
+from .contract import (
+    FLOAT_DTYPES,
+    HALF_DTYPES,
+    IntOrPair,
+    check_tensors,
+    check_types,
+    make_geometry,
+)
 from .reference import evaluate_reference
 
 Backend = Literal['auto', 'native', 'pytorch']
