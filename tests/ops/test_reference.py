@@ -195,7 +195,7 @@ def test_mmcv_modulated_deform_conv(name):
 @pytest.mark.parametrize('name, fast_mode', [('3x3-strided', False), ('3x5-ring', True),
                                              ('2x4', True), ('3x3-softmax', True)])
 def test_gradcheck(name, fast_mode):
-    inputs = make_inputs(2, 4, 5, 2, groups=2, **GEOMETRIES[name])
+    inputs = make_inputs(2, 5, 5, 2, groups=2, **GEOMETRIES[name])
     assert torch.autograd.gradcheck(
         lambda *tensors: dcnv4_reference(*tensors, groups=2, **GEOMETRIES[name]),
         tuple(inputs.leaves(torch.float64, torch.float64)), fast_mode=fast_mode)
