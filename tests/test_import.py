@@ -1,0 +1,92 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""What importing the package needs and does, each time in a fresh process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+HIDE = """
+import sys, warnings
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith({prefixes!r}) and name not in {but!r}:
+            raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
+sys.meta_path.insert(0, Hide())
+"""
+CALL = """
+import torch
+from mmdcnv4.ops import dcnv4
+value, offset_mask = torch.randn(1, 4, 5, 6), torch.randn(1, 4, 5, 56)
+def call(**options):
+    return dcnv4(value, offset_mask, kernel_size=3, groups=2, padding=1, **options)
+"""
+
+
+def run(code):
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT,
+                            timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_ops_need_torch_alone():
+    """Every package whose name begins with mm is hidden, but this one."""
+    hide = HIDE.format(prefixes=('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'), but=())
+    run(hide + CALL + 'assert call().shape == (1, 4, 5, 6)\n'
+        'assert not [name for name in sys.modules if name.startswith(("mmcv", "mmengine"))]')
+
+
+def test_importing_the_package_imports_no_task_library():
+    run('import sys, mmdcnv4\n'
+        'assert mmdcnv4.__version__\n'
+        'loaded = {name.split(".")[0] for name in sys.modules}\n'
+        'assert not loaded & {"mmdet", "mmseg", "mmdet3d", "mmpretrain"}, loaded')
+
+
+def test_without_kernels_one_warning_and_the_same_values():
+    run(HIDE.format(prefixes=('mmdcnv4._C',), but=()) + """
+with warnings.catch_warnings(record=True) as at_import:
+    warnings.simplefilter('always')
+    import mmdcnv4.ops
+assert not [w for w in at_import if 'mmdcnv4' in str(w.message)], at_import
+""" + CALL + """
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    value.requires_grad_()
+    out = call()
+    call().sum().backward()
+assert [w.category for w in caught] == [RuntimeWarning], caught
+message = str(caught[0].message)
+assert 'without compiled kernels' in message and 'pip install --no-build-isolation .' in message
+assert torch.equal(out, call(backend='pytorch')) and value.grad is not None
+try:
+    call(backend='native')
+except NotImplementedError as error:
+    assert 'without compiled kernels' in str(error)
+else:
+    raise AssertionError('backend="native" must fail without kernels')
+""")
+
+
+def test_kernels_of_another_torch_are_reported(tmp_path):
+    """A `_C` that the dynamic linker refuses: the package works and the reason is kept."""
+    broken = tmp_path / '_C.py'
+    broken.write_text('raise ImportError("undefined symbol: _ZN3c105ErrorC2E")\n')
+    run(f"""
+import importlib.util, sys, warnings
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == 'mmdcnv4._C':
+            return importlib.util.spec_from_file_location(name, {str(broken)!r})
+sys.meta_path.insert(0, Broken())
+""" + CALL + """
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    assert call().isfinite().all()
+assert 'undefined symbol' in str(caught[0].message), caught
+assert torch.__version__ in str(caught[0].message)
+""")
