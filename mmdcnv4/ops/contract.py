@@ -106,8 +106,8 @@ def make_geometry(*, kernel_size: IntOrPair, groups: int, stride: IntOrPair = 1,
         raise TypeError(f'dcnv4: groups must be an int, got {groups!r}')
     if groups < 1:
         raise ValueError(f'dcnv4: groups must be >= 1, got {groups}')
-    try:
-        is_finite = math.isfinite(offset_scale)
+    try:  # not math.isfinite, which torch.compile cannot trace with a symbolic float
+        is_finite = -math.inf < offset_scale < math.inf
     except TypeError:
         raise TypeError(f'dcnv4: offset_scale must be a number, got {offset_scale!r}') from None
     if not is_finite:
