@@ -32,7 +32,7 @@ BOTH = [
     ('groups', dict(groups=0), ValueError, 'must be >= 1, got 0'),
     ('groups', dict(groups=-2), ValueError, 'must be >= 1, got -2'),
     ('offset_mask', dict(offset_mask=torch.zeros(2, 5, 7, 54)), ValueError,
-     r'must have shape .2, 5, 7, 56. = .N, Ho, Wo, groups \* 3K rounded up to 8., got .2, 5, 7, 54'),
+     r'shape .2, 5, 7, 56. = .N, Ho, Wo, groups \* 3K rounded up to 8., got .2, 5, 7, 54'),
     ('offset_mask', dict(offset_mask=torch.zeros(2, 5, 6, 56)), ValueError, 'must have shape'),
     ('offset_mask', dict(offset_mask=torch.zeros(2, 4, 7, 56)), ValueError, 'must have shape'),
     ('offset_mask', dict(offset_mask=torch.zeros(1, 5, 7, 56)), ValueError, 'must have shape'),
