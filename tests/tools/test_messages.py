@@ -58,7 +58,7 @@ def test_missing_drawn_scenes_say_how_to_draw_them(tmp_path: Path) -> None:
     assert 'python tools/dataset_converters/drawn_scenes.py' in message
 
 
-@pytest.mark.parametrize('content', ['', '{"images": [', '\x00\x01'])
+@pytest.mark.parametrize('content', ['', '{"images": ['])
 def test_corrupt_annotation_file(data: Path, tmp_path: Path, content: str) -> None:
     file = data / 'coco/annotations/instances_train.json'
     file.write_text(content)
@@ -83,9 +83,8 @@ def test_categories_of_another_name(data: Path, tmp_path: Path) -> None:
     assert 'has no image left' in message and 'metainfo.classes' in message
 
 
-@pytest.mark.parametrize('workers', [0, 1])
-@pytest.mark.parametrize('content', [b'', b'\xff\xd8\xff\xe0 no image'])
-def test_corrupt_image(data: Path, tmp_path: Path, workers: int, content: bytes) -> None:
+@pytest.mark.parametrize(('content', 'workers'), [(b'', 0), (b'\xff\xd8\xff\xe0 no image', 1)])
+def test_corrupt_image(data: Path, tmp_path: Path, content: bytes, workers: int) -> None:
     file = data / 'coco/images/train/000003.jpg'
     file.write_bytes(content)
     message = train_message(data, tmp_path / 'work',

@@ -10,6 +10,7 @@ The steps are those of any other project: `tools/dataset_converters/drawn_scenes
 
 import argparse
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from mmdcnv4.datasets.drawn_scenes import CLASSES, PALETTE, write_drawn_scenes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = (REPOSITORY / 'configs/quick_start'
-          / 'mask-rcnn_flash-intern-image-mini_fpn_1xb4-6e_drawn-scenes-160x160.py')
+          / 'mask-rcnn_flash-intern-image-mini_fpn_1xb4-7e_drawn-scenes-160x160.py')
 METRICS = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
 SCORE_THRESHOLD = 0.5  # of the predictions that are drawn
 
@@ -54,7 +55,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def run_tool(name: str, *arguments: str) -> None:
     """Runs a program of `tools/` as a user would; ends this one where that fails."""
     command = [sys.executable, str(REPOSITORY / 'tools' / name), *arguments]
-    code = subprocess.run(command, check=False).returncode
+    quiet = {'PYTHONWARNINGS': 'ignore::UserWarning', **os.environ}  # of other packages
+    code = subprocess.run(command, check=False, env=quiet).returncode
     if code != 0:
         raise SystemExit(code)
 

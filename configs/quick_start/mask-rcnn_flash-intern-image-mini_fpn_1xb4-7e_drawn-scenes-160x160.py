@@ -1,7 +1,7 @@
 # A small FlashInternImage Mask R-CNN, trained from scratch in minutes on two CPU cores.
 # Data: tools/dataset_converters/drawn_scenes.py data/drawn_scenes
-_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_runtime.py']
-custom_imports = dict(imports=['mmdcnv4'], allow_failed_imports=False)
+_base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_runtime.py',
+          '../_base_/plugin.py']
 
 classes = ('disk', 'ring', 'square', 'triangle', 'star')
 width = 64  # of the neck and of the heads
@@ -24,15 +24,15 @@ model = dict(
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=width, finest_scale=28,
                                 roi_layer=dict(sampling_ratio=1)),
-        bbox_head=dict(in_channels=width, fc_out_channels=256, num_classes=len(classes)),
-        mask_roi_extractor=dict(out_channels=width, finest_scale=28,
-                                roi_layer=dict(sampling_ratio=1)),
+        bbox_head=dict(in_channels=width, fc_out_channels=128, num_classes=len(classes)),
+        # masks from the finest map for all objects
+        mask_roi_extractor=dict(out_channels=width, roi_layer=dict(sampling_ratio=1)),
         mask_head=dict(num_convs=2, in_channels=width, conv_out_channels=width,
                        norm_cfg=dict(type='GN', num_groups=8), num_classes=len(classes))),
     # there are at most five objects per image
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=200, max_per_img=100),
-        rcnn=dict(sampler=dict(num=48, pos_fraction=0.5))),
+        rcnn=dict(sampler=dict(num=32, pos_fraction=0.5))),
     test_cfg=dict(
         rpn=dict(nms_pre=200, max_per_img=50),
         rcnn=dict(max_per_img=20)))
@@ -83,14 +83,14 @@ val_evaluator = dict(type='CocoMetric', ann_file=data_root + 'annotations/instan
                      metric=['bbox', 'segm'])
 test_evaluator = val_evaluator
 
-max_epochs = 6
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=2)
+max_epochs = 7
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
     paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
     clip_grad=dict(max_norm=10.0, norm_type=2))
 param_scheduler = [
