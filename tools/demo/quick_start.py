@@ -55,8 +55,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def run_tool(name: str, *arguments: str) -> None:
     """Runs a program of `tools/` as a user would; ends this one where that fails."""
     command = [sys.executable, str(REPOSITORY / 'tools' / name), *arguments]
-    quiet = {'PYTHONWARNINGS': 'ignore::UserWarning', **os.environ}  # of other packages
-    code = subprocess.run(command, check=False, env=quiet).returncode
+    # Threads that sleep while they wait: those that spin lose several times the time as soon as
+    # another program wants a core. And no warnings of other packages.
+    environment = {'OMP_WAIT_POLICY': 'PASSIVE', 'PYTHONWARNINGS': 'ignore::UserWarning',
+                   **os.environ}
+    code = subprocess.run(command, check=False, env=environment).returncode
     if code != 0:
         raise SystemExit(code)
 
@@ -99,12 +102,13 @@ def plot_curves(scalars: Path, out_file: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
     left.plot(losses[:, 0], losses[:, 1], color='tab:blue')
     left.set(xlabel='iteration', ylabel='loss', title='Training loss')
-    left.set_ylim(bottom=0)
-    for (name, points), color in zip(metrics.items(), ('tab:green', 'tab:orange')):
+    left.set_ylim(0, 1.05 * losses[:, 1].max())
+    for (name, points), color, shift in zip(metrics.items(), ('tab:green', 'tab:orange'),
+                                            (8, -16)):
         if not points:
             continue
         right.plot(*zip(*points), marker='o', color=color, label=METRICS[name])
-        right.annotate(f'{points[-1][1]:.3f}', points[-1], xytext=(-4, 8), ha='right',
+        right.annotate(f'{points[-1][1]:.3f}', points[-1], xytext=(0, shift), ha='right',
                        textcoords='offset points', color=color)
     right.set(xlabel='iteration', ylabel='AP, IoU 0.50 to 0.95', ylim=(0, 1),
               title='Average precision on the held-out split')
@@ -114,6 +118,25 @@ def plot_curves(scalars: Path, out_file: Path) -> None:
         axes.grid(alpha=0.3)
     figure.savefig(out_file, dpi=120)
     plt.close(figure)
+
+
+def place_label(box: Sequence[float], text: str, size: int,
+                taken: list[tuple[float, float, float]]) -> tuple[float, float]:
+    """Where the lower left corner of a label goes: above its box, or the next free line below.
+
+    Args:
+        box: x, y, w, h.
+        text: the label; a letter is about 5 pixels wide, a line 9 high.
+        size: side of the image.
+        taken: (left, right, bottom) of the labels placed so far; the new one is added.
+    """
+    left = min(max(box[0], 1), size - 5 * len(text))
+    right, bottom = left + 5 * len(text), max(box[1] - 2, 9)
+    while any(left < end and right > start and abs(bottom - line) < 9
+              for start, end, line in taken):
+        bottom += 3
+    taken.append((left, right, bottom))
+    return left, bottom
 
 
 def draw_panel(axes: Any, image: np.ndarray, objects: Sequence[dict], title: str) -> None:
@@ -127,19 +150,20 @@ def draw_panel(axes: Any, image: np.ndarray, objects: Sequence[dict], title: str
     """
     height, width = image.shape[:2]
     shown = image.astype(float)
+    taken: list[tuple[float, float, float]] = []
     for item in objects:
-        shown[item['mask']] = 0.45 * shown[item['mask']] + 0.55 * np.array(PALETTE[item['label']])
+        shown[item['mask']] = 0.6 * shown[item['mask']] + 0.4 * np.array(PALETTE[item['label']])
     axes.imshow(shown.astype(np.uint8), interpolation='nearest')
     for item in objects:
         x, y, w, h = item['bbox']
         color = np.array(PALETTE[item['label']]) / 255
+        axes.contour(item['mask'], [0.5], colors=[color], linewidths=2.0)
         axes.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, fill=False, edgecolor=color,
-                                 linewidth=1.4))
+                                 linewidth=1.0, linestyle='--'))
         text = CLASSES[item['label']]
         if 'score' in item:
             text += f' {item["score"]:.2f}'
-        # above the box, or inside it at the upper border; never over the left or right border
-        axes.text(min(max(x, 1), width - 5 * len(text)), max(y - 2, 9), text, fontsize=8.5,
+        axes.text(*place_label(item['bbox'], text, width, taken), text, fontsize=8.5,
                   color='white', va='bottom',
                   bbox=dict(facecolor=0.75 * color, edgecolor='none', pad=1.0))
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
@@ -168,6 +192,7 @@ def draw_contact_sheet(data: Path, predictions: dict[str, list[dict]], out_file:
     """The first images of the held-out split: annotation and, beside it, prediction."""
     coco = COCO(str(data / 'coco/annotations/instances_val.json'))
     records = coco.loadImgs(sorted(coco.getImgIds())[:rows * pairs])
+    rows = -(-len(records) // pairs)
     figure, grid = plt.subplots(rows, 2 * pairs, figsize=(5.6 * pairs, 3.0 * rows), squeeze=False,
                                 layout='constrained')
     for axes in grid.flat:
