@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Every config: its name, what it inherits, that it builds; and the recipes number by number."""
+"""Every config: its name, what it inherits, that it builds, and how many parameters it has."""
 
 from __future__ import annotations
 
@@ -11,15 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config, DictAction
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.config import DictAction
 from mmengine.structures import InstanceData
-
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / 'configs'
-LEAVES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob('[!_]*/*.py'))
-BASES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob('_base_/**/*.py'))
+from zoo import BASES, CONFIGS, LEAVES, ZOO, build_model, build_optimiser, leaf, read
 
 PART = r'[a-z0-9]+([-.][a-z0-9]+)*'
 # {algorithm}_{components ...}_{devices}xb{images}-{schedule}_{dataset}; `_` between parts
@@ -29,16 +23,54 @@ BASE_NAME = re.compile(rf'{PART}(_{PART})*\.py')
 T_1X = 'flash_intern_image/mask-rcnn_flash-intern-image-t_fpn_8xb2-1x_coco.py'
 R50_DCNV4 = 'dcnv4/mask-rcnn_r50-dcnv4-c3-c5_fpn_8xb2-1x_coco.py'
 
+# Parameters of whole models by the arithmetic of the architecture: blocks, necks, heads.
+EXACT = {
+    'mask-rcnn_flash-intern-image-t_fpn_8xb2-1x': 48_819_696,
+    'mask-rcnn_flash-intern-image-t_fpn_8xb2-3x': 48_819_696,
+    'mask-rcnn_flash-intern-image-s_fpn_8xb2-1x': 68_704_688,
+    'mask-rcnn_flash-intern-image-s_fpn_8xb8-3x': 68_704_688,
+    'mask-rcnn_flash-intern-image-b_fpn_8xb2-1x': 115_234_440,
+    'mask-rcnn_flash-intern-image-b_fpn_16xb4-3x': 115_234_440,
+    'cascade-mask-rcnn_flash-intern-image-l_fpn_8xb2-1x': 277_271_554,
+    'cascade-mask-rcnn_flash-intern-image-l_fpn_16xb4-3x': 277_271_554,
+    # the neck of Mask R-CNN B and the heads of Cascade L
+    'cascade-mask-rcnn_flash-intern-image-b_fpn_8xb2-1x': 94_897_048 + 2_793_472 + 55_379_122,
+    'upernet_flash-intern-image-t': 58_974_252,
+    'upernet_flash-intern-image-s': 79_854_572,
+    'upernet_flash-intern-image-b': 128_374_980,
+    'upernet_flash-intern-image-l': 255_562_876,
+    'image-classifier_flash-intern-image-t': 29_815_528,
+    'image-classifier_flash-intern-image-s': 50_067_496,
+    'image-classifier_flash-intern-image-b': 97_448_960,
+    'image-classifier_flash-intern-image-l': 223_297_080,
+}
+# Known to 10,000 parameters.
+MILLIONS = {
+    'dino-4scale_flash-intern-image-t': 48.63, 'dino-4scale_flash-intern-image-s': 68.81,
+    'dino-4scale_flash-intern-image-b': 115.92, 'dino-4scale_flash-intern-image-l': 241.00,
+    'mask2former_flash-intern-image-t': 48.46, 'mask2former_flash-intern-image-s': 71.55,
+    'mask2former_flash-intern-image-b': 118.08, 'mask2former_flash-intern-image-l': 242.28,
+    # the neck has three stages (C3 to C5) and two more levels; the head is that of R50
+    'retinanet_flash-intern-image-t': 38.90,
+}
+# T has two layer scales per block in dense prediction, and none in the classifier.
+BACKBONE = {'t': 28_651_776, 's': 48_490_176, 'b': 94_897_048, 'l': 218_914_640}
+T_LAYER_SCALE = 2 * (4 * 64 + 4 * 128 + 18 * 256 + 4 * 512)
 
-def read(name):
-    return Config.fromfile(CONFIGS / name)
+
+def parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
-def build_model(cfg):
-    scope = cfg.default_scope
-    pytest.importorskip(f'{scope}.models')
-    with DefaultScope.overwrite_default_scope(scope):
-        return MODELS.build(cfg.model)
+def entries(node):
+    """All keys of a config, at any depth."""
+    if isinstance(node, dict):
+        yield from node
+        for value in node.values():
+            yield from entries(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from entries(value)
 
 
 @pytest.mark.parametrize('name', LEAVES)
@@ -72,14 +104,32 @@ def test_name_says_batch_size_and_schedule(name):
 
 @pytest.mark.parametrize('name', LEAVES)
 def test_builds(name):
+    """On the meta device: no memory, no initialisation, all shapes."""
     cfg = read(name)
-    assert cfg.custom_imports.imports == ['mmdcnv4']
-    model = build_model(cfg)
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    assert 'mmdcnv4' in cfg.custom_imports.imports
+    assert '_delete_' not in set(entries(cfg)), 'of a dict inside a deleted one'
+    model = build_model(cfg, 'meta')
+    wrapper = build_optimiser(cfg, model)
     optimised = [p for group in wrapper.optimizer.param_groups for p in group['params']]
     assert len({id(p) for p in optimised}) == len(optimised)
     assert {id(p) for p in model.parameters() if p.requires_grad} <= {id(p) for p in optimised}
+    stem = Path(name).name
+    exact = [count for start, count in EXACT.items() if stem.startswith(start)]
+    millions = [count for start, count in MILLIONS.items() if stem.startswith(start)]
+    assert len(exact) + len(millions) == (name in ZOO), 'every recipe has one count'
+    for count in exact:
+        assert parameters(model) == count
+    for count in millions:
+        assert parameters(model) / 1e6 == pytest.approx(count, abs=0.005)
+    size = re.search('_flash-intern-image-([tsbl])_', name)
+    if name in ZOO and size is not None:
+        extra = T_LAYER_SCALE if size[1] == 't' and 'classifier' not in name else 0
+        assert parameters(model.backbone) == BACKBONE[size[1]] + extra
+
+
+def test_every_count_is_used():
+    for start in (*EXACT, *MILLIONS):
+        assert leaf(start)
 
 
 @pytest.mark.parametrize('name', LEAVES + BASES)
@@ -91,32 +141,6 @@ def test_no_machine_paths(name):
 
 def test_there_are_configs():
     assert T_1X in LEAVES and R50_DCNV4 in LEAVES and '_base_/plugin.py' in BASES
-
-
-def test_t_1x_is_the_published_recipe():
-    cfg = read(T_1X)
-    optim = cfg.optim_wrapper
-    assert optim.type == 'OptimWrapper' and 'clip_grad' not in optim
-    assert dict(optim.optimizer) == dict(type='AdamW', lr=1e-4, betas=(0.9, 0.999),
-                                         weight_decay=0.05)
-    assert optim.constructor == 'CustomLayerDecayOptimizerConstructor'
-    assert dict(optim.paramwise_cfg) == dict(num_layers=30, layer_decay_rate=1.0,
-                                             depths=(4, 4, 18, 4))
-    warm_up, steps = cfg.param_scheduler
-    assert (warm_up.type, warm_up.start_factor, warm_up.end, warm_up.by_epoch) == (
-        'LinearLR', 0.001, 500, False)
-    assert (steps.type, steps.milestones, steps.gamma) == ('MultiStepLR', [8, 11], 0.1)
-    assert cfg.train_cfg.max_epochs == 12
-    assert cfg.train_dataloader.batch_size * 8 == cfg.auto_scale_lr.base_batch_size == 16
-    assert cfg.default_hooks.checkpoint.max_keep_ckpts == 1
-    assert cfg.default_hooks.checkpoint.save_best == 'auto'
-    assert cfg.default_hooks.checkpoint.interval == 1
-    preprocessor = cfg.model.data_preprocessor
-    assert preprocessor.mean == [123.675, 116.28, 103.53] and preprocessor.pad_size_divisor == 32
-    assert preprocessor.std == [58.395, 57.12, 57.375] and preprocessor.bgr_to_rgb
-    transforms = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
-    assert transforms['Resize'].scale == (1333, 800) and transforms['Resize'].keep_ratio
-    assert transforms['RandomFlip'].prob == 0.5
 
 
 def test_t_1x_model():
@@ -170,11 +194,10 @@ def test_a_training_step(name):
     cfg.model.backbone.init_cfg = None
     model = build_model(cfg).train()
     model.init_weights()
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-        before = {key: value.clone() for key, value in model.backbone.named_parameters()}
-        for _ in range(2):
-            logs = model.train_step(make_batch(), wrapper)
+    wrapper = build_optimiser(cfg, model)
+    before = {key: value.clone() for key, value in model.backbone.named_parameters()}
+    for _ in range(2):
+        logs = model.train_step(make_batch(), wrapper)
     assert all(torch.isfinite(value).all() for value in logs.values())
     moved = [key for key, value in model.backbone.named_parameters()
              if 'offset_mask.weight' in key and not torch.equal(value, before[key])]

@@ -8,3 +8,4 @@ flash_intern_image = dict(
     # From scratch: --cfg-options model.backbone.init_cfg=None
     init_cfg=dict(
         type='Pretrained', checkpoint='checkpoints/flash_intern_image_t_1k_224.pth'))
+widths = [64, 128, 256, 512]  # of the feature maps at strides 4, 8, 16, 32

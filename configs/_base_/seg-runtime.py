@@ -1,0 +1,2 @@
+# Runtime of the segmentation recipes: mmseg's.
+_base_ = ['mmseg::_base_/default_runtime.py', './plugin.py']
