@@ -13,8 +13,9 @@ convolution is timed with NCHW and with channels-last input, and the faster one 
 
 GB/s counts every tensor that has to be read or written once; caches may deliver more than memory.
 
-Peak memory is the growth of the resident set (ru_maxrss) during one forward and backward, measured
-in a process per candidate after the inputs exist: output, gradients and everything between them.
+Peak memory is the growth of the largest resident set (VmHWM of Linux; not ru_maxrss, which a
+process inherits from its parent) during one forward and backward, measured in a process per form
+after the inputs exist: output, gradients and everything between them.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ import argparse
 import functools
 import json
 import re
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -162,6 +163,12 @@ def bytes_moved(shape: Shape, name: str) -> int:
     return 2 * value + offset_mask if name == 'forward' else 3 * value + 2 * offset_mask
 
 
+def peak_resident() -> int:
+    """Bytes of the largest resident set that this process has had."""
+    status = Path('/proc/self/status').read_text()
+    return 1024 * int(re.search(r'VmHWM:\s*(\d+) kB', status)[1])
+
+
 def peak_growth(form: str, shape: Shape, device: torch.device) -> int:
     """Bytes by which one forward and backward raise the peak of this process."""
     FORMS[form](*Shape(1, 8, 8, 16, 16).inputs(device), groups=1, **GEOMETRY).sum().backward()
@@ -171,9 +178,9 @@ def peak_growth(form: str, shape: Shape, device: torch.device) -> int:
     inputs = Inputs(*(torch.randn(*shape[:3], size, device=device, requires_grad=True)
                       for size in (shape.channels, packed)))
     grad_output = torch.randn_like(inputs.value)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_resident()
     FORMS[form](*inputs, **shape.geometry).backward(grad_output)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return peak_resident() - before
 
 
 def peaks(shape: Shape) -> dict[str, float]:
@@ -226,7 +233,8 @@ def main() -> None:
     records = [record for shape in args.shapes for threads in args.threads
                for record in time_shape(shape, threads, args.seconds, args.device)]
     print_times(records)
-    memory = {} if args.no_memory or args.device.type != 'cpu' else peaks(Shape.parse(MEMORY_SHAPE))
+    with_memory = not args.no_memory and args.device.type == 'cpu' and sys.platform == 'linux'
+    memory = peaks(Shape.parse(MEMORY_SHAPE)) if with_memory else {}
     if memory:
         print(f'peak memory of forward and backward at {MEMORY_SHAPE}, beside the inputs: '
               + ', '.join(f'{form} {mib:.0f} MiB' for form, mib in memory.items()))
