@@ -17,6 +17,7 @@ kernels work only with the torch they were built against.
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -101,6 +102,38 @@ def cpu_flags() -> list:
     return flags
 
 
+def toolkit_version(cuda_home: str) -> tuple:
+    """(major, minor) of nvcc."""
+    text = subprocess.run([str(Path(cuda_home, 'bin', 'nvcc')), '--version'], capture_output=True,
+                          text=True, check=True).stdout
+    return tuple(int(number) for number in re.search(r'release (\d+)\.(\d+)', text).groups())
+
+
+def default_architectures(toolkit: tuple, torch_version: tuple) -> str:
+    """All that the toolkit compiles for and torch has a name for, and PTX for what comes later."""
+    names = ['7.5', '8.0', '8.6']
+    if toolkit < (13, 0):
+        names.insert(0, '7.0')
+    if toolkit >= (11, 8):
+        names += ['8.9', '9.0']
+    if toolkit >= (12, 8) and torch_version >= (2, 7):
+        names += ['10.0', '12.0']
+    return ';'.join(names) + '+PTX'
+
+
+def cuda_flags(cuda_home: str) -> list:
+    """Flags of our own CUDA files; sets TORCH_CUDA_ARCH_LIST where the user did not."""
+    import torch
+    toolkit = toolkit_version(cuda_home)
+    torch_version = tuple(int(number) for number in torch.__version__.split('.')[:2])
+    os.environ.setdefault('TORCH_CUDA_ARCH_LIST', default_architectures(toolkit, torch_version))
+    # no fast math: comparisons at borders keep their IEEE meaning
+    flags = ['-O3', '-lineinfo']
+    if os.name != 'nt':
+        flags += ['-Xcompiler', '-fvisibility=hidden']
+    return flags + (['--compress-mode=size'] if toolkit >= (12, 8) else [])
+
+
 def make_extension() -> dict:
     """Keyword arguments for `setup`: the extension, or nothing with a warning."""
     if os.environ.get('MMDCNV4_NATIVE') == '0':
@@ -112,7 +145,7 @@ def make_extension() -> dict:
         return {}
     from torch.utils import cpp_extension
     with_cuda = cuda_wanted()
-    sources = ['csrc/library.cpp', 'csrc/dcnv4_check.cpp']
+    sources = ['csrc/library.cpp', 'csrc/dcnv4_check.cpp', 'csrc/launch_plan.cpp']
     sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'csrc/cpu').glob('*.cpp'))
     arguments = {'cxx': cpu_flags()}
     kind = cpp_extension.CppExtension
@@ -120,7 +153,7 @@ def make_extension() -> dict:
         kind = cpp_extension.CUDAExtension
         sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'csrc/cuda').glob('*.cu'))
         arguments['cxx'].append('-DMMDCNV4_WITH_CUDA=1')
-        arguments['nvcc'] = ['-O3', '-lineinfo', '--expt-relaxed-constexpr']
+        arguments['nvcc'] = cuda_flags(cpp_extension.CUDA_HOME)
     links = [SANITIZERS] if os.environ.get('MMDCNV4_SANITIZE') == '1' else []
     extension = kind('mmdcnv4._C', sources, extra_compile_args=arguments, extra_link_args=links)
     return dict(ext_modules=[extension], cmdclass=dict(build_ext=cpp_extension.BuildExtension))

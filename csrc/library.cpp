@@ -7,6 +7,25 @@
 #include <Python.h>
 #include <torch/library.h>
 
+#include <string>
+
+#include "dcnv4_check.h"
+#include "launch_plan.h"
+
+namespace {
+
+// The plan of a call on a GPU of common limits, whatever device the tensors are on.
+std::string launch_plan(const at::Tensor& value, const at::Tensor& offset_mask, MMDCNV4_SCALARS,
+                        bool backward, int64_t multiprocessors) {
+  const auto p = mmdcnv4::check_dcnv4(value, offset_mask, MMDCNV4_SCALAR_NAMES);
+  const int32_t bytes = int32_t(value.element_size());
+  return to_json(mmdcnv4::make_launch_plan(
+      p, {bytes, bytes == 8 ? 8 : 4, mmdcnv4::kMaxVectorBytes, backward},
+      {int32_t(multiprocessors), 48 * 1024, INT32_MAX}));
+}
+
+} // namespace
+
 TORCH_LIBRARY(mmdcnv4, m) {
   m.def(
       "dcnv4(Tensor value, Tensor offset_mask, int[2] kernel_size, int groups, int[2] stride, "
@@ -23,9 +42,18 @@ TORCH_LIBRARY(mmdcnv4, m) {
   m.def("_cpu_info() -> str");
   // Chooses the CPU kernels: "auto", "generic", "avx2" or "avx512". For tests and benchmarks.
   m.def("_set_cpu_instruction_set(str name) -> ()");
+  // How the CUDA kernels would cut a call into blocks, as JSON; needs no GPU. For tests.
+  m.def(
+      "_dcnv4_launch_plan(Tensor value, Tensor offset_mask, int[2] kernel_size, int groups, "
+      "int[2] stride, int[2] padding, int[2] dilation, float offset_scale, bool remove_center, "
+      "bool softmax, bool backward, int multiprocessors) -> str");
 #ifdef MMDCNV4_WITH_CUDA
   m.def("_cuda_info() -> str");
 #endif
+}
+
+TORCH_LIBRARY_IMPL(mmdcnv4, CompositeExplicitAutograd, m) {
+  m.impl("_dcnv4_launch_plan", launch_plan);
 }
 
 // import mmdcnv4._C

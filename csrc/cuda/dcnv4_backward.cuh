@@ -1,0 +1,229 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// dcnv4_backward.cuh — all gradients of DCNv4 in one pass.
+//
+// Computes    with h_k = <grad_out, sample_k>:
+//             grad_mask = h_k, or with softmax m_k (h_k - sum_j m_j h_j);
+//             grad_offset = offset_scale * m_k * d h_k / d(x, y);
+//             grad_value[corner] += m_k * weight(corner) * grad_out
+// Work split  as in dcnv4_forward.cuh. With softmax the samples are gathered twice, first for the
+//             sum over j: it keeps nothing per tap, so that any K fits
+// Memory      grad_value is added to, by reductions of up to four float32 at once (sm_90 and
+//             newer); grad_offset_mask is summed over the team by shuffles, collected in shared
+//             memory and written once, in its own type, its padding included
+// Numerics    float32 inside, float64 for float64; the order of the additions to grad_value is not
+//             fixed, its last bits vary from run to run; grad_offset_mask is bitwise repeatable
+// Borders     corners outside the image add nothing, not even a NaN; so do taps without corners
+// Limits      as in dcnv4_forward.cuh; grad_value is aligned to 16 bytes
+// Source      arXiv:2401.06197, section 3, differentiated by hand
+#pragma once
+
+#include "dispatch.h"
+#include "launch.h"
+#include "sampling.cuh"
+
+namespace mmdcnv4 {
+namespace cuda {
+
+template <bool kSoftmax, typename T, typename Offset>
+MMDCNV4_DEVICE void fill_backward_taps(const KernelArguments<T>& a, const Row& row,
+                                       const MaskRule<T>& rule, const Offset* __restrict__ packed,
+                                       int32_t first, int32_t count, const Taps<T>& taps) {
+#pragma unroll 1
+  for (int32_t slot = row.lane; slot < count; slot += 1 << a.team_log2) {
+    Four<T> weight{}, extra{};
+    uint4 pixel = make_uint4(0, 0, 0, 0);
+    if (row.is_valid) {
+      const Sample<T> sample = make_sample<kSoftmax>(a, row, rule, packed, first + slot);
+      weight = corner_weights(sample);
+      pixel = corner_pixels(a, sample.bilinear);
+      extra = {sample.mask, sample.bilinear.fx, sample.bilinear.fy,
+               T(corner_bits(sample.bilinear))};
+    }
+    taps.weight[slot] = weight;
+    taps.pixel[slot] = pixel;
+    taps.extra[slot] = extra;
+  }
+}
+
+// The channels of a row, as one thread of its team sees them.
+template <typename T>
+struct Channels {
+  const T* grad_output;
+  const T* value;
+  wide_t<T>* grad_value;
+  int64_t row;              // offset of the row in grad_output
+  int64_t image;            // offset of the row's group in its image in value and grad_value
+  uint32_t stride;          // channels of a pixel
+  int32_t begin, end, step; // begin: first channel of this thread
+
+  MMDCNV4_DEVICE int64_t offset(uint32_t pixel, int32_t channel) const {
+    return image + int64_t(uint64_t(pixel) * stride) + channel;
+  }
+};
+
+// dot[c] += <grad_output, corner c>, over the channels of this thread; kScatter: also adds to
+// grad_value. `grad` holds the first channels of grad_output.
+template <bool kScatter, typename T, int kVec>
+MMDCNV4_DEVICE void gather_tap(const Channels<T>& channels, const uint4& pixel,
+                               const Four<wide_t<T>>& weight, uint32_t bits,
+                               wide_t<T> (&grad)[kVec], wide_t<T> (&dot)[4]) {
+  using Io = VectorIo<T, kVec>;
+  const uint32_t from[4] = {pixel.x, pixel.y, pixel.z, pixel.w};
+  const wide_t<T> w[4] = {weight.x, weight.y, weight.z, weight.w};
+#pragma unroll 1
+  for (int32_t channel = channels.begin; channel < channels.end; channel += channels.step) {
+    if (channels.step < channels.end)
+      Io::widen(Io::load(channels.grad_output + channels.row + channel), grad);
+    // two corners at a time: four would need more registers than three blocks per processor leave
+#pragma unroll
+    for (int pair = 0; pair < 4; pair += 2) {
+      const typename Io::Raw corner[2] = {
+          Io::load(channels.value + channels.offset(from[pair], channel)),
+          Io::load(channels.value + channels.offset(from[pair + 1], channel))};
+#pragma unroll
+      for (int c = pair; c < pair + 2; ++c) {
+        wide_t<T> number[kVec], part[kVec], sum = 0;
+        Io::widen(corner[c - pair], number);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+          sum += grad[i] * number[i];
+          part[i] = w[c] * grad[i];
+        }
+        if (!(bits >> c & 1)) continue;
+        dot[c] += sum;
+        if constexpr (kScatter)
+          reduce_add_vector<kVec>(channels.grad_value + channels.offset(from[c], channel), part);
+      }
+    }
+  }
+}
+
+// <grad_output, output> = sum_k m_k h_k of a row.
+template <typename T, typename Offset, int kVec>
+MMDCNV4_DEVICE wide_t<T> expected_dot(const KernelArguments<wide_t<T>>& a, const Row& row,
+                                      const MaskRule<wide_t<T>>& rule,
+                                      const Offset* __restrict__ packed,
+                                      const Channels<T>& channels, wide_t<T> (&grad)[kVec],
+                                      const Taps<wide_t<T>>& taps) {
+  wide_t<T> expected = 0;
+#pragma unroll 1
+  for (int32_t first = 0; first < a.points; first += kTapsPerPass) {
+    const int32_t count = a.points - first < kTapsPerPass ? a.points - first : kTapsPerPass;
+    __syncwarp();
+    fill_backward_taps<true>(a, row, rule, packed, first, count, taps);
+    __syncwarp();
+#pragma unroll 1
+    for (int32_t slot = 0; slot < count; ++slot) {
+      const Four<wide_t<T>> extra = taps.extra[slot];
+      const uint32_t bits = uint32_t(extra.w);
+      if (bits == 0) continue;
+      wide_t<T> dot[4] = {};
+      gather_tap<false>(channels, taps.pixel[slot], taps.weight[slot], bits, grad, dot);
+      expected += extra.x * bilinear_grad(dot[0], dot[1], dot[2], dot[3], extra.y, extra.z).mask;
+    }
+  }
+  return team_sum(expected, 1 << a.team_log2);
+}
+
+// Writes the gradients of `count` taps, collected in taps.extra, and after the last tap of the last
+// group the padding.
+template <typename T, typename Offset>
+MMDCNV4_DEVICE void write_grad_offset_mask(const KernelArguments<T>& a, const Row& row,
+                                           int32_t first, int32_t count, const Taps<T>& taps,
+                                           Offset* __restrict__ to) {
+  const int32_t team = 1 << a.team_log2;
+  for (int32_t i = row.lane; i < 3 * count; i += team) {
+    if (i < 2 * count) {
+      const Four<T>& grad = taps.extra[i >> 1];
+      store_one(i & 1 ? grad.y : grad.x, to + 2 * first + i);
+    } else {
+      store_one(taps.extra[i - 2 * count].z, to + 2 * a.points + first + i - 2 * count);
+    }
+  }
+  if (row.group + 1 < a.groups || first + count < a.points) return;
+  const int64_t padding = a.offset_mask_channels - int64_t(a.groups) * 3 * a.points;
+  for (int32_t i = row.lane; i < padding; i += team) store_one(T(0), to + 3 * a.points + i);
+}
+
+// kSoftmax: as a.softmax, which is rare and takes registers.
+template <typename T, typename Offset, int kVec, bool kSoftmax>
+__global__ void __launch_bounds__(kMaxThreads, sizeof(T) < 8 ? 3 : 2)
+    dcnv4_backward_kernel(const KernelArguments<wide_t<T>> a,
+                          const T* __restrict__ grad_output,      // [N, Ho, Wo, G, D]
+                          const T* __restrict__ value,            // [N, H, W, G, D]
+                          const Offset* __restrict__ offset_mask, // [N, Ho, Wo, P]
+                          wide_t<T>* __restrict__ grad_value,     // [N, H, W, G, D]
+                          Offset* __restrict__ grad_offset_mask) { // [N, Ho, Wo, P]
+  using W = wide_t<T>;
+  MMDCNV4_SHARED_MEMORY(shared);
+  const Row row = locate(a, blockIdx.x, int32_t(threadIdx.x));
+  const int32_t team = 1 << a.team_log2;
+  const Taps<W> taps =
+      taps_of_row<true, W>(shared, int32_t(blockDim.x) >> a.team_log2, row.index);
+  const int64_t query = row.query(a), first_channel = int64_t(row.group) * a.group_channels;
+  const int64_t packed = query * a.offset_mask_channels + int64_t(row.group) * 3 * a.points;
+  const int64_t image = row.image * (int64_t(a.height) * a.width) * a.channels + first_channel;
+  const Channels<T> channels{grad_output, value, grad_value, query * a.channels + first_channel,
+                             image, a.channels, row.lane * kVec, a.group_channels, team * kVec};
+  W grad[kVec] = {};
+  if (row.is_valid && channels.begin < channels.end)
+    VectorIo<T, kVec>::widen(
+        VectorIo<T, kVec>::load(grad_output + channels.row + channels.begin), grad);
+  MaskRule<W> rule{};
+  W expected = 0;
+  if constexpr (kSoftmax) {
+    rule = make_mask_rule(a, row, offset_mask + packed);
+    expected =
+        expected_dot<T, Offset, kVec>(a, row, rule, offset_mask + packed, channels, grad, taps);
+  }
+#pragma unroll 1
+  for (int32_t first = 0; first < a.points; first += kTapsPerPass) {
+    const int32_t count = a.points - first < kTapsPerPass ? a.points - first : kTapsPerPass;
+    __syncwarp();
+    fill_backward_taps<kSoftmax>(a, row, rule, offset_mask + packed, first, count, taps);
+    __syncwarp();
+#pragma unroll 1
+    for (int32_t slot = 0; slot < count; ++slot) {
+      const uint32_t bits = uint32_t(taps.extra[slot].w);
+      W dot[4] = {};
+      if (bits != 0)
+        gather_tap<true>(channels, taps.pixel[slot], taps.weight[slot], bits, grad, dot);
+      BilinearGrad<W> sum = bilinear_grad(dot[0], dot[1], dot[2], dot[3], taps.extra[slot].y,
+                                          taps.extra[slot].z);
+      sum = {team_sum(sum.mask, team), team_sum(sum.x, team), team_sum(sum.y, team)};
+      if (row.lane == 0) { // the team has read `extra` before it summed
+        const W mask = taps.extra[slot].x, scale = a.scale * mask;
+        taps.extra[slot] = {bits ? scale * sum.x : W(0), bits ? scale * sum.y : W(0),
+                            kSoftmax ? mask * (sum.mask - expected) : sum.mask, W(0)};
+      }
+    }
+    __syncwarp();
+    if (row.is_valid)
+      write_grad_offset_mask(a, row, first, count, taps, grad_offset_mask + packed);
+  }
+}
+
+template <typename T, typename Offset>
+void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream stream,
+                           const T* grad_output, const T* value, const Offset* offset_mask,
+                           wide_t<T>* grad_value, Offset* grad_offset_mask) {
+  const auto arguments = make_arguments<wide_t<T>>(p, plan);
+  with_vec<T>(plan.vec, [&](auto vec) {
+    constexpr int kVec = decltype(vec)::value;
+    auto* kernel = p.softmax ? &dcnv4_backward_kernel<T, Offset, kVec, true>
+                             : &dcnv4_backward_kernel<T, Offset, kVec, false>;
+    for_each_launch(p, plan, [&](int64_t image, int64_t blocks) {
+      const int64_t value_begin = image * p.height * p.width * p.channels();
+      const int64_t output_begin = image * p.queries() * p.channels();
+      const int64_t packed_begin = image * p.queries() * p.offset_mask_channels;
+      launch(kernel, blocks, plan.threads, plan.shared_bytes, stream, arguments,
+             grad_output + output_begin, value + value_begin, offset_mask + packed_begin,
+             grad_value + value_begin, grad_offset_mask + packed_begin);
+    });
+  });
+}
+
+} // namespace cuda
+} // namespace mmdcnv4

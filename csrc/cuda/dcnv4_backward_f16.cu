@@ -1,0 +1,15 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dcnv4_backward.cuh"
+
+namespace mmdcnv4 {
+namespace cuda {
+
+template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const Half*,
+                                    const Half*, const Half*, float*, Half*);
+template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const Half*,
+                                    const Half*, const float*, float*, float*);
+
+} // namespace cuda
+} // namespace mmdcnv4

@@ -1,0 +1,13 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dcnv4_backward.cuh"
+
+namespace mmdcnv4 {
+namespace cuda {
+
+template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const double*,
+                                    const double*, const double*, double*, double*);
+
+} // namespace cuda
+} // namespace mmdcnv4

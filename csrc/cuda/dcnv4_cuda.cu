@@ -1,0 +1,149 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// dcnv4_cuda.cu — the CUDA side of the operator: check, guard, allocate, choose the kernel, launch.
+// Nothing here waits for the device or reads from it, so that calls can be captured in a graph.
+
+#include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <climits>
+#include <string>
+#include <tuple>
+
+#include "../dcnv4_check.h"
+#include "dispatch.h"
+#include "launch.h"
+
+namespace mmdcnv4 {
+namespace cuda {
+namespace {
+
+Dtype dtype_of(const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble: return Dtype::kFloat64;
+    case at::kFloat: return Dtype::kFloat32;
+    case at::kHalf: return Dtype::kFloat16;
+    case at::kBFloat16: return Dtype::kBFloat16;
+    default: TORCH_INTERNAL_ASSERT(false, "dcnv4: unchecked dtype ", tensor.scalar_type());
+  }
+}
+
+DeviceLimits current_device_limits() {
+  int device = 0, multiprocessors = 0, shared_bytes = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  C10_CUDA_CHECK(
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlock, device));
+  return {multiprocessors, shared_bytes, INT_MAX};
+}
+
+// Bytes, at most a vector, to which every tensor is aligned.
+int32_t common_alignment(std::initializer_list<const at::Tensor*> tensors) {
+  uintptr_t bits = kMaxVectorBytes;
+  for (const at::Tensor* tensor : tensors)
+    bits |= reinterpret_cast<uintptr_t>(tensor->const_data_ptr());
+  return int32_t(bits & (~bits + 1));
+}
+
+LaunchPlan plan_for(const Dcnv4Params& p, const at::Tensor& value, int32_t alignment,
+                    bool backward) {
+  const int32_t element_bytes = int32_t(value.element_size());
+  return make_launch_plan(p, {element_bytes, std::max(element_bytes, 4), alignment, backward},
+                          current_device_limits());
+}
+
+at::Tensor dcnv4_forward_cuda(const at::Tensor& value, const at::Tensor& offset_mask,
+                              MMDCNV4_SCALARS) {
+  const Dcnv4Params p = check_dcnv4(value, offset_mask, MMDCNV4_SCALAR_NAMES);
+  const c10::cuda::CUDAGuard guard(value.device());
+  at::Tensor output =
+      at::empty({p.batch, p.out_height, p.out_width, p.channels()}, value.options());
+  if (output.numel() == 0) return output;
+  const at::Tensor from = value.contiguous(), packed = offset_mask.contiguous();
+  const LaunchPlan plan = plan_for(p, from, common_alignment({&from, &output}), false);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  with_types(dtype_of(value), dtype_of(offset_mask), [&](auto type, auto offset_type) {
+    using T = typename decltype(type)::type;
+    using Offset = typename decltype(offset_type)::type;
+    launch_dcnv4_forward(p, plan, stream.stream(), static_cast<const T*>(from.const_data_ptr()),
+                         static_cast<const Offset*>(packed.const_data_ptr()),
+                         static_cast<T*>(output.mutable_data_ptr()));
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return output;
+}
+
+// grad_value is summed in float32 (float64 for float64) and rounded once: sums of halves would lose
+// what is small beside them.
+std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(const at::Tensor& grad_output,
+                                                       const at::Tensor& value,
+                                                       const at::Tensor& offset_mask,
+                                                       MMDCNV4_SCALARS) {
+  const Dcnv4Params p = check_dcnv4(value, offset_mask, MMDCNV4_SCALAR_NAMES);
+  check_grad_output(grad_output, value, p);
+  at::globalContext().alertNotDeterministic("dcnv4_backward_cuda");
+  const c10::cuda::CUDAGuard guard(value.device());
+  const auto sum_type = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  at::Tensor grad_value = at::zeros(value.sizes(), value.options().dtype(sum_type));
+  at::Tensor grad_offset_mask = at::empty(offset_mask.sizes(), offset_mask.options());
+  if (grad_output.numel() == 0) return {grad_value.to(value.scalar_type()), grad_offset_mask};
+  const at::Tensor from = value.contiguous(), packed = offset_mask.contiguous();
+  const at::Tensor grad = grad_output.contiguous();
+  const LaunchPlan plan = plan_for(p, from, common_alignment({&from, &grad, &grad_value}), true);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  with_types(dtype_of(value), dtype_of(offset_mask), [&](auto type, auto offset_type) {
+    using T = typename decltype(type)::type;
+    using Offset = typename decltype(offset_type)::type;
+    launch_dcnv4_backward(p, plan, stream.stream(), static_cast<const T*>(grad.const_data_ptr()),
+                          static_cast<const T*>(from.const_data_ptr()),
+                          static_cast<const Offset*>(packed.const_data_ptr()),
+                          static_cast<wide_t<T>*>(grad_value.mutable_data_ptr()),
+                          static_cast<Offset*>(grad_offset_mask.mutable_data_ptr()));
+  });
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {grad_value.to(value.scalar_type()), grad_offset_mask};
+}
+
+#define MMDCNV4_TEXT_OF(...) #__VA_ARGS__
+#define MMDCNV4_TEXT(...) MMDCNV4_TEXT_OF(__VA_ARGS__)
+
+// What was compiled: {"architectures": ["sm_90"], "toolkit": "13.0"}.
+std::string info() {
+#ifdef __CUDA_ARCH_LIST__
+  std::string list = MMDCNV4_TEXT(__CUDA_ARCH_LIST__); // 750,800,900
+#else
+  std::string list;
+#endif
+  list.erase(std::remove(list.begin(), list.end(), ' '), list.end());
+  std::string architectures;
+  for (size_t begin = 0; begin < list.size();) {
+    const size_t end = std::min(list.find(',', begin), list.size());
+    const std::string separator = architectures.empty() ? "" : ", ";
+    architectures += separator + "\"sm_" + list.substr(begin, end - begin - 1) + "\"";
+    begin = end + 1;
+  }
+  return "{\"architectures\": [" + architectures + "], \"toolkit\": \"" +
+         std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__) + "\"}";
+}
+
+} // namespace
+} // namespace cuda
+} // namespace mmdcnv4
+
+TORCH_LIBRARY_IMPL(mmdcnv4, CUDA, m) {
+  m.impl("dcnv4", mmdcnv4::cuda::dcnv4_forward_cuda);
+  m.impl("_dcnv4_backward", mmdcnv4::cuda::dcnv4_backward_cuda);
+}
+
+TORCH_LIBRARY_IMPL(mmdcnv4, CompositeExplicitAutograd, m) {
+  m.impl("_cuda_info", mmdcnv4::cuda::info);
+}

@@ -1,0 +1,13 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dcnv4_forward.cuh"
+
+namespace mmdcnv4 {
+namespace cuda {
+
+template void launch_dcnv4_forward(const Dcnv4Params&, const LaunchPlan&, Stream, const float*,
+                                   const float*, float*);
+
+} // namespace cuda
+} // namespace mmdcnv4

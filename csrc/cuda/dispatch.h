@@ -1,0 +1,63 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// dispatch.h — from numbers known at run time to template arguments, once for all kernels. What is
+// not in a list raises and names the list.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "vector_io.cuh"
+
+namespace mmdcnv4 {
+namespace cuda {
+
+enum class Dtype { kFloat64, kFloat32, kFloat16, kBFloat16 };
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// visit(Type<T>, Type<Offset>) for the dtypes of value and offset_mask.
+template <typename Visit>
+void with_types(Dtype value, Dtype offset_mask, const Visit& visit) {
+  const bool is_mixed = value != offset_mask;
+  if (is_mixed && (offset_mask != Dtype::kFloat32 || value == Dtype::kFloat64))
+    throw std::invalid_argument("dcnv4: offset_mask must have the dtype of value, or be float32 "
+                                "beside a half-precision value");
+  switch (value) {
+    case Dtype::kFloat64: return visit(Type<double>(), Type<double>());
+    case Dtype::kFloat32: return visit(Type<float>(), Type<float>());
+    case Dtype::kFloat16:
+      return is_mixed ? visit(Type<Half>(), Type<float>()) : visit(Type<Half>(), Type<Half>());
+    case Dtype::kBFloat16:
+      return is_mixed ? visit(Type<BFloat16>(), Type<float>())
+                      : visit(Type<BFloat16>(), Type<BFloat16>());
+  }
+  throw std::invalid_argument("dcnv4: the dtype must be one of 0, 1, 2, 3, got " +
+                              std::to_string(int(value)));
+}
+
+// visit(std::integral_constant<int, vec>) for the vector widths of type T.
+template <typename T, typename Visit>
+void with_vec(int32_t vec, const Visit& visit) {
+  constexpr int kWidest = kMaxVectorBytes / int(sizeof(T));
+  switch (vec) {
+    case 1: return visit(std::integral_constant<int, 1>());
+    case 2: return visit(std::integral_constant<int, 2>());
+    case 4:
+      if constexpr (kWidest >= 4) return visit(std::integral_constant<int, 4>());
+      break;
+    case 8:
+      if constexpr (kWidest >= 8) return visit(std::integral_constant<int, 8>());
+      break;
+  }
+  throw std::invalid_argument("dcnv4: the vector width must be a power of two from 1 to " +
+                              std::to_string(kWidest) + ", got " + std::to_string(vec));
+}
+
+} // namespace cuda
+} // namespace mmdcnv4

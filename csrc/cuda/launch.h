@@ -1,0 +1,29 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// launch.h — the two entries of the kernels, on plain pointers. Each pair of types is compiled in a
+// file of its own, so that builds run in parallel. No torch headers.
+#pragma once
+
+#include "../launch_plan.h"
+#include "vector_io.cuh"
+
+namespace mmdcnv4 {
+namespace cuda {
+
+template <typename T, typename Offset>
+void launch_dcnv4_forward(const Dcnv4Params& p, const LaunchPlan& plan, Stream stream,
+                          const T* value,            // [N, H, W, G, D]
+                          const Offset* offset_mask, // [N, Ho, Wo, P]
+                          T* output);                // [N, Ho, Wo, G, D], written whole
+
+template <typename T, typename Offset>
+void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream stream,
+                           const T* grad_output,       // [N, Ho, Wo, G, D]
+                           const T* value,             // [N, H, W, G, D]
+                           const Offset* offset_mask,  // [N, Ho, Wo, P]
+                           wide_t<T>* grad_value,      // [N, H, W, G, D], added to
+                           Offset* grad_offset_mask);  // [N, Ho, Wo, P], written whole
+
+} // namespace cuda
+} // namespace mmdcnv4

@@ -1,0 +1,131 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+
+#include "launch_plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace mmdcnv4 {
+namespace {
+
+constexpr int64_t kSliceBytes = 128; // a line of the L1 cache
+constexpr int32_t kFewestThreads = 64;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The widest vector that divides the channels of a group and the alignment of the pointers.
+int32_t choose_vec(const Dcnv4Params& p, const LaunchRequest& request) {
+  int32_t vec = kMaxVectorBytes / request.element_bytes;
+  while (vec > 1 && (p.group_channels % vec != 0 ||
+                     request.alignment % (vec * request.element_bytes) != 0))
+    vec /= 2;
+  return vec;
+}
+
+// The largest team of which at most a quarter is idle in the last step over the channels.
+int32_t choose_team(int64_t vectors) {
+  int32_t team = kWarp;
+  while (team > 1 && 4 * (divide_up(vectors, team) * team - vectors) > vectors) team /= 2;
+  return team;
+}
+
+// Neighbouring groups that fill a cache line, as long as at most a fifth of the last slice is idle.
+int32_t choose_groups_per_block(const Dcnv4Params& p, int32_t element_bytes, int32_t rows) {
+  int32_t groups = 1;
+  while (groups < rows && groups * p.group_channels * element_bytes < kSliceBytes &&
+         groups < p.groups)
+    groups *= 2;
+  while (groups > 1 && 5 * (divide_up(p.groups, groups) * groups - p.groups) > p.groups)
+    groups /= 2;
+  return groups;
+}
+
+// Width of the tile of `pixels` output pixels for which the map takes the fewest computed pixels
+// and the fewest input pixels that are read by more than one block.
+int32_t choose_tile_w(const Dcnv4Params& p, int32_t pixels) {
+  const auto reach = [](int64_t tile, int64_t stride, int64_t dilation, int64_t kernel) {
+    return double(tile - 1) * double(stride) + double(dilation) * double(kernel - 1) + 2;
+  };
+  double least = 0;
+  int32_t best = 0;
+  for (int32_t width = 1; width <= pixels; width *= 2) {
+    const int32_t height = pixels / width;
+    const double tiles =
+        double(divide_up(p.out_width, width)) * double(divide_up(p.out_height, height));
+    const double read = reach(width, p.stride_w, p.dilation_w, p.kernel_w) *
+                        reach(height, p.stride_h, p.dilation_h, p.kernel_h);
+    const double cost = tiles * (4.0 * pixels + read);
+    if (best == 0 || cost < least) {
+      least = cost;
+      best = width;
+    }
+  }
+  return best;
+}
+
+void cut(const Dcnv4Params& p, const LaunchRequest& request, LaunchPlan& plan) {
+  const int32_t rows = plan.threads / plan.team;
+  plan.groups_per_block = choose_groups_per_block(p, request.element_bytes, rows);
+  const int32_t pixels = rows / plan.groups_per_block;
+  plan.tile_w = choose_tile_w(p, pixels);
+  plan.tile_h = pixels / plan.tile_w;
+  plan.slices = divide_up(p.groups, plan.groups_per_block);
+  plan.tiles_h = divide_up(p.out_height, plan.tile_h);
+  plan.tiles_w = divide_up(p.out_width, plan.tile_w);
+  plan.shared_bytes = rows * kTapsPerPass * tap_bytes(request.accumulate_bytes, request.backward);
+}
+
+void check_sizes(const Dcnv4Params& p) {
+  constexpr int64_t kLargest = int64_t(1) << 32; // pixels and bytes of a pixel are 32-bit numbers
+  if (p.height * p.width >= kLargest)
+    throw std::length_error("dcnv4: an image must have fewer than 2**32 pixels on a GPU, got " +
+                            std::to_string(p.height) + " x " + std::to_string(p.width));
+  if (p.channels() >= kLargest / 8)
+    throw std::length_error("dcnv4: value must have fewer than 2**29 channels on a GPU, got " +
+                            std::to_string(p.channels()));
+}
+
+} // namespace
+
+LaunchPlan make_launch_plan(const Dcnv4Params& p, const LaunchRequest& request,
+                            const DeviceLimits& limits) {
+  check_sizes(p);
+  LaunchPlan plan{};
+  plan.vec = choose_vec(p, request);
+  plan.team = choose_team(p.group_channels / plan.vec);
+  plan.threads = kMaxThreads;
+  cut(p, request, plan);
+  // smaller blocks where shared memory is short, or where a few large ones leave the device idle
+  while (plan.threads > kWarp && plan.shared_bytes > limits.shared_bytes) {
+    plan.threads /= 2;
+    cut(p, request, plan);
+  }
+  while (plan.threads > kFewestThreads &&
+         p.batch * plan.blocks_per_image() < 2 * int64_t(limits.multiprocessors)) {
+    plan.threads /= 2;
+    cut(p, request, plan);
+  }
+  if (plan.shared_bytes > limits.shared_bytes || plan.blocks_per_image() > limits.blocks_per_launch)
+    throw std::length_error("dcnv4: the call does not fit on this device: it needs " +
+                            std::to_string(plan.shared_bytes) + " bytes of shared memory and " +
+                            std::to_string(plan.blocks_per_image()) + " blocks per image");
+  plan.images_per_launch =
+      std::max<int64_t>(1, std::min(p.batch, limits.blocks_per_launch / plan.blocks_per_image()));
+  return plan;
+}
+
+std::string to_json(const LaunchPlan& plan) {
+  const auto field = [](const char* name, int64_t number) {
+    return std::string("\"") + name + "\": " + std::to_string(number);
+  };
+  return "{" + field("vec", plan.vec) + ", " + field("team", plan.team) + ", " +
+         field("threads", plan.threads) + ", " +
+         field("groups_per_block", plan.groups_per_block) + ", " + field("tile_h", plan.tile_h) +
+         ", " + field("tile_w", plan.tile_w) + ", " + field("shared_bytes", plan.shared_bytes) +
+         ", " + field("slices", plan.slices) + ", " + field("tiles_h", plan.tiles_h) + ", " +
+         field("tiles_w", plan.tiles_w) + ", " +
+         field("images_per_launch", plan.images_per_launch) + "}";
+}
+
+} // namespace mmdcnv4

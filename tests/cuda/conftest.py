@@ -1,0 +1,52 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the emulator of the CUDA kernels, once per state of their sources."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CSRC, EMULATOR = ROOT / 'csrc', Path(__file__).parent / 'emulator'
+FLAGS = ('-std=c++17', '-O1', '-g1', '-fno-strict-aliasing', '-Wall', '-Wextra', '-Werror',
+         '-Wno-unknown-pragmas', '-fsanitize=address,undefined,float-cast-overflow',
+         '-fno-sanitize-recover=all')
+
+
+def run(command: list[str], **options: object) -> subprocess.CompletedProcess:
+    result = subprocess.run(command, capture_output=True, text=True, **options)
+    if result.returncode != 0:
+        pytest.fail(f'{" ".join(map(str, command[:3]))} … failed\n{result.stderr[-4000:]}',
+                    pytrace=False)
+    return result
+
+
+@pytest.fixture(scope='session')
+def emulator(request: pytest.FixtureRequest) -> Path:
+    """Path of the program; see tests/cuda/emulator/main.cpp."""
+    compiler = os.environ.get('CXX', 'g++')
+    if shutil.which(compiler) is None:
+        pytest.skip(f'the emulator of the CUDA kernels needs a C++ compiler ({compiler})')
+    kernels = sorted((CSRC / 'cuda').glob('dcnv4_*ward_*.cu'))
+    units = [*sorted(EMULATOR.glob('*.cpp')), CSRC / 'launch_plan.cpp', *kernels]
+    headers = [*CSRC.glob('*.h'), *(CSRC / 'cuda').glob('*.*h'), *EMULATOR.glob('*.h')]
+    digest = hashlib.sha256(' '.join((compiler, *FLAGS)).encode())
+    for path in sorted({*units, *headers}):
+        digest.update(path.read_bytes())
+    folder = Path(request.config.cache.mkdir('cuda_emulator'))
+    program = folder / f'emulator-{digest.hexdigest()[:16]}'
+    if not program.exists():
+        for old in folder.iterdir():
+            old.unlink()
+        objects = [folder / f'{path.name}.o' for path in units]
+        for path, compiled in zip(units, objects):
+            run([compiler, *FLAGS, '-I', str(EMULATOR), '-x', 'c++', '-c', str(path), '-o',
+                 str(compiled)])
+        run([compiler, *FLAGS, *map(str, objects), '-o', str(program)])
+    return program

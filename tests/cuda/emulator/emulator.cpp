@@ -1,0 +1,172 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// emulator.cpp — the threads of a block as fibres of one CPU thread, block after block.
+
+#include "emulator.h"
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace emulator {
+
+Index3 thread_index, block_index, block_size;
+
+namespace {
+
+constexpr int kWarp = 32;
+constexpr size_t kStackBytes = 256 * 1024;
+
+[[noreturn]] void fail(const char* message, int thread) {
+  std::fprintf(stderr, "emulator: %s (block %u, thread %d)\n", message, block_index.x, thread);
+  std::abort();
+}
+
+struct Fibre {
+  ucontext_t context;
+  std::unique_ptr<unsigned char[]> stack;
+  void* fake_stack = nullptr; // of AddressSanitizer
+  bool is_waiting = false, is_done = false;
+  Meeting kind = Meeting::kSync;
+  uint32_t mask = 0;
+  uint64_t brought = 0, got = 0;
+  int source = 0;
+};
+
+std::vector<Fibre> fibres;
+ucontext_t scheduler;
+void* scheduler_fake_stack = nullptr;
+const void* scheduler_stack = nullptr;
+size_t scheduler_stack_bytes = 0;
+int current = 0;
+Order order = Order::kForward;
+const std::function<void()>* body = nullptr;
+unsigned char* shared = nullptr;
+
+void switch_to_fibre(int thread) {
+  Fibre& fibre = fibres[thread];
+  current = thread;
+  thread_index = {unsigned(thread), 0, 0};
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&scheduler_fake_stack, fibre.stack.get(), kStackBytes);
+#endif
+  swapcontext(&scheduler, &fibre.context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
+#endif
+}
+
+// From a fibre back to the scheduler; returns when the fibre has its next turn.
+void switch_to_scheduler() {
+  Fibre& fibre = fibres[current];
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(fibre.is_done ? nullptr : &fibre.fake_stack, scheduler_stack,
+                                 scheduler_stack_bytes);
+#endif
+  swapcontext(&fibre.context, &scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fibre.fake_stack, &scheduler_stack, &scheduler_stack_bytes);
+#endif
+}
+
+void fibre_main() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
+#endif
+  (*body)();
+  fibres[current].is_done = true;
+  switch_to_scheduler();
+}
+
+void start_fibre(Fibre& fibre) {
+  if (!fibre.stack) fibre.stack.reset(new unsigned char[kStackBytes]);
+  fibre.is_waiting = fibre.is_done = false;
+  fibre.fake_stack = nullptr;
+  getcontext(&fibre.context);
+  fibre.context.uc_stack.ss_sp = fibre.stack.get();
+  fibre.context.uc_stack.ss_size = kStackBytes;
+  fibre.context.uc_link = nullptr;
+  makecontext(&fibre.context, fibre_main, 0);
+}
+
+// Lets a warp go on if all of its threads have met; returns whether it did.
+bool release_warp(int first) {
+  for (int thread = first; thread < first + kWarp; ++thread)
+    if (!fibres[thread].is_waiting) return false;
+  for (int thread = first; thread < first + kWarp; ++thread) {
+    Fibre& fibre = fibres[thread];
+    if (fibre.mask != 0xffffffffu) fail("a mask of less than the warp is not emulated", thread);
+    if (fibre.kind != fibres[first].kind) fail("a warp is at two operations at once", thread);
+    if (fibre.source < 0 || fibre.source >= kWarp) fail("a shuffle leaves its warp", thread);
+    fibre.got = fibres[first + fibre.source].brought;
+  }
+  for (int thread = first; thread < first + kWarp; ++thread) fibres[thread].is_waiting = false;
+  return true;
+}
+
+void run_block(int threads, std::mt19937& random) {
+  std::vector<int> turns(threads);
+  std::iota(turns.begin(), turns.end(), 0);
+  if (order == Order::kBackward) std::reverse(turns.begin(), turns.end());
+  for (int thread = 0; thread < threads; ++thread) start_fibre(fibres[thread]);
+  for (int done = 0; done < threads;) {
+    bool has_moved = false;
+    if (order == Order::kShuffled) std::shuffle(turns.begin(), turns.end(), random);
+    for (int thread : turns) {
+      if (fibres[thread].is_waiting || fibres[thread].is_done) continue;
+      switch_to_fibre(thread);
+      done += fibres[thread].is_done;
+      has_moved = true;
+    }
+    for (int first = 0; first < threads; first += kWarp) has_moved |= release_warp(first);
+    if (!has_moved) fail("a warp waits for a thread that has returned", turns[0]);
+  }
+}
+
+} // namespace
+
+void set_order(Order chosen) { order = chosen; }
+
+unsigned char* shared_memory() { return shared; }
+
+int lane() { return current % kWarp; }
+
+uint64_t meet(Meeting kind, uint32_t mask, uint64_t bits, int source) {
+  Fibre& fibre = fibres[current];
+  fibre.kind = kind;
+  fibre.mask = mask;
+  fibre.brought = bits;
+  fibre.source = source;
+  fibre.is_waiting = true;
+  switch_to_scheduler();
+  return fibre.got;
+}
+
+void run_grid(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
+  if (threads % kWarp != 0 || threads > 1024) fail("an odd number of threads", threads);
+  if (int(fibres.size()) < threads) fibres.resize(threads);
+  std::mt19937 random(1);
+  body = &kernel;
+  block_size = {unsigned(threads), 1, 1};
+  // exactly as much as asked for, so that AddressSanitizer sees what is beyond
+  shared = static_cast<unsigned char*>(std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16));
+  for (int64_t block = 0; block < blocks; ++block) {
+    std::memset(shared, 0xff, shared_bytes); // NaN: nothing is left over from the last block
+    block_index = {unsigned(block), 0, 0};
+    run_block(threads, random);
+  }
+  std::free(shared);
+}
+
+} // namespace emulator

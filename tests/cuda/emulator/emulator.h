@@ -1,0 +1,143 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// emulator.h — what csrc/cuda/device.cuh is to nvcc, for an ordinary C++ compiler: the words of
+// CUDA that the kernels use, so that the very same kernels run on the CPU, thread by thread, under
+// the sanitizers. A thread of the GPU is a fibre here; __syncwarp() and shuffles switch to the next
+// one and return once all threads of the warp have arrived. It aborts with a message where a GPU
+// would hang or have no defined result: threads of a warp at different operations, or gone.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __restrict__ __restrict
+#define __launch_bounds__(...)
+#define MMDCNV4_DEVICE inline
+#define MMDCNV4_SHARED_MEMORY(name) unsigned char* const name = emulator::shared_memory()
+
+struct Index3 {
+  unsigned x, y, z;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+  float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+namespace emulator {
+
+extern Index3 thread_index, block_index, block_size;
+
+// Order in which the threads of a block take turns; what is right in one order only is a race.
+enum class Order { kForward, kBackward, kShuffled };
+
+void set_order(Order order);
+unsigned char* shared_memory();
+void run_grid(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel);
+
+// All threads of the warp meet here. Each brings `bits`, and gets those of `source`.
+enum class Meeting { kSync, kShuffle };
+uint64_t meet(Meeting kind, uint32_t mask, uint64_t bits, int source);
+int lane();
+
+} // namespace emulator
+
+#define threadIdx emulator::thread_index
+#define blockIdx emulator::block_index
+#define blockDim emulator::block_size
+
+inline void __syncwarp(uint32_t mask = 0xffffffffu) {
+  emulator::meet(emulator::Meeting::kSync, mask, 0, emulator::lane());
+}
+
+template <typename T>
+T __shfl_xor_sync(uint32_t mask, T number, int lanes) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &number, sizeof(T));
+  bits = emulator::meet(emulator::Meeting::kShuffle, mask, bits, emulator::lane() ^ lanes);
+  std::memcpy(&number, &bits, sizeof(T));
+  return number;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float number;
+  std::memcpy(&number, &bits, sizeof(number));
+  return number;
+}
+
+namespace mmdcnv4 {
+namespace cuda {
+
+using std::exp;
+
+inline float half_to_float(uint32_t bits) {
+  const uint16_t low = uint16_t(bits);
+  _Float16 half;
+  std::memcpy(&half, &low, sizeof(half));
+  return float(half);
+}
+inline uint32_t float_to_half(float number) {
+  const _Float16 half = _Float16(number);
+  uint16_t bits;
+  std::memcpy(&bits, &half, sizeof(bits));
+  return bits;
+}
+// Rounds to nearest, ties to even.
+inline uint32_t float_to_bfloat16(float number) {
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof(bits));
+  if (number != number) return 0x7fffu;
+  return (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+}
+
+inline float2 half_pair_to_float2(uint32_t word) {
+  return {half_to_float(word), half_to_float(word >> 16)};
+}
+inline uint32_t float2_to_half_pair(float first, float second) {
+  return float_to_half(first) | float_to_half(second) << 16;
+}
+inline uint32_t float2_to_bfloat16_pair(float first, float second) {
+  return float_to_bfloat16(first) | float_to_bfloat16(second) << 16;
+}
+
+// The vector forms want the alignment that the device wants.
+template <typename T>
+inline void reduce_add(T* to, T a) {
+  *to += a;
+}
+inline void reduce_add(float* to, float a, float b) {
+  float2& pair = *reinterpret_cast<float2*>(to);
+  pair.x += a;
+  pair.y += b;
+}
+inline void reduce_add(float* to, float a, float b, float c, float d) {
+  struct alignas(16) Four {
+    float x, y, z, w;
+  };
+  Four& four = *reinterpret_cast<Four*>(to);
+  four.x += a;
+  four.y += b;
+  four.z += c;
+  four.w += d;
+}
+
+using Stream = int;
+
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int32_t threads, int32_t shared_bytes,
+            Stream, Arguments... arguments) {
+  emulator::run_grid(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
+}
+
+} // namespace cuda
+} // namespace mmdcnv4

@@ -1,0 +1,191 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// main.cpp — runs calls of DCNv4 on the emulator, or checks how they are cut into blocks.
+//
+//     emulator run < calls     <file> <order> <alignment> <dtype> <offset dtype> <device> <sizes>
+//     emulator cover < calls   <alignment> <dtype> <backward> <device> <sizes>
+//
+// One line is one call. <device>: multiprocessors, shared bytes, blocks per launch. <sizes>: N, H,
+// W, G, D, then kernel, stride, padding and dilation as pairs (height, width), offset_scale,
+// remove_center, softmax. <file> holds value, offset_mask and grad_output; output, grad_value (in
+// the type in which it is summed) and grad_offset_mask are appended. The plans go to standard
+// output, as JSON.
+
+#include <algorithm>
+#include <cstdlib>
+#include <fstream>
+#include <iostream>
+#include <new>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../../../csrc/cuda/arguments.h"
+#include "../../../csrc/cuda/dispatch.h"
+#include "../../../csrc/cuda/launch.h"
+
+namespace {
+
+using namespace mmdcnv4;
+using namespace mmdcnv4::cuda;
+
+Dcnv4Params read_sizes(std::istream& from) {
+  Dcnv4Params p{};
+  from >> p.batch >> p.height >> p.width >> p.groups >> p.group_channels;
+  from >> p.kernel_h >> p.kernel_w >> p.stride_h >> p.stride_w >> p.pad_h >> p.pad_w;
+  from >> p.dilation_h >> p.dilation_w >> p.offset_scale >> p.remove_center >> p.softmax;
+  if (!from) throw std::invalid_argument("emulator: a number is missing");
+  p.out_height = (p.height + 2 * p.pad_h - p.dilation_h * (p.kernel_h - 1) - 1) / p.stride_h + 1;
+  p.out_width = (p.width + 2 * p.pad_w - p.dilation_w * (p.kernel_w - 1) - 1) / p.stride_w + 1;
+  p.offset_mask_channels = (3 * p.points() * p.groups + 7) / 8 * 8;
+  return p;
+}
+
+DeviceLimits read_device(std::istream& from) {
+  DeviceLimits limits{};
+  from >> limits.multiprocessors >> limits.shared_bytes >> limits.blocks_per_launch;
+  return limits;
+}
+
+// A tensor that ends where its memory ends, aligned to `alignment` bytes and to no more.
+template <typename T>
+class Buffer {
+ public:
+  Buffer(int64_t count, int alignment, int fill)
+      : bytes_(count * sizeof(T)), skip_(alignment % kMaxVectorBytes),
+        memory_(static_cast<char*>(::operator new(skip_ + bytes_, kAlignment))) {
+    std::memset(memory_, fill, skip_ + bytes_);
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { ::operator delete(memory_, kAlignment); }
+
+  T* data() { return reinterpret_cast<T*>(memory_ + skip_); }
+  void read(std::istream& from) { from.read(memory_ + skip_, std::streamsize(bytes_)); }
+  void write(std::ostream& to) { to.write(memory_ + skip_, std::streamsize(bytes_)); }
+
+ private:
+  static constexpr std::align_val_t kAlignment{kMaxVectorBytes};
+  size_t bytes_, skip_;
+  char* memory_;
+};
+
+template <typename T, typename Offset>
+void run(const Dcnv4Params& p, const DeviceLimits& limits, int alignment, std::fstream& file) {
+  constexpr int kUnwritten = 0xff; // NaN in every type
+  const int64_t value_count = p.batch * p.height * p.width * p.channels();
+  const int64_t output_count = p.batch * p.queries() * p.channels();
+  const int64_t packed_count = p.batch * p.queries() * p.offset_mask_channels;
+  Buffer<T> value(value_count, alignment, 0), grad_output(output_count, alignment, 0);
+  Buffer<T> output(output_count, alignment, kUnwritten);
+  Buffer<Offset> packed(packed_count, sizeof(Offset), 0);
+  Buffer<Offset> grad_packed(packed_count, sizeof(Offset), kUnwritten);
+  Buffer<wide_t<T>> grad_value(value_count, kMaxVectorBytes, 0);
+  value.read(file);
+  packed.read(file);
+  grad_output.read(file);
+  if (!file) throw std::invalid_argument("emulator: the file is too short");
+  const int bytes = sizeof(T), wide = sizeof(wide_t<T>);
+  const LaunchPlan forward = make_launch_plan(p, {bytes, wide, alignment, false}, limits);
+  const LaunchPlan backward = make_launch_plan(p, {bytes, wide, alignment, true}, limits);
+  launch_dcnv4_forward(p, forward, Stream(), static_cast<const T*>(value.data()),
+                       static_cast<const Offset*>(packed.data()), output.data());
+  launch_dcnv4_backward(p, backward, Stream(), static_cast<const T*>(grad_output.data()),
+                        static_cast<const T*>(value.data()),
+                        static_cast<const Offset*>(packed.data()), grad_value.data(),
+                        grad_packed.data());
+  file.seekp(0, std::ios::end);
+  output.write(file);
+  grad_value.write(file);
+  grad_packed.write(file);
+  std::cout << "[" << to_json(forward) << ", " << to_json(backward) << "]\n";
+}
+
+void run_call(std::istream& line) {
+  std::string name;
+  int order, alignment, dtype, offset_dtype;
+  line >> name >> order >> alignment >> dtype >> offset_dtype;
+  const DeviceLimits limits = read_device(line);
+  const Dcnv4Params p = read_sizes(line);
+  std::fstream file(name, std::ios::in | std::ios::out | std::ios::binary);
+  emulator::set_order(emulator::Order(order));
+  with_types(Dtype(dtype), Dtype(offset_dtype), [&](auto type, auto offset_type) {
+    run<typename decltype(type)::type, typename decltype(offset_type)::type>(p, limits, alignment,
+                                                                             file);
+  });
+}
+
+void expect(bool condition, const char* what) {
+  if (!condition) throw std::logic_error(std::string("emulator: the plan breaks a rule: ") + what);
+}
+
+void check_limits(const Dcnv4Params& p, const LaunchPlan& plan, const LaunchRequest& request,
+                  const DeviceLimits& limits) {
+  const auto is_power = [](int32_t number) { return number > 0 && (number & (number - 1)) == 0; };
+  expect(plan.threads >= kWarp && plan.threads <= kMaxThreads && is_power(plan.threads), "threads");
+  expect(plan.team <= kWarp && is_power(plan.team), "team");
+  expect(p.group_channels % plan.vec == 0, "vec divides the channels of a group");
+  expect(plan.vec * request.element_bytes <= kMaxVectorBytes, "vec is at most a vector");
+  expect(request.alignment % (plan.vec * request.element_bytes) == 0, "vec is aligned");
+  expect(plan.shared_bytes <= limits.shared_bytes, "shared memory");
+  expect(plan.images_per_launch * plan.blocks_per_image() <= limits.blocks_per_launch, "grid");
+  expect(is_power(plan.groups_per_block) && is_power(plan.tile_h) && is_power(plan.tile_w), "tile");
+  expect(plan.team * plan.groups_per_block * plan.tile_h * plan.tile_w == plan.threads, "block");
+}
+
+// Every thread of every block finds its row: each row must have its whole team, once.
+void check_coverage(const Dcnv4Params& p, const LaunchPlan& plan) {
+  const auto arguments = make_arguments<float>(p, plan);
+  std::vector<uint32_t> lanes(p.batch * p.queries() * p.groups, 0);
+  for_each_launch(p, plan, [&](int64_t image, int64_t blocks) {
+    for (int64_t i = 0; i < blocks * plan.threads; ++i) {
+      const Row row = locate(arguments, uint32_t(i / plan.threads), int32_t(i % plan.threads));
+      if (!row.is_valid) continue;
+      const int64_t query = row.query(arguments) + image * p.queries();
+      expect(query < p.batch * p.queries(), "a query is past the last");
+      uint32_t& team = lanes[query * p.groups + row.group];
+      expect(!(team >> row.lane & 1u), "a row is computed twice");
+      team |= 1u << row.lane;
+    }
+  });
+  const uint32_t all = plan.team == kWarp ? ~0u : (1u << plan.team) - 1u;
+  for (uint32_t team : lanes) expect(team == all, "a row is not computed");
+}
+
+void cover_call(std::istream& line) {
+  int alignment, dtype, backward;
+  line >> alignment >> dtype >> backward;
+  const DeviceLimits limits = read_device(line);
+  const Dcnv4Params p = read_sizes(line);
+  with_types(Dtype(dtype), Dtype(dtype), [&](auto type, auto) {
+    using T = typename decltype(type)::type;
+    const LaunchRequest request{sizeof(T), sizeof(wide_t<T>), alignment, backward != 0};
+    const LaunchPlan plan = make_launch_plan(p, request, limits);
+    check_limits(p, plan, request, limits);
+    check_coverage(p, plan);
+    std::cout << to_json(plan) << "\n";
+  });
+}
+
+} // namespace
+
+int main(int count, char** arguments) {
+  const std::string mode = count == 2 ? arguments[1] : "";
+  if (mode != "run" && mode != "cover") {
+    std::cerr << "emulator: the argument must be run or cover, got '" << mode << "'\n";
+    return 2;
+  }
+  std::string text;
+  while (std::getline(std::cin, text)) {
+    try {
+      std::istringstream line(text);
+      mode == "run" ? run_call(line) : cover_call(line);
+    } catch (const std::exception& error) {
+      std::cerr << error.what() << "\nin: " << text << "\n";
+      return 1;
+    }
+  }
+  return 0;
+}

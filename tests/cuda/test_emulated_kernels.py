@@ -1,0 +1,260 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels, run thread by thread on the CPU under ASan and UBSan, against the reference.
+
+What a GPU adds to this — timing, the order of reductions, the compiler's own mistakes — only a GPU
+can test: tests/cuda/test_dcnv4_gpu.py.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from mmdcnv4.ops import dcnv4_reference, offset_mask_channels
+from mmdcnv4.ops.contract import make_geometry
+from mmdcnv4.testing import GEOMETRIES, assert_as_accurate, forward_backward, make_inputs
+
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+DTYPES = {'f64': (F64, F64), 'f32': (F32, F32), 'f16': (F16, F16), 'bf16': (BF16, BF16),
+          'f16-f32': (F16, F32), 'bf16-f32': (BF16, F32)}
+CODE = {F64: 0, F32: 1, F16: 2, BF16: 3}
+ORDERS = {'forward': 0, 'backward': 1, 'shuffled': 2}
+GPU = (132, 48 * 1024, 2**31 - 1)  # multiprocessors, shared bytes, blocks per launch
+ONE_PROCESSOR = (1, 48 * 1024, 2**31 - 1)  # blocks as large as they get
+# N, H, W, G, D: one image and several, primes, one pixel, ragged groups, every width of D
+SIZES = [(3, 5, 7, 3, 16), (2, 13, 1, 5, 8), (3, 1, 1, 3, 32), (2, 3, 11, 2, 70), (3, 7, 5, 1, 1),
+         (2, 6, 5, 6, 3), (1, 3, 5, 3, 64), (2, 2, 3, 1, 160), (2, 3, 3, 33, 4), (5, 2, 2, 3, 12)]
+
+
+def to_bytes(tensor):
+    tensor = tensor.detach().contiguous()
+    return (tensor.view(torch.int16) if tensor.dtype in (F16, BF16) else tensor).numpy().tobytes()
+
+
+def from_bytes(data, dtype, shape):
+    count = int(np.prod(shape)) * dtype.itemsize
+    tensor = torch.frombuffer(bytearray(data[:count]), dtype=dtype).reshape(shape)
+    return tensor, data[count:]
+
+
+def sizes_text(value, groups, geometry):
+    rules = make_geometry(groups=groups, **geometry)
+    pairs = (rules.kernel_size, rules.stride, rules.padding, rules.dilation)
+    numbers = [*value.shape[:3], groups, value.shape[3] // groups, *(n for p in pairs for n in p),
+               rules.offset_scale, int(rules.remove_center), int(rules.softmax)]
+    return ' '.join(map(str, numbers))
+
+
+def emulate(emulator, path, inputs, grad_output, *, groups, order='forward', alignment=16,
+            device=GPU, **geometry):
+    """Output, grad_value (rounded to the dtype of value), grad_offset_mask; and both plans."""
+    value, packed = inputs.value, inputs.offset_mask
+    data = to_bytes(value) + to_bytes(packed) + to_bytes(grad_output)
+    path.write_bytes(data)
+    call = (f'{path} {ORDERS[order]} {alignment} {CODE[value.dtype]} {CODE[packed.dtype]} '
+            f'{" ".join(map(str, device))} {sizes_text(value, groups, geometry)}\n')
+    result = subprocess.run([emulator, 'run'], input=call, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rest = path.read_bytes()[len(data):]
+    output, rest = from_bytes(rest, value.dtype, grad_output.shape)
+    grad_value, rest = from_bytes(rest, F64 if value.dtype == F64 else F32, value.shape)
+    grad_packed, rest = from_bytes(rest, packed.dtype, packed.shape)
+    assert not rest
+    return (output, grad_value.to(value.dtype), grad_packed), json.loads(result.stdout)
+
+
+def make_call(size, dtypes, geometry, seed=0):
+    batch, height, width, groups, depth = size
+    inputs = make_inputs(batch, height, width, depth, groups=groups, dtype=dtypes[0],
+                         mask_dtype=dtypes[1], seed=seed, **geometry)
+    shape = (*inputs.offset_mask.shape[:3], inputs.value.shape[3])
+    return inputs, torch.randn(shape, dtype=F64).to(dtypes[0])
+
+
+def check(emulator, tmp_path, size, dtypes, geometry, **options):
+    """Compares one call with the reference; returns the plans."""
+    inputs, grad_output = make_call(size, dtypes, geometry)
+    geometry = dict(geometry, groups=size[3])
+    actual, plans = emulate(emulator, tmp_path / 'call', inputs, grad_output, **geometry, **options)
+    reference = forward_backward(dcnv4_reference, inputs, grad_output, **geometry)
+    exact = forward_backward(dcnv4_reference, inputs.leaves(F64, F64), grad_output, **geometry)
+    for name, *tensors in zip(('output', 'grad_value', 'grad_offset_mask'), actual, reference,
+                              exact):
+        assert_as_accurate(*tensors, name=name)
+    return plans
+
+
+@pytest.mark.parametrize('name', GEOMETRIES)
+@pytest.mark.parametrize('dtypes', DTYPES)
+def test_geometries(emulator, tmp_path, name, dtypes):
+    """Every geometry in every dtype, two images of an uneven number of queries per block."""
+    check(emulator, tmp_path, (2, 7, 9, 3, 16), DTYPES[dtypes], GEOMETRIES[name])
+
+
+@pytest.mark.parametrize('dtypes', ['f64', 'f32', 'f16', 'bf16-f32'])
+@pytest.mark.parametrize('size', SIZES, ids=lambda size: 'x'.join(map(str, size)))
+def test_sizes(emulator, tmp_path, size, dtypes):
+    check(emulator, tmp_path, size, DTYPES[dtypes], GEOMETRIES['3x3'], device=ONE_PROCESSOR)
+
+
+@pytest.mark.parametrize('dtypes', ['f32', 'f16'])
+def test_many_taps(emulator, tmp_path, dtypes):
+    """More taps than fit into one pass over shared memory, with and without a remainder."""
+    for kernel_size in ((3, 6), (4, 5), (7, 4)):
+        check(emulator, tmp_path, (1, 4, 5, 2, 24), DTYPES[dtypes],
+              dict(kernel_size=kernel_size, padding=3, softmax=kernel_size[0] == 4))
+
+
+@pytest.mark.parametrize('dtypes', DTYPES)
+@pytest.mark.parametrize('elements', [1, 2, 4])
+def test_alignment(emulator, tmp_path, dtypes, elements):
+    """Tensors that start in the middle of a vector get narrower loads."""
+    dtypes = DTYPES[dtypes]
+    alignment = min(16, elements * dtypes[0].itemsize)
+    plans = check(emulator, tmp_path, (2, 3, 5, 2, 16), dtypes, GEOMETRIES['3x3'],
+                  alignment=alignment)
+    for plan in plans:
+        assert plan['vec'] * dtypes[0].itemsize == alignment
+
+
+@pytest.mark.parametrize('shared_bytes', [48 * 1024, 24 * 1024, 16 * 1024, 4 * 1024])
+def test_little_shared_memory(emulator, tmp_path, shared_bytes):
+    plans = check(emulator, tmp_path, (2, 5, 7, 2, 32), DTYPES['f16'], GEOMETRIES['3x3'],
+                  device=(1, shared_bytes, 2**31 - 1))
+    assert all(plan['shared_bytes'] <= shared_bytes for plan in plans)
+
+
+def test_several_launches(emulator, tmp_path):
+    """A grid that does not hold the batch: seven images, two launches or more."""
+    plans = check(emulator, tmp_path, (7, 3, 5, 2, 16), DTYPES['f32'], GEOMETRIES['3x3'],
+                  device=(132, 48 * 1024, 11))
+    assert all(1 <= plan['images_per_launch'] < 7 for plan in plans)
+
+
+@pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
+def test_flash_intern_image_l(emulator, tmp_path, dtypes):
+    """Stage 4 of the large model: 80 groups, more threads per query than a block may have."""
+    geometry = dict(kernel_size=3, padding=1, offset_scale=2.0)
+    check(emulator, tmp_path, (2, 3, 2, 80, 16), DTYPES[dtypes], geometry)
+
+
+@pytest.mark.parametrize('name', ['3x3', '3x3-softmax', '5x5'])
+@pytest.mark.parametrize('depth', [8, 24, 70])
+def test_order_of_threads(emulator, tmp_path, name, depth):
+    """The threads of a block take turns in three orders: anything but one result is a race."""
+    size, geometry = (2, 5, 3, 3, depth), dict(GEOMETRIES[name], groups=3)
+    inputs, grad_output = make_call(size, DTYPES['f32'], GEOMETRIES[name])
+    results = [emulate(emulator, tmp_path / order, inputs, grad_output, order=order, **geometry)[0]
+               for order in ORDERS]
+    for output, grad_value, grad_packed in results[1:]:
+        assert torch.equal(output, results[0][0])
+        assert torch.equal(grad_packed, results[0][2])
+        torch.testing.assert_close(grad_value, results[0][1], rtol=1e-5, atol=1e-5)
+
+
+def hostile_offsets(inputs, points):
+    """Replaces a third of the offsets by the worst there are, a part of them by whole numbers."""
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e9, -1e9, 1e4, -3e4, 0.0, 1.0, -1.0,
+                            2.0, -2.0, 5.0, -7.0, -0.0], dtype=F64)
+    packed = inputs.offset_mask.double()
+    groups = packed.shape[-1] // (3 * points)
+    used = packed[..., :groups * 3 * points].unflatten(-1, (groups, -1))
+    offsets = used[..., :2 * points]
+    chosen = torch.rand(offsets.shape) < 1 / 3
+    offsets[chosen] = special[torch.randint(len(special), (int(chosen.sum()),))]
+    return inputs._replace(offset_mask=packed.to(inputs.offset_mask.dtype))
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize('dtypes', DTYPES)
+@pytest.mark.parametrize('name', ['3x3', '3x3-strided', '3x3-ring', '5x5'])
+def test_hostile_offsets(emulator, tmp_path, name, dtypes):
+    """NaN, infinite, huge and whole offsets: nothing but the taps in reach counts."""
+    geometry = dict(GEOMETRIES[name], groups=3)
+    points = make_geometry(**geometry).points
+    inputs, grad_output = make_call((2, 5, 7, 3, 8), DTYPES[dtypes], GEOMETRIES[name])
+    inputs = hostile_offsets(inputs, points)
+    actual, _ = emulate(emulator, tmp_path / 'call', inputs, grad_output, **geometry)
+    reference = forward_backward(dcnv4_reference, inputs, grad_output, **geometry)
+    exact = forward_backward(dcnv4_reference, inputs.leaves(F64, F64), grad_output, **geometry)
+    for name, *tensors in zip(('output', 'grad_value', 'grad_offset_mask'), actual, reference,
+                              exact):
+        assert torch.isfinite(tensors[0]).all(), name
+        assert_as_accurate(*tensors, name=name)
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize('dtypes', DTYPES)
+@pytest.mark.parametrize('name', ['3x3', '3x3-softmax', '2x4'])
+def test_pixels_that_are_nan(emulator, tmp_path, name, dtypes):
+    """NaN pixels spread as far as in the reference: to the samples that touch them, no further."""
+    geometry = dict(GEOMETRIES[name], groups=2)
+    inputs, grad_output = make_call((2, 9, 7, 2, 12), DTYPES[dtypes], GEOMETRIES[name])
+    inputs = hostile_offsets(inputs, make_geometry(**geometry).points)
+    for y, x in ((0, 6), (8, 0), (8, 6), (4, 3)):  # corners are where clamped coordinates end up
+        inputs.value[:, y, x] = torch.nan
+    actual, _ = emulate(emulator, tmp_path / 'call', inputs, grad_output, **geometry)
+    expected = forward_backward(dcnv4_reference, inputs, grad_output, **geometry)
+    for name, one, other in zip(('output', 'grad_value', 'grad_offset_mask'), actual, expected):
+        assert other.isnan().any() == (name != 'grad_value')
+        assert not other.isnan().all(), name
+        assert torch.equal(one.isnan(), other.isnan()), name
+    # the first pixel for the output alone: the reference gathers it in place of missing corners,
+    # and its gradient is 0 * NaN there
+    inputs.value[:, 0, 0] = torch.nan
+    actual, _ = emulate(emulator, tmp_path / 'call', inputs, grad_output, **geometry)
+    expected = dcnv4_reference(*inputs, **geometry)
+    assert torch.equal(actual[0].isnan(), expected.isnan())
+
+
+def test_padding_has_no_gradient(emulator, tmp_path):
+    inputs, grad_output = make_call((1, 3, 5, 3, 8), DTYPES['f16'], GEOMETRIES['3x3'])
+    actual, _ = emulate(emulator, tmp_path / 'call', inputs, grad_output, groups=3,
+                        **GEOMETRIES['3x3'])
+    assert actual[2].shape[-1] == offset_mask_channels(3, 9) == 88
+    assert (actual[2][..., 81:] == 0).all() and (actual[2][..., :81] != 0).any()
+
+
+def random_sizes(generator):
+    def pair(low, high):
+        return generator.randint(low, high), generator.randint(low, high)
+
+    kernel, dilation = pair(1, 4), pair(1, 3)
+    pad = tuple(d * (k - 1) // 2 + generator.randint(0, 1) for k, d in zip(kernel, dilation))
+    depth = generator.choice([1, 2, 3, 4, 6, 8, 16, 24, 32, 48, 64, 70, 96, 256, 1000])
+    numbers = [generator.randint(1, 4), *(generator.randint(d * (k - 1) + 1, 20)
+                                          for k, d in zip(kernel, dilation)),
+               generator.randint(1, 24), depth, *kernel, *pair(1, 3), *pad, *dilation, 1.0, 0, 0]
+    device = (generator.choice([1, 20, 132]), generator.choice([24, 48, 96]) * 1024,
+              generator.choice([2**31 - 1, 20000]))
+    dtype = generator.randint(0, 3)
+    alignment = max(generator.choice([2, 4, 8, 16]), (8, 4, 2, 2)[dtype])
+    return ' '.join(map(str, (alignment, dtype, generator.randint(0, 1), *device, *numbers)))
+
+
+def test_launch_plans(emulator):
+    """3000 random calls: every row is computed by its whole team, once; no limit is broken."""
+    generator = random.Random(0)
+    calls = '\n'.join(random_sizes(generator) for _ in range(3000))
+    result = subprocess.run([emulator, 'cover'], input=calls, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    plans = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(plans) == 3000
+    assert {plan['threads'] for plan in plans} == {32, 64, 128, 256}
+    assert {plan['vec'] for plan in plans} == {1, 2, 4, 8}
+    assert {plan['team'] for plan in plans} == {1, 2, 4, 8, 16, 32}
+
+
+def test_the_emulator_itself(emulator):
+    """It refuses what it does not understand, rather than report success."""
+    result = subprocess.run([emulator, 'walk'], capture_output=True, text=True)
+    assert result.returncode == 2 and "got 'walk'" in result.stderr
+    result = subprocess.run([emulator, 'cover'], input='16 1 0 132\n', capture_output=True,
+                            text=True)
+    assert result.returncode == 1 and 'a number is missing' in result.stderr
