@@ -39,6 +39,10 @@ EXACT = {
     'upernet_flash-intern-image-s': 79_854_572,
     'upernet_flash-intern-image-b': 128_374_980,
     'upernet_flash-intern-image-l': 255_562_876,
+    # InternImage-T with layer scale, the plain neck with biases, and the heads of Mask R-CNN
+    'mask-rcnn_intern-image-t': 28_754_672 + 14_848 + 17_543_920 + (
+        (64 + 128 + 256 + 512) * 256 + 4 * 256 + 4 * (9 * 256 * 256 + 256)),
+    'upernet_intern-image-t': 58_974_252 - 28_666_624 + 28_754_672 + 14_848,
     'image-classifier_flash-intern-image-t': 29_815_528,
     'image-classifier_flash-intern-image-s': 50_067_496,
     'image-classifier_flash-intern-image-b': 97_448_960,

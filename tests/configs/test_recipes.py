@@ -301,6 +301,20 @@ def test_classifier(size, pixels, smoothing):
         assert train['RandomErasing'].erase_prob == 0.25
 
 
+@pytest.mark.parametrize('method, rest', [('mask-rcnn', 'fpn_8xb2-1x'), ('upernet', '')])
+def test_intern_image_differs_in_the_backbone_alone(method, rest):
+    cfg = read(leaf(f'{method}_intern-image-t'))._cfg_dict.to_dict()
+    flash = read(leaf(named(method, 't', rest)))._cfg_dict.to_dict()
+    assert cfg.pop('intern_image') and flash.pop('flash_intern_image')
+    backbone, other = cfg['model'].pop('backbone'), flash['model'].pop('backbone')
+    assert backbone.pop('type') == 'InternImage' and other.pop('type') == 'FlashInternImage'
+    assert backbone.pop('init_cfg')['checkpoint'] == 'checkpoints/internimage_t_1k_224.pth'
+    assert other.pop('init_cfg') and backbone == other
+    if method == 'mask-rcnn':
+        assert flash['model']['neck'].pop('norm_cfg') == dict(type='ChannelLN')
+    assert cfg == flash
+
+
 @pytest.mark.parametrize('method, size', [('mask-rcnn', 't'), ('upernet', 's')])
 def test_pipelines_build(method, size):
     rest = 'fpn_8xb2-3x' if method == 'mask-rcnn' else ''

@@ -2,6 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backbones, registered once in mmengine's root registry for all task libraries."""
 
-from .flash_intern_image import FlashInternImage
+from .flash_intern_image import FlashInternImage, InternImage
 
-__all__ = ['FlashInternImage']
+__all__ = ['FlashInternImage', 'InternImage']

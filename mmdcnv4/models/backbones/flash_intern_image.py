@@ -1,10 +1,11 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""FlashInternImage: a convolutional backbone whose spatial mixing is DCNv4.
+"""FlashInternImage and InternImage: convolutional backbones that mix positions by DCNv4 or DCNv3.
 
 Source:   "Efficient Deformable ConvNets: Rethinking Dynamic and Sparse Operator for Vision
           Applications", Xiong et al., CVPR 2024, arXiv:2401.06197, section 4; the architecture
-          is that of "InternImage", Wang et al., CVPR 2023, arXiv:2211.05778, section 3.2.
+          is that of "InternImage", Wang et al., CVPR 2023, arXiv:2211.05778, section 3.2, whose
+          own sizes are here too: `InternImage` has DCNv3 layers, evaluated by the DCNv4 operator.
 Differs:  `arch` names the published sizes; without it `offset_scale` is 1. `layer_scale=None`
           works everywhere, `center_feature_scale` reaches the DCNv4 layers, `frozen_stages` is
           new, unknown arguments are refused, and the outputs are NCHW-contiguous.
@@ -14,19 +15,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Optional, Union
 
-import torch
-from mmcv.cnn.bricks import DropPath
 from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ...ops import DCNv4
 from ..checkpoint import load_pretrained
-from ..layers.norm import ToChannelsFirst, ToChannelsLast
+from ..layers.dcnv3 import ACTIVATIONS, DCNv3
+from ..layers.intern_image_block import CORE_OPS, BlockOptions, Stage, Stem
 
 # Parameters follow the published checkpoints; B halves and L doubles the reach of the kernel.
 _POST_NORM = dict(post_norm=True, layer_scale=1e-5, dw_kernel_size=3)
@@ -38,172 +36,22 @@ ARCH_SETTINGS: dict[str, dict[str, Any]] = {
     'l': dict(channels=160, depths=(5, 5, 22, 5), groups=(10, 20, 40, 80), offset_scale=2.0,
               dcn_output_bias=True, mlp_fc2_bias=True, **_POST_NORM),
 }
+# InternImage: DCNv3 predictors always have a depthwise convolution, and the last layers a bias.
+_DCNV3 = dict(dw_kernel_size=3, dcn_output_bias=True, mlp_fc2_bias=True)
+_DCNV3_POST_NORM = dict(_DCNV3, post_norm=True, layer_scale=1e-5)
+INTERN_IMAGE_SETTINGS: dict[str, dict[str, Any]] = {
+    't': dict(channels=64, depths=(4, 4, 18, 4), groups=(4, 8, 16, 32), **_DCNV3),
+    's': dict(channels=80, depths=(4, 4, 21, 4), groups=(5, 10, 20, 40), **_DCNV3_POST_NORM),
+    'b': dict(channels=112, depths=(4, 4, 21, 4), groups=(7, 14, 28, 56), **_DCNV3_POST_NORM),
+    'l': dict(channels=160, depths=(5, 5, 22, 5), groups=(10, 20, 40, 80), offset_scale=2.0,
+              **_DCNV3_POST_NORM),
+    'xl': dict(channels=192, depths=(5, 5, 24, 5), groups=(12, 24, 48, 96), offset_scale=2.0,
+               **_DCNV3_POST_NORM),
+}
 # What an argument is when neither the caller nor the size table gives it.
 _DEFAULTS = dict(mlp_ratio=4.0, layer_scale=None, offset_scale=1.0, post_norm=False,
                  dw_kernel_size=None, mlp_fc2_bias=False, dcn_output_bias=False)
-_ACTIVATIONS = {'GELU': nn.GELU, 'ReLU': nn.ReLU, 'SiLU': nn.SiLU}
 _FOREIGN_WEIGHTS = ('open-mmlab://', 'torchvision://', 'mmcls://', 'mmpretrain://')
-_EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class BlockOptions:
-    """What all blocks of a backbone have in common; names and meaning as in FlashInternImage."""
-
-    mlp_ratio: float
-    drop_rate: float
-    act_layer: str
-    layer_scale: Optional[float]
-    offset_scale: float
-    post_norm: bool
-    res_post_norm: bool
-    dw_kernel_size: Optional[int]
-    dcn_output_bias: bool
-    mlp_fc2_bias: bool
-    center_feature_scale: bool
-    with_cp: bool
-
-
-def _layer_norm(channels: int) -> nn.Sequential:
-    """Norm of a channels-last map, at index 0: the published keys end in `.0.weight`."""
-    return nn.Sequential(nn.LayerNorm(channels, eps=_EPS))
-
-
-class Stem(nn.Module):
-    """Two 3x3 convolutions of stride 2, each with a norm: (N, 3, H, W) -> (N, H/4, W/4, C)."""
-
-    def __init__(self, in_channels: int, channels: int, act_layer: str) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels // 2, 3, stride=2, padding=1)
-        self.norm1 = nn.Sequential(ToChannelsLast(), nn.LayerNorm(channels // 2, eps=_EPS),
-                                   ToChannelsFirst())
-        self.act = _ACTIVATIONS[act_layer]()
-        self.conv2 = nn.Conv2d(channels // 2, channels, 3, stride=2, padding=1)
-        self.norm2 = nn.Sequential(ToChannelsLast(), nn.LayerNorm(channels, eps=_EPS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps an image (N, 3, H, W) to (N, ceil(H / 4), ceil(W / 4), C)."""
-        return self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
-
-
-class Downsample(nn.Module):
-    """Halves the map and doubles the channels: (N, H, W, c) -> (N, H/2, W/2, 2c)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, 2 * channels, 3, stride=2, padding=1, bias=False)
-        self.norm = nn.Sequential(ToChannelsLast(), nn.LayerNorm(2 * channels, eps=_EPS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, H, W, c) to (N, ceil(H / 2), ceil(W / 2), 2c)."""
-        return self.norm(self.conv(x.permute(0, 3, 1, 2)))
-
-
-class MLP(nn.Module):
-    """Two linear layers per pixel, `mlp_ratio * channels` wide in between."""
-
-    def __init__(self, channels: int, options: BlockOptions) -> None:
-        super().__init__()
-        hidden = int(channels * options.mlp_ratio)
-        self.fc1 = nn.Linear(channels, hidden)
-        self.act = _ACTIVATIONS[options.act_layer]()
-        self.fc2 = nn.Linear(hidden, channels, bias=options.mlp_fc2_bias)
-        self.drop = nn.Dropout(options.drop_rate)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., c) to (..., c)."""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
-
-
-class FlashInternImageBlock(nn.Module):
-    """DCNv4 and MLP, each in a residual branch.
-
-    Args:
-        channels: width c.
-        group: groups of the DCNv4 layer.
-        drop_path: probability with which a sample skips a branch.
-        options: of the backbone.
-    """
-
-    def __init__(self, channels: int, group: int, drop_path: float,
-                 options: BlockOptions) -> None:
-        super().__init__()
-        self.post_norm = options.post_norm
-        self.with_cp = options.with_cp
-        self.layer_scale = options.layer_scale
-        # as in the released models, layer scale and post-norm take precedence
-        self.res_post_norm = (options.res_post_norm and options.layer_scale is None
-                              and not options.post_norm)
-        self.norm1 = _layer_norm(channels)
-        self.dcn = DCNv4(
-            channels, kernel_size=3, stride=1, pad=1, dilation=1, group=group,
-            offset_scale=options.offset_scale, dw_kernel_size=options.dw_kernel_size,
-            center_feature_scale=options.center_feature_scale,
-            output_bias=options.dcn_output_bias)
-        self.drop_path = DropPath(drop_path)
-        self.norm2 = _layer_norm(channels)
-        self.mlp = MLP(channels, options)
-        if options.layer_scale is not None:
-            self.gamma1 = nn.Parameter(torch.full((channels,), float(options.layer_scale)))
-            self.gamma2 = nn.Parameter(torch.full((channels,), float(options.layer_scale)))
-        if options.res_post_norm:
-            self.res_post_norm1 = _layer_norm(channels)
-            self.res_post_norm2 = _layer_norm(channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (N, H, W, c) to (N, H, W, c)."""
-        if self.with_cp and x.requires_grad:
-            return checkpoint(self._forward, x, use_reentrant=False)
-        return self._forward(x)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self._branch(1, x))
-        return x + self.drop_path(self._branch(2, x))
-
-    def _branch(self, index: int, x: Tensor) -> Tensor:
-        """Branch 1 (DCNv4) or 2 (MLP) with its norms and its layer scale."""
-        layer, norm = (self.dcn, self.norm1) if index == 1 else (self.mlp, self.norm2)
-        x = norm(layer(x)) if self.post_norm else layer(norm(x))
-        if self.res_post_norm:
-            x = (self.res_post_norm1 if index == 1 else self.res_post_norm2)(x)
-        if self.layer_scale is not None:
-            x = x * (self.gamma1 if index == 1 else self.gamma2)
-        return x
-
-
-class Stage(nn.Module):
-    """Blocks of one resolution, and the layer that leads to the next stage.
-
-    Args:
-        channels: width c.
-        group: groups of the DCNv4 layers.
-        drop_paths: drop-path probability of each block; its length is the depth.
-        options: of the backbone.
-        has_downsample: False for the last stage.
-        post_norm_block_ids: blocks that are followed by one more norm.
-    """
-
-    def __init__(self, channels: int, group: int, drop_paths: Sequence[float],
-                 options: BlockOptions, has_downsample: bool,
-                 post_norm_block_ids: Sequence[int] = ()) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            FlashInternImageBlock(channels, group, rate, options) for rate in drop_paths)
-        self.norm = (_layer_norm(channels)
-                     if not options.post_norm or options.center_feature_scale else None)
-        self.post_norm_block_ids = tuple(post_norm_block_ids)
-        if self.post_norm_block_ids:
-            self.post_norms = nn.ModuleList(
-                _layer_norm(channels) for _ in self.post_norm_block_ids)
-        self.downsample = Downsample(channels) if has_downsample else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Runs the blocks and the norm, not `downsample`: (N, H, W, c) -> (N, H, W, c)."""
-        for index, block in enumerate(self.blocks):
-            x = block(x)
-            if index in self.post_norm_block_ids:
-                x = self.post_norms[self.post_norm_block_ids.index(index)](x)
-        return x if self.norm is None else self.norm(x)
 
 
 @MODELS.register_module()
@@ -241,7 +89,7 @@ class FlashInternImage(BaseModule):
         res_post_norm: one more norm at the end of each branch; without effect beside
             `layer_scale` or `post_norm`.
         center_feature_scale: gate between the DCNv4 output and the projected input.
-        core_op: 'DCNv4', the only one.
+        core_op: 'DCNv4', or 'DCNv3' for a comparison in which nothing else differs.
         with_cp: recompute blocks in the backward pass to save memory.
         in_channels: channels of the image.
         out_indices: stages whose maps are returned, in ascending order.
@@ -257,6 +105,7 @@ class FlashInternImage(BaseModule):
     """
 
     init_cfg: Any
+    arch_settings = ARCH_SETTINGS
 
     def __init__(self, arch: Optional[str] = None, channels: Optional[int] = None,
                  depths: Optional[Sequence[int]] = None, groups: Optional[Sequence[int]] = None,
@@ -275,11 +124,11 @@ class FlashInternImage(BaseModule):
                  pretrained: Optional[str] = None,
                  init_cfg: Union[dict, list, None] = None) -> None:
         super().__init__(init_cfg=init_cfg)
-        _check_choice('core_op', core_op, ('DCNv4',))
+        _check_choice('core_op', core_op, CORE_OPS)
         _check_choice('norm_layer', norm_layer, ('LN',))
-        _check_choice('act_layer', act_layer, tuple(_ACTIVATIONS))
+        _check_choice('act_layer', act_layer, tuple(ACTIVATIONS))
         _refuse_pretrained(pretrained)
-        size = _resolve_arch(arch, dict(
+        size = _resolve_arch(arch, self.arch_settings, dict(
             channels=channels, depths=depths, groups=groups, mlp_ratio=mlp_ratio,
             layer_scale=layer_scale, offset_scale=offset_scale, post_norm=post_norm,
             dw_kernel_size=dw_kernel_size, mlp_fc2_bias=mlp_fc2_bias,
@@ -295,7 +144,7 @@ class FlashInternImage(BaseModule):
         post_norm_ids = _check_post_norm_ids(level2_post_norm, level2_post_norm_block_ids,
                                              self.depths[2])
         options = BlockOptions(
-            drop_rate=drop_rate, act_layer=act_layer, res_post_norm=res_post_norm,
+            core_op=core_op, drop_rate=drop_rate, act_layer=act_layer, res_post_norm=res_post_norm,
             center_feature_scale=center_feature_scale, with_cp=with_cp, **size)
         drop_paths = _drop_path_rates(drop_path_rate, drop_path_type, self.depths)
 
@@ -308,7 +157,7 @@ class FlashInternImage(BaseModule):
         self._freeze()
 
     def _reset_parameters(self) -> None:
-        """Start values: truncated normal linears, unit norms; DCNv4 layers reset themselves."""
+        """Start values: truncated normal linears, unit norms; DCN layers reset themselves."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -316,11 +165,11 @@ class FlashInternImage(BaseModule):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
-        self._reset_dcnv4()
+        self._reset_core_ops()
 
-    def _reset_dcnv4(self) -> None:
+    def _reset_core_ops(self) -> None:
         for module in self.modules():
-            if isinstance(module, DCNv4):
+            if isinstance(module, (DCNv4, DCNv3)):
                 module.reset_parameters()
 
     def init_weights(self) -> None:
@@ -343,7 +192,7 @@ class FlashInternImage(BaseModule):
             super().init_weights()
         finally:
             self.init_cfg = init_cfg
-        self._reset_dcnv4()
+        self._reset_core_ops()
         for cfg in pretrained:
             load_pretrained(self, **{key: cfg[key] for key in cfg
                                      if key not in ('type', '_scope_')})
@@ -393,6 +242,30 @@ class FlashInternImage(BaseModule):
         return tuple(outs)
 
 
+@MODELS.register_module()
+class InternImage(FlashInternImage):
+    """InternImage: DCNv3 in the place of DCNv4, with the parameter names of its published weights.
+
+    The masks of DCNv3 are normalised by a softmax over the taps; its predictor has a depthwise
+    convolution, a norm and an activation. The DCNv4 operator evaluates it, so that no second
+    kernel is needed.
+
+    Args:
+        arch: 't', 's', 'b', 'l' or 'xl' (`INTERN_IMAGE_SETTINGS`). The largest published model, H,
+            is `channels=320, depths=(6, 6, 32, 6), groups=(10, 20, 40, 80), dw_kernel_size=5,
+            res_post_norm=True, level2_post_norm=True, level2_post_norm_block_ids=(5, 11, 17, 23,
+            29), center_feature_scale=True, mlp_fc2_bias=True`.
+        core_op: 'DCNv3'; 'DCNv4' gives the layers of FlashInternImage in these sizes.
+        options: the other arguments of :class:`FlashInternImage`, by name.
+    """
+
+    arch_settings = INTERN_IMAGE_SETTINGS
+
+    def __init__(self, arch: Optional[str] = None, core_op: str = 'DCNv3',
+                 **options: Any) -> None:
+        super().__init__(arch, core_op=core_op, **options)
+
+
 def _check_choice(name: str, value: str, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f'FlashInternImage: {name} must be one of {choices}, got {value!r}')
@@ -410,15 +283,16 @@ def _refuse_pretrained(pretrained: Optional[str]) -> None:
                   stacklevel=3)
 
 
-def _resolve_arch(arch: Optional[str], given: dict[str, Any]) -> dict[str, Any]:
+def _resolve_arch(arch: Optional[str], table: dict[str, dict[str, Any]],
+                  given: dict[str, Any]) -> dict[str, Any]:
     """Defaults, overridden by the table of `arch`, overridden by the arguments that were given."""
-    if arch is not None and arch not in ARCH_SETTINGS:
-        raise ValueError(f'FlashInternImage: arch must be one of {tuple(ARCH_SETTINGS)} or None, '
+    if arch is not None and arch not in table:
+        raise ValueError(f'FlashInternImage: arch must be one of {tuple(table)} or None, '
                          f'got {arch!r}')
     nullable = ('layer_scale', 'dw_kernel_size')  # None means none; 'arch' means not given
     explicit = {key: value for key, value in given.items()
                 if (value != 'arch' if key in nullable else value is not None)}
-    size = {**_DEFAULTS, **(ARCH_SETTINGS[arch] if arch else {}), **explicit}
+    size = {**_DEFAULTS, **(table[arch] if arch else {}), **explicit}
     missing = [key for key in ('channels', 'depths', 'groups') if key not in size]
     if missing:
         raise ValueError(f'FlashInternImage: {", ".join(missing)} must be given without arch, '
