@@ -28,7 +28,7 @@ $(VENV)/.installed: tools/setup_venv.sh $(wildcard requirements/*.txt)
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	$(BIN)/pip install --no-build-isolation --no-deps --editable .
 	touch $@
 
 setup: $(VENV)/.built

@@ -159,4 +159,4 @@ def make_extension() -> dict:
     return dict(ext_modules=[extension], cmdclass=dict(build_ext=cpp_extension.BuildExtension))
 
 
-setup(**make_extension())
+setup(license='Apache-2.0', **make_extension())

@@ -28,18 +28,21 @@ step() { echo "[set-up, $((SECONDS / 60)) min $((SECONDS % 60)) s] $*"; }
 step "virtual environment in $venv"
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 pip="$venv/bin/pip install --quiet --disable-pip-version-check"
+# for every call, and for what pip builds in between
+PIP_CONSTRAINT=$(pwd)/requirements/constraints.txt
+export PIP_CONSTRAINT
 
 step 'build tools and torch'
 $pip --upgrade pip
 $pip -r requirements/build.txt
 $pip -r requirements/torch.txt
 step 'mmengine and mmcv (mmcv compiles for about 12 minutes unless a wheel is found)'
-$pip mmengine==0.10.7
+$pip mmengine
 MMCV_WITH_OPS=1 FORCE_CUDA=${FORCE_CUDA:-0} MAX_JOBS=${MAX_JOBS:-$(nproc)} \
-  $pip --no-build-isolation mmcv==2.1.0
+  $pip --no-build-isolation mmcv
 step 'mmdet, mmsegmentation, mmdet3d and the test tools'
 $pip -r requirements/mm.txt
-$pip --no-deps mmdet3d==1.4.0 # its open3d dependency is for windows on a screen only
+$pip --no-deps mmdet3d # its open3d dependency is for windows on a screen only
 $pip -r requirements/dev.txt
 if ! "$venv/bin/python" -c 'import cv2' 2>/dev/null; then
   step 'OpenCV without a screen (libGL is missing here)'
