@@ -41,15 +41,14 @@ def _read_build_info() -> dict[str, Any]:
 
 
 build_info: dict[str, Any] = _read_build_info()
-_warned = False
+_warned: set[str] = set()
 
 
-def warn_once() -> None:
-    """Says once per process that the PyTorch path is taken, why, and how to mend it."""
-    global _warned
-    if not _warned:
-        _warned = True
+def warn_once(reason: str) -> None:
+    """Says once per process and reason that the PyTorch path is taken, and how to mend it."""
+    if reason not in _warned:
+        _warned.add(reason)
         warnings.warn(
-            f'mmdcnv4: {missing_reason}; the much slower PyTorch path is used. Reinstall with '
-            '`pip install --no-build-isolation .`; `python -m mmdcnv4.info` tells more.',
-            RuntimeWarning, stacklevel=3)
+            f'mmdcnv4: the compiled kernels are not used: {reason}; the much slower PyTorch path '
+            'is taken. `python -m mmdcnv4.info` tells what was built; '
+            '`pip install --no-build-isolation .` builds it anew.', RuntimeWarning, stacklevel=4)

@@ -11,6 +11,7 @@ from typing import Literal, Optional
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _extension
 from ._library import cast_to_autocast, is_autocast_on
@@ -58,22 +59,27 @@ def use_backend(backend: Backend) -> Iterator[None]:
         _override = previous
 
 
-def _has_kernel(device_type: str) -> bool:
-    return device_type == 'meta' and _extension.is_available or device_type in _extension.build_info
+def _why_not_native(device_type: str) -> Optional[str]:
+    """Why the compiled kernels cannot serve this call; None where they can."""
+    if not _extension.is_available:
+        return _extension.missing_reason
+    if device_type not in (*_extension.build_info, 'meta'):
+        return f'no kernel was compiled for {device_type} tensors'
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return 'they have no forward-mode derivative'
+    return None
 
 
-def _choose(backend: Optional[str], device: torch.device) -> str:
+def _choose(backend: Optional[str], device_type: str) -> str:
     backend = get_backend() if backend is None else _checked_backend(backend, 'backend')
-    if backend == 'pytorch':
-        return backend
-    if _has_kernel(device.type):
-        return 'native'
-    if backend == 'native':
-        reason = _extension.missing_reason or f'no kernel was compiled for {device.type}'
+    reason = None if backend == 'pytorch' else _why_not_native(device_type)
+    if backend == 'native' and reason is not None:
         raise NotImplementedError(f"dcnv4: backend='native' is not possible: {reason}")
-    if not _extension.is_available and not torch.compiler.is_compiling():
-        _extension.warn_once()
-    return 'pytorch'
+    if backend == 'pytorch' or reason is not None:
+        if reason is not None and not torch.compiler.is_compiling():
+            _extension.warn_once(reason)
+        return 'pytorch'
+    return 'native'
 
 
 def _widen_offset_mask(value: Tensor, offset_mask: Tensor) -> Tensor:
@@ -148,7 +154,7 @@ def dcnv4(value: Tensor, offset_mask: Tensor, *, kernel_size: IntOrPair, groups:
                              padding=padding, dilation=dilation, offset_scale=offset_scale,
                              remove_center=remove_center, softmax=softmax)
     check_types(value, offset_mask)
-    chosen = _choose(backend, value.device)
+    chosen = _choose(backend, value.device.type)
     if is_autocast_on(value.device.type):
         value, offset_mask = cast_to_autocast(value, offset_mask)
     offset_mask = _widen_offset_mask(value, offset_mask)

@@ -108,7 +108,8 @@ class DCNv4(nn.Module):
                                 zip(self.geometry.padding, self.geometry.center)]
             self.offset_mask_dw = nn.Conv2d(
                 self.in_channels, self.in_channels, dw_kernel_size, groups=self.in_channels,
-                stride=self.geometry.stride, padding=(max(self._dw_padding[0], 0), max(self._dw_padding[1], 0)))
+                stride=self.geometry.stride,
+                padding=(max(self._dw_padding[0], 0), max(self._dw_padding[1], 0)))
         self.offset_mask = OffsetMaskProj(self.in_channels,
                                           offset_mask_channels(group, self.geometry.points))
         if center_feature_scale:

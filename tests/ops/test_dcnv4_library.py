@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -267,3 +268,20 @@ def test_environment_variable():
                             cwd=Path(__file__).parents[2], timeout=120,
                             env={**os.environ, 'MMDCNV4_BACKEND': 'pytorch'})
     assert result.stdout.strip() == 'pytorch', result.stderr
+
+
+def test_forward_mode_derivative_takes_the_pytorch_path():
+    # the compiled kernels have none; a zero tangent without an error would be worse than slow
+    value = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    offset_mask = torch.randn(2, 3, 5, 32, dtype=torch.float64)
+
+    def call(value):
+        return dcnv4(value, offset_mask, kernel_size=3, groups=1, padding=1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)
+        out, tangent = torch.func.jvp(call, (value,), (value,))
+    torch.testing.assert_close(tangent, out)  # the operator is linear in value
+    with pytest.raises(NotImplementedError, match='forward-mode'):
+        torch.func.jvp(lambda v: dcnv4(v, offset_mask, kernel_size=3, groups=1, padding=1,
+                                       backend='native'), (value,), (value,))
