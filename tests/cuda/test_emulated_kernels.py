@@ -15,21 +15,16 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from cuda_cases import BF16, DTYPES, F16, F32, F64, SIZES, hostile_offsets, make_call, size_name
 
 from mmdcnv4.ops import dcnv4_reference, offset_mask_channels
 from mmdcnv4.ops.contract import make_geometry
-from mmdcnv4.testing import GEOMETRIES, assert_as_accurate, forward_backward, make_inputs
+from mmdcnv4.testing import GEOMETRIES, assert_as_accurate, forward_backward
 
-F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
-DTYPES = {'f64': (F64, F64), 'f32': (F32, F32), 'f16': (F16, F16), 'bf16': (BF16, BF16),
-          'f16-f32': (F16, F32), 'bf16-f32': (BF16, F32)}
 CODE = {F64: 0, F32: 1, F16: 2, BF16: 3}
 ORDERS = {'forward': 0, 'backward': 1, 'shuffled': 2}
 GPU = (132, 48 * 1024, 2**31 - 1)  # multiprocessors, shared bytes, blocks per launch
 ONE_PROCESSOR = (1, 48 * 1024, 2**31 - 1)  # blocks as large as they get
-# N, H, W, G, D: one image and several, primes, one pixel, ragged groups, every width of D
-SIZES = [(3, 5, 7, 3, 16), (2, 13, 1, 5, 8), (3, 1, 1, 3, 32), (2, 3, 11, 2, 70), (3, 7, 5, 1, 1),
-         (2, 6, 5, 6, 3), (1, 3, 5, 3, 64), (2, 2, 3, 1, 160), (2, 3, 3, 33, 4), (5, 2, 2, 3, 12)]
 
 
 def to_bytes(tensor):
@@ -69,14 +64,6 @@ def emulate(emulator, path, inputs, grad_output, *, groups, order='forward', ali
     return (output, grad_value.to(value.dtype), grad_packed), json.loads(result.stdout)
 
 
-def make_call(size, dtypes, geometry, seed=0):
-    batch, height, width, groups, depth = size
-    inputs = make_inputs(batch, height, width, depth, groups=groups, dtype=dtypes[0],
-                         mask_dtype=dtypes[1], seed=seed, **geometry)
-    shape = (*inputs.offset_mask.shape[:3], inputs.value.shape[3])
-    return inputs, torch.randn(shape, dtype=F64).to(dtypes[0])
-
-
 def check(emulator, tmp_path, size, dtypes, geometry, **options):
     """Compares one call with the reference; returns the plans."""
     inputs, grad_output = make_call(size, dtypes, geometry)
@@ -98,7 +85,7 @@ def test_geometries(emulator, tmp_path, name, dtypes):
 
 
 @pytest.mark.parametrize('dtypes', ['f64', 'f32', 'f16', 'bf16-f32'])
-@pytest.mark.parametrize('size', SIZES, ids=lambda size: 'x'.join(map(str, size)))
+@pytest.mark.parametrize('size', SIZES, ids=size_name)
 def test_sizes(emulator, tmp_path, size, dtypes):
     check(emulator, tmp_path, size, DTYPES[dtypes], GEOMETRIES['3x3'], device=ONE_PROCESSOR)
 
@@ -156,19 +143,6 @@ def test_order_of_threads(emulator, tmp_path, name, depth):
         assert torch.equal(output, results[0][0])
         assert torch.equal(grad_packed, results[0][2])
         torch.testing.assert_close(grad_value, results[0][1], rtol=1e-5, atol=1e-5)
-
-
-def hostile_offsets(inputs, points):
-    """Replaces a third of the offsets by the worst there are, a part of them by whole numbers."""
-    special = torch.tensor([torch.nan, torch.inf, -torch.inf, 1e9, -1e9, 1e4, -3e4, 0.0, 1.0, -1.0,
-                            2.0, -2.0, 5.0, -7.0, -0.0], dtype=F64)
-    packed = inputs.offset_mask.double()
-    groups = packed.shape[-1] // (3 * points)
-    used = packed[..., :groups * 3 * points].unflatten(-1, (groups, -1))
-    offsets = used[..., :2 * points]
-    chosen = torch.rand(offsets.shape) < 1 / 3
-    offsets[chosen] = special[torch.randint(len(special), (int(chosen.sum()),))]
-    return inputs._replace(offset_mask=packed.to(inputs.offset_mask.dtype))
 
 
 @pytest.mark.hostile

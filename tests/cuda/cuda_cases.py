@@ -1,0 +1,45 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Calls that the emulated kernels and the kernels on a GPU are both tried with."""
+
+from __future__ import annotations
+
+import torch
+
+from mmdcnv4.testing import make_inputs
+
+F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+# (value, offset_mask)
+DTYPES = {'f64': (F64, F64), 'f32': (F32, F32), 'f16': (F16, F16), 'bf16': (BF16, BF16),
+          'f16-f32': (F16, F32), 'bf16-f32': (BF16, F32)}
+# N, H, W, G, D: one image and several, primes, one pixel, ragged groups, every width of D
+SIZES = [(3, 5, 7, 3, 16), (2, 13, 1, 5, 8), (3, 1, 1, 3, 32), (2, 3, 11, 2, 70), (3, 7, 5, 1, 1),
+         (2, 6, 5, 6, 3), (1, 3, 5, 3, 64), (2, 2, 3, 1, 160), (2, 3, 3, 33, 4), (5, 2, 2, 3, 12)]
+# whole numbers are exact in every dtype
+SPECIAL = (float('nan'), float('inf'), -float('inf'), 1e9, -1e9, 1e4, -3e4, 0.0, 1.0, -1.0, 2.0,
+           -2.0, 5.0, -7.0, -0.0)
+
+
+def size_name(size):
+    return 'x'.join(map(str, size))
+
+
+def make_call(size, dtypes, geometry, seed=0):
+    """Inputs and grad_output of one call."""
+    batch, height, width, groups, depth = size
+    inputs = make_inputs(batch, height, width, depth, groups=groups, dtype=dtypes[0],
+                         mask_dtype=dtypes[1], seed=seed, **geometry)
+    shape = (*inputs.offset_mask.shape[:3], inputs.value.shape[3])
+    return inputs, torch.randn(shape, dtype=F64).to(dtypes[0])
+
+
+def hostile_offsets(inputs, points):
+    """Replaces a third of the offsets by the worst there are."""
+    special = torch.tensor(SPECIAL, dtype=F64)
+    packed = inputs.offset_mask.double()
+    groups = packed.shape[-1] // (3 * points)
+    used = packed[..., :groups * 3 * points].unflatten(-1, (groups, -1))
+    offsets = used[..., :2 * points]
+    chosen = torch.rand(offsets.shape) < 1 / 3
+    offsets[chosen] = special[torch.randint(len(special), (int(chosen.sum()),))]
+    return inputs._replace(offset_mask=packed.to(inputs.offset_mask.dtype))
