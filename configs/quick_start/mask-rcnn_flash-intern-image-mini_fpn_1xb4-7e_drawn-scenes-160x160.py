@@ -1,9 +1,9 @@
 # A small FlashInternImage Mask R-CNN, trained from scratch in minutes on two CPU cores.
 # Data: tools/dataset_converters/drawn_scenes.py data/drawn_scenes
 _base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_runtime.py',
-          '../_base_/plugin.py']
+          '../_base_/datasets/drawn-scenes_instance.py', '../_base_/plugin.py']
 
-classes = ('disk', 'ring', 'square', 'triangle', 'star')
+num_classes = 5
 width = 64  # of the neck and of the heads
 
 model = dict(
@@ -24,64 +24,19 @@ model = dict(
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=width, finest_scale=28,
                                 roi_layer=dict(sampling_ratio=1)),
-        bbox_head=dict(in_channels=width, fc_out_channels=128, num_classes=len(classes)),
+        bbox_head=dict(in_channels=width, fc_out_channels=128, num_classes=num_classes),
         # masks from the finest map for all objects
         mask_roi_extractor=dict(out_channels=width, roi_layer=dict(sampling_ratio=1)),
         mask_head=dict(num_convs=2, in_channels=width, conv_out_channels=width,
-                       norm_cfg=dict(type='GN', num_groups=8), num_classes=len(classes))),
+                       norm_cfg=dict(type='GN', num_groups=8), num_classes=num_classes)),
     # there are at most five objects per image
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=200, max_per_img=100),
         rcnn=dict(sampler=dict(num=32, pos_fraction=0.5))),
     test_cfg=dict(
         rpn=dict(nms_pre=200, max_per_img=50),
-        rcnn=dict(max_per_img=20)))
-
-data_root = 'data/drawn_scenes/coco/'
-metainfo = dict(classes=classes, palette=[(230, 70, 60), (70, 130, 240), (60, 180, 90),
-                                          (240, 180, 40), (170, 90, 220)])
-train_dataloader = dict(
-    batch_size=4,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=True),
-    dataset=dict(
-        type='CocoDataset',
-        data_root=data_root,
-        ann_file='annotations/instances_train.json',
-        data_prefix=dict(img='images/train/'),
-        metainfo=metainfo,
-        filter_cfg=dict(filter_empty_gt=True),
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-            dict(type='RandomFlip', prob=[0.25, 0.25, 0.25],
-                 direction=['horizontal', 'vertical', 'diagonal']),
-            dict(type='PackDetInputs'),
-        ]))
-val_dataloader = dict(
-    batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
-    sampler=dict(type='DefaultSampler', shuffle=False),
-    dataset=dict(
-        type='CocoDataset',
-        data_root=data_root,
-        ann_file='annotations/instances_val.json',
-        data_prefix=dict(img='images/val/'),
-        metainfo=metainfo,
-        test_mode=True,
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='Resize', scale=(160, 160), keep_ratio=True),
-            dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-            dict(type='PackDetInputs',
-                 meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
-        ]))
-test_dataloader = val_dataloader
-val_evaluator = dict(type='CocoMetric', ann_file=data_root + 'annotations/instances_val.json',
-                     metric=['bbox', 'segm'])
-test_evaluator = val_evaluator
+        # one object has one name
+        rcnn=dict(max_per_img=20, nms=dict(class_agnostic=True))))
 
 max_epochs = 7
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)

@@ -1,0 +1,48 @@
+# Drawn shapes with masks. python tools/dataset_converters/drawn_scenes.py data/drawn_scenes
+data_root = 'data/drawn_scenes/coco/'
+scenes = dict(
+    type='CocoDataset',
+    data_root=data_root,
+    metainfo=dict(
+        classes=('disk', 'ring', 'square', 'triangle', 'star'),
+        palette=[(230, 70, 60), (70, 130, 240), (60, 180, 90), (240, 180, 40), (170, 90, 220)]))
+load = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(160, 160), keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+]
+train_dataloader = dict(
+    batch_size=4,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=True),
+    dataset=dict(
+        **scenes,
+        ann_file='annotations/instances_train.json',
+        data_prefix=dict(img='images/train/'),
+        filter_cfg=dict(filter_empty_gt=True),
+        pipeline=[
+            *load,
+            dict(type='RandomFlip', prob=[0.25, 0.25, 0.25],
+                 direction=['horizontal', 'vertical', 'diagonal']),
+            dict(type='PackDetInputs'),
+        ]))
+val_dataloader = dict(
+    batch_size=8,
+    num_workers=1,
+    persistent_workers=True,
+    sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(
+        **scenes,
+        ann_file='annotations/instances_val.json',
+        data_prefix=dict(img='images/val/'),
+        test_mode=True,
+        pipeline=[
+            *load,
+            dict(type='PackDetInputs',
+                 meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+        ]))
+test_dataloader = val_dataloader
+val_evaluator = dict(type='CocoMetric', ann_file=data_root + 'annotations/instances_val.json',
+                     metric=['bbox', 'segm'])
+test_evaluator = val_evaluator
