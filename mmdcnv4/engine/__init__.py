@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training parts that know no model: optimiser constructors, hooks, what the tools share."""
 
+from . import analysis  # noqa: F401  mmengine's FLOP counter learns the operator
 from .layer_decay import CustomLayerDecayOptimizerConstructor
 from .progress import ProgressBarHook
 

@@ -1,0 +1,80 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of the analysis tools: what mmengine's counter needs to know, and models without data."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+from mmengine.analysis import complexity_analysis
+from mmengine.analysis.jit_handles import get_shape
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor, nn
+
+PARTS = ('backbone', 'features', 'model')
+_SAMPLES = {'mmdet': ('mmdet.structures', 'DetDataSample'),
+            'mmseg': ('mmseg.structures', 'SegDataSample'),
+            'mmpretrain': ('mmpretrain.structures', 'DataSample')}
+
+
+def dcnv4_multiply_adds(inputs: list, outputs: list) -> int:
+    """Multiply-adds of one traced call of the operator: 5 K per output element.
+
+    Each of the K samples takes four for the interpolation and one for the mask.
+
+    Args:
+        inputs, outputs: values of the traced graph, in the order of the operator's schema.
+    """
+    kernel = [value.toIValue() for value in inputs[2].node().inputs()]
+    points = math.prod(kernel) - int(inputs[8].toIValue())
+    return 5 * points * math.prod(get_shape(outputs[0]))
+
+
+# `FlopAnalyzer` and `get_model_complexity_info` of mmengine start from this table
+complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS['mmdcnv4::dcnv4'] = dcnv4_multiply_adds
+
+
+class ModelPart(nn.Module):
+    """A model, or a part of it, as a function of images alone.
+
+    Args:
+        cfg: config of mmdet, mmseg or mmpretrain.
+        part: 'backbone', 'features' (backbone and neck) or 'model' (all before decoding).
+
+    Raises:
+        ValueError: no such part, or a model of another library.
+    """
+
+    def __init__(self, cfg: Config, part: str = 'model') -> None:
+        super().__init__()
+        if part not in PARTS:
+            raise ValueError(f'analysis: part must be one of {PARTS}, got {part!r}')
+        if cfg.default_scope not in _SAMPLES:
+            raise ValueError(f'analysis: default_scope must be one of {tuple(_SAMPLES)}, '
+                             f'got {cfg.default_scope!r}')
+        importlib.import_module(f'{cfg.default_scope}.models')
+        if 'data_preprocessor' in cfg:  # as mmengine's runner does
+            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+        if 'backbone' in cfg.model:
+            cfg.model.backbone.init_cfg = None  # weights do not change the cost
+        with DefaultScope.overwrite_default_scope(cfg.default_scope):
+            self.model = MODELS.build(cfg.model)
+        self.scope, self.part = cfg.default_scope, part
+
+    def forward(self, images: Tensor) -> Any:
+        """Runs the part on normalised images (N, 3, H, W)."""
+        if self.part == 'backbone':
+            return self.model.backbone(images)
+        if self.part == 'features':
+            return self.model.extract_feat(images)
+        module, name = _SAMPLES[self.scope]
+        size = tuple(images.shape[2:])
+        meta = dict(img_shape=size, ori_shape=size, pad_shape=size, batch_input_shape=size,
+                    scale_factor=(1.0, 1.0))
+        sample = getattr(importlib.import_module(module), name)
+        samples = [sample(metainfo=meta) for _ in images]
+        with DefaultScope.overwrite_default_scope(self.scope):
+            return self.model(images, samples, mode='tensor')

@@ -1,0 +1,164 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Counting, timing and looking at models."""
+
+from __future__ import annotations
+
+import re
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from mmengine.analysis import FlopAnalyzer
+from mmengine.config import Config
+from tool_runner import TINY, load_tool
+from torch import nn
+
+from mmdcnv4.engine.analysis import ModelPart
+from mmdcnv4.models.backbones import FlashInternImage, InternImage
+from mmdcnv4.models.layers import ConvHeadNeck
+from mmdcnv4.ops import DCNv4, _extension
+
+needs_kernels = pytest.mark.skipif(not _extension.is_available,
+                                   reason='a trace names the operator only when it is compiled')
+UPERNET = TINY / 'upernet.py'
+MASK_RCNN = TINY / 'mask_rcnn.py'
+SMALL = dict(channels=8, depths=(1, 1, 1, 1), groups=(1, 2, 4, 8), drop_path_rate=0.0)
+
+
+class Classifier(nn.Module):
+    """The published classifiers."""
+
+    def __init__(self, arch):
+        super().__init__()
+        self.backbone = FlashInternImage(arch, out_indices=(3,), drop_path_rate=0.0)
+        width = self.backbone.channels
+        self.neck, self.head = ConvHeadNeck(8 * width, 12 * width), nn.Linear(12 * width, 1000)
+
+    def forward(self, x):
+        return self.head(self.neck(self.backbone(x))[0])
+
+
+def count(model, *inputs):
+    with torch.no_grad():
+        analyzer = FlopAnalyzer(model.eval(), inputs)
+        return analyzer.unsupported_ops_warnings(False).by_operator()
+
+
+@needs_kernels
+@pytest.mark.parametrize('arch, expected', [
+    ('t', 4.87), ('s', 8.31), pytest.param('b', 16.20, marks=pytest.mark.slow),
+    pytest.param('l', 36.7, marks=pytest.mark.slow)])
+def test_multiply_adds_of_the_published_classifiers(arch, expected):
+    found = count(Classifier(arch), torch.zeros(1, 3, 224, 224))
+    total = sum(found[name] for name in ('conv', 'linear', 'dcnv4')) / 1e9
+    assert total == pytest.approx(expected, abs=0.05 if arch == 'l' else 0.005)
+
+
+@needs_kernels
+@pytest.mark.parametrize('options, points, size', [
+    (dict(), 9, (6, 5)), (dict(kernel_size=5, pad=2, remove_center=True), 24, (6, 5)),
+    (dict(kernel_size=(1, 3), pad=(0, 1), stride=2), 3, (3, 3))])
+def test_multiply_adds_of_a_layer(options, points, size):
+    layer = DCNv4(32, group=2, **options)
+    found = count(layer, torch.zeros(2, 6, 5, 32))
+    assert found['dcnv4'] == 5 * points * 32 * size[0] * size[1] * 2
+
+
+@needs_kernels
+def test_get_flops(capsys):
+    tool = load_tool('analysis_tools/get_flops')
+    tool.main([str(UPERNET), '--shape', '64', '96', '--part', 'backbone'])
+    out = capsys.readouterr().out
+    model = FlashInternImage(**SMALL)
+    parameters = sum(p.numel() for p in model.parameters())
+    found = count(model, torch.zeros(1, 3, 64, 96))
+    assert f'backbone at 64 x 96: {parameters:,} parameters' in out
+    line = re.search(r'dcnv4 +([\d.]+) G', out)
+    assert float(line[1]) == pytest.approx(found['dcnv4'] / 1e9, abs=6e-4)
+    for config in (UPERNET, MASK_RCNN):
+        whole = tool.count(Config.fromfile(config), 64, 64)
+        features = tool.count(Config.fromfile(config), 64, 64, 'backbone')
+        assert whole.total > features.total > 0
+    with pytest.raises(SystemExit, match='one or two'):
+        tool.main([str(UPERNET), '--shape', '1', '2', '3'])
+
+
+@pytest.mark.parametrize('options, words', [
+    ([], 'model, forward, float32'), (['--amp', '--part', 'features'], 'features, forward, bfloat'),
+    (['--train', '--batch', '2', '--part', 'backbone'], 'backbone, forward+backward, float32')])
+def test_benchmark(capsys, options, words):
+    tool = load_tool('analysis_tools/benchmark')
+    timing = tool.main([str(UPERNET), '--shape', '64', '--repeats', '3', '--warm-up', '1',
+                        '--device', 'cpu', *options])
+    out = capsys.readouterr().out
+    assert words in out and 'images/s' in out
+    assert 0 < timing.low <= timing.median <= timing.high
+    assert timing.peak_bytes > 2**26  # Python and torch alone take more
+    with pytest.raises(SystemExit):
+        tool.main([str(UPERNET), '--repeats', '0'])
+
+
+def test_benchmark_measures_time(monkeypatch):
+    tool = load_tool('analysis_tools/benchmark')
+    clock = iter(range(100))  # a run takes one second per reading of the clock
+    monkeypatch.setattr(tool.time, 'perf_counter', lambda: next(clock))
+    calls = []
+    timing = tool.measure(lambda: calls.append(1), torch.device('cpu'), repeats=4, warm_up=3)
+    assert len(calls) == 7 and (timing.low, timing.median, timing.high) == (1, 1, 1)
+
+
+def test_recorded_samples_are_those_of_the_operator():
+    """A layer whose offsets are constant: its samples stand where they must."""
+    tool = load_tool('analysis_tools/visualize_offsets')
+    model = FlashInternImage(**SMALL, offset_scale=2.0)
+    layer = model.levels[1].blocks[0].dcn
+    with torch.no_grad():
+        bias = layer.offset_mask.bias[:54].view(2, 27)
+        bias[1, 2 * 5], bias[1, 2 * 5 + 1], bias[1, 18 + 5] = 0.75, -0.5, 3.0
+    samples = {item.name: item for item in tool.record(model, torch.randn(2, 3, 64, 96))}
+    assert list(samples) == [f'levels.{i}.blocks.0.dcn' for i in range(4)]
+    item = samples['levels.1.blocks.0.dcn']
+    assert item.input_size == (8, 12) and item.offset.shape == (8, 12, 2, 9, 2)
+    # tap 5 is (x, y) = (0, 1); the offset is scaled like the grid
+    torch.testing.assert_close(item.positions(3, 4)[1, 5],
+                               torch.tensor([4 + 2 * 0.75, 3 + 2 * (1 - 0.5)]))
+    torch.testing.assert_close(item.positions(3, 4)[0, 0], torch.tensor([2.0, 1.0]))
+    assert (item.mask[..., 1, 5] == 3).all() and (item.mask[..., 0, :] == 0).all()
+    distances = item.distances()
+    assert distances.max() == pytest.approx(np.hypot(1.5, 1.0)) and distances.min() == 0
+
+
+def test_recorded_masks_of_dcnv3_are_normalised():
+    tool = load_tool('analysis_tools/visualize_offsets')
+    samples = tool.record(InternImage(**SMALL), torch.randn(1, 3, 32, 32))
+    for item in samples:
+        torch.testing.assert_close(item.mask, torch.full_like(item.mask, 1 / 9))
+
+
+def test_visualize_offsets(tmp_path, capsys):
+    tool = load_tool('analysis_tools/visualize_offsets')
+    model = ModelPart(Config.fromfile(UPERNET)).model
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
+    cv2.imwrite(str(tmp_path / 'image.png'), np.full((40, 60, 3), 128, np.uint8))
+    out = tmp_path / 'offsets.png'
+    tool.main([str(UPERNET), str(tmp_path / 'model.pth'), str(tmp_path / 'image.png'),
+               '--out', str(out), '--size', '96'])
+    assert capsys.readouterr().out.count('.dcn ') == 4
+    assert cv2.imread(str(out)).std() > 10
+    with pytest.raises(SystemExit, match='must be a picture'):
+        tool.main([str(UPERNET), str(tmp_path / 'model.pth'), str(tmp_path / 'model.pth'),
+                   '--out', str(out)])
+
+
+def test_grid_of_a_kernel(tmp_path, capsys):
+    tool = load_tool('analysis_tools/visualize_offsets')
+    out = tmp_path / 'grid.png'
+    tool.main(['--grid', 'kernel_size=3', 'offset_scale=2', '--out', str(out)])
+    picture = cv2.imread(str(out)).astype(int)
+    blue = (picture[..., 0] > picture[..., 2] + 80).astype(np.uint8)
+    regions, _ = cv2.connectedComponents(cv2.morphologyEx(blue, cv2.MORPH_CLOSE, np.ones((9, 9))))
+    assert regions - 1 == 9
+    with pytest.raises(SystemExit, match='group'):
+        tool.main(['--grid', 'group=3', '--out', str(out)])
