@@ -13,7 +13,8 @@
 //             newer); grad_offset_mask is summed over the team by shuffles, collected in shared
 //             memory and written once, in its own type, its padding included
 // Numerics    float32 inside, float64 for float64; the order of the additions to grad_value is not
-//             fixed, its last bits vary from run to run; grad_offset_mask is bitwise repeatable
+//             fixed, its last bits vary from run to run, and float32 reductions flush subnormal
+//             numbers; grad_offset_mask is bitwise repeatable
 // Borders     corners outside the image add nothing, not even a NaN; so do taps without corners
 // Limits      as in dcnv4_forward.cuh; grad_value is aligned to 16 bytes
 // Source      arXiv:2401.06197, section 3, differentiated by hand
@@ -193,7 +194,8 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) < 8 ? 3 : 2)
       BilinearGrad<W> sum = bilinear_grad(dot[0], dot[1], dot[2], dot[3], taps.extra[slot].y,
                                           taps.extra[slot].z);
       sum = {team_sum(sum.mask, team), team_sum(sum.x, team), team_sum(sum.y, team)};
-      if (row.lane == 0) { // the team has read `extra` before it summed
+      __syncwarp(); // the team has read what is overwritten
+      if (row.lane == 0) {
         const W mask = taps.extra[slot].x, scale = a.scale * mask;
         taps.extra[slot] = {bits ? scale * sum.x : W(0), bits ? scale * sum.y : W(0),
                             kSoftmax ? mask * (sum.mask - expected) : sum.mask, W(0)};
