@@ -1,0 +1,29 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""BEVFormer v2 for mmdetection3d 1.x; needs mmdet3d, and is not imported by `mmdcnv4` alone.
+
+Make it known to a config with
+`custom_imports = dict(imports=['mmdcnv4', 'mmdcnv4.bevformer_v2'], allow_failed_imports=False)`.
+"""
+
+from .bev_encoder import BEVFormerV2Encoder, TemporalFusion
+from .bev_head import BEVFormerV2Head
+from .box_code import BBox3DCodeSmoothL1Cost
+from .detector import BEVFormerV2
+from .mono_targets import MonoTargets
+from .nuscenes_temporal import NuScenesTemporalDataset
+from .perspective_head import PerspectiveHead
+from .transforms import (
+    BEVAugment,
+    ClipToUint8,
+    LoadTemporalMultiViewImages,
+    MultiViewCropResize,
+    PackBEVInputs,
+)
+
+__all__ = [
+    'BBox3DCodeSmoothL1Cost', 'BEVAugment', 'BEVFormerV2', 'BEVFormerV2Encoder',
+    'BEVFormerV2Head', 'ClipToUint8', 'LoadTemporalMultiViewImages', 'MonoTargets',
+    'MultiViewCropResize', 'NuScenesTemporalDataset', 'PackBEVInputs', 'PerspectiveHead',
+    'TemporalFusion'
+]

@@ -1,0 +1,132 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""nuScenes with neighbouring key frames, found by the links of the data set and not by order."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+from mmdet3d.datasets import NuScenesDataset
+from mmdet3d.registry import DATASETS
+
+_INFO_VERSION = '1.1'
+_CREATE = 'python tools/create_data.py nuscenes (of mmdetection3d 1.x)'
+
+
+class Link(NamedTuple):
+    """Where a sample stands: tokens, empty at the ends of a scene."""
+
+    scene: str
+    prev: str
+    next: str
+
+
+@DATASETS.register_module()
+class NuScenesTemporalDataset(NuScenesDataset):
+    """Samples with the infos of other key frames of the same scene.
+
+    Each sample gets `frames`, `frame_infos` (the info of each frame, None where the scene has
+    none) and `label_mapping` (label in the info file to label of the model).
+
+    Args:
+        data_root, ann_file: of the parent class; an info file of version 1.1.
+        frames: offsets in key frames (2 Hz) in ascending order, 0 among them.
+        scene_table: `sample.json` of the nuScenes tables, with the fields `token`, `scene_token`,
+            `prev`, `next`; `<data_root>/<version>/sample.json` by default. Read only if `frames`
+            has more than one entry and the info file holds no such fields.
+        kwargs: of the parent class, which refuses unknown ones.
+
+    Raises:
+        ValueError: `frames` is no such list, or the info file has another version.
+        FileNotFoundError: links are needed and there is no table.
+    """
+
+    def __init__(self, data_root: str, ann_file: str, *, frames: Sequence[int] = (0,),
+                 scene_table: Optional[str] = None, **kwargs: Any) -> None:
+        self.frames = tuple(frames)
+        if 0 not in self.frames or list(self.frames) != sorted(set(self.frames)):
+            raise ValueError('NuScenesTemporalDataset: frames must be ascending and contain 0, '
+                             f'got {self.frames}')
+        self.scene_table = scene_table
+        self._links: dict[str, Link] = {}
+        self._index: dict[str, int] = {}
+        super().__init__(data_root, ann_file, **kwargs)
+
+    def load_data_list(self) -> list[dict]:
+        """Reads the info file and checks its version."""
+        try:
+            data_list = super().load_data_list()
+        except ValueError as error:
+            raise ValueError(
+                f'NuScenesTemporalDataset: ann_file {self.ann_file} must hold data_list and '
+                f'metainfo (version {_INFO_VERSION}); infos of mmdetection3d 0.x use other box '
+                f'conventions, make new ones with {_CREATE}') from error
+        version = self.metainfo.get('info_version')
+        if version != _INFO_VERSION:
+            raise ValueError('NuScenesTemporalDataset: ann_file must have info_version '
+                             f'{_INFO_VERSION!r}, got {version!r} in {self.ann_file}; make it '
+                             f'with {_CREATE}')
+        return data_list
+
+    def filter_data(self) -> list[dict]:
+        """Filters as the parent does, and notes where each sample stands in its scene."""
+        data_list = super().filter_data()
+        self._index = {info['token']: index for index, info in enumerate(data_list)}
+        if len(self.frames) > 1:
+            self._links = self._read_links(data_list)
+        return data_list
+
+    def full_init(self) -> None:
+        """Loads the infos; a subset (`indices`) has neighbours in the subset only."""
+        if self._fully_initialized:
+            return
+        super().full_init()
+        if self._indices is not None:
+            self._index = {self.get_sample_info(index)['token']: index
+                           for index in range(len(self))}
+
+    def _read_links(self, data_list: Sequence[dict]) -> dict[str, Link]:
+        if all({'scene_token', 'prev', 'next'} <= set(info) for info in data_list):
+            return {info['token']: Link(info['scene_token'], info['prev'], info['next'])
+                    for info in data_list}
+        path = Path(self.scene_table or
+                    Path(self.data_root, self.metainfo['version'], 'sample.json'))
+        if not path.is_file():
+            raise FileNotFoundError(
+                f'NuScenesTemporalDataset: frames {self.frames} need the links between samples, '
+                f'which the info file does not hold, and there is no {path}; unpack the nuScenes '
+                'tables there, or set scene_table')
+        rows = json.loads(path.read_text())
+        links = {row['token']: Link(row['scene_token'], row['prev'], row['next']) for row in rows}
+        unknown = [info['token'] for info in data_list if info['token'] not in links]
+        if unknown:
+            raise ValueError(
+                f'NuScenesTemporalDataset: scene_table {path} must list every sample, got none '
+                f'for {len(unknown)}, the first {unknown[0]}; is it the table of this split?')
+        return links
+
+    def get_sample_info(self, index: int) -> dict:
+        """The info of one sample, without its neighbours."""
+        return super().get_data_info(index)
+
+    def _neighbour(self, token: str, offset: int) -> Optional[dict]:
+        """The info `offset` key frames away, None where the scene or the file ends."""
+        scene = self._links[token].scene
+        for _ in range(abs(offset)):
+            token = self._links[token].prev if offset < 0 else self._links[token].next
+            if token not in self._links or self._links[token].scene != scene:
+                return None
+        return self.get_sample_info(self._index[token]) if token in self._index else None
+
+    def get_data_info(self, idx: int) -> dict:
+        """The info of one sample, with `frames`, `frame_infos` and `label_mapping`."""
+        info = super().get_data_info(idx)
+        info['frames'] = self.frames
+        info['label_mapping'] = self.label_mapping
+        info['frame_infos'] = [
+            {key: info[key] for key in ('images', 'ego2global', 'token')} if offset == 0
+            else self._neighbour(info['token'], offset) for offset in self.frames]
+        return info

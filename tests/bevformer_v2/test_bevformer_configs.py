@@ -1,0 +1,112 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes: sizes, frames, schedules, layers of the optimiser."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from places import CONFIGS
+
+from mmdcnv4.engine.layer_decay import layer_id
+
+# name -> (parameters, frames, groups)
+MODELS = {
+    'r50_t1-base_16xb1-24e': (56_198_160, (0,), 1),
+    'r50_t1-base_16xb1-48e': (56_198_160, (0,), 1),
+    'r50_t1_16xb1-24e': (60_806_160, (0,), 11),
+    'r50_t1_16xb1-48e': (60_806_160, (0,), 11),
+    'r50_t2_16xb1-24e': (75_099_920, (-1, 0), 11),
+    'r50_t2_16xb1-48e': (75_099_920, (-1, 0), 11),
+    'r50_t8_16xb1-24e': (91_616_016, tuple(range(-7, 1)), 11),
+    'flash-intern-image-s_t8_16xb1-24e': (115_967_376, tuple(range(-7, 1)), 11),
+    'flash-intern-image-s_offline_16xb1-24e': (104_170_896, (-8, 0, 8), 11),
+    'flash-intern-image-b_t8_16xb1-24e': (162_488_936, tuple(range(-7, 1)), 11),
+    'flash-intern-image-b_offline_16xb1-24e': (150_692_456, (-8, 0, 8), 11),
+}
+
+
+def read(name):
+    return Config.fromfile(CONFIGS / f'bevformer-v2_{name}_nus.py')
+
+
+def build(cfg):
+    from mmdet3d.registry import MODELS as REGISTRY
+    with torch.device('meta'):
+        return REGISTRY.build(cfg.model)
+
+
+def size(module):
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_every_config_is_tested():
+    names = {path.stem for path in CONFIGS.glob('*_nus.py')}
+    assert names == {f'bevformer-v2_{name}_nus' for name in MODELS}
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_size_frames_and_groups(name):
+    parameters, frames, groups = MODELS[name]
+    cfg = read(name)
+    model = build(cfg)
+    assert size(model) == parameters
+    assert model.frames == frames and model.bev_head.num_groups == groups
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        assert tuple(loader.dataset.frames) == frames
+
+
+def test_size_part_by_part():
+    model = build(read('flash-intern-image-s_t8_16xb1-24e'))
+    assert size(model.img_backbone) == 48_490_176 and size(model.img_neck) == 3_237_888
+    assert size(model.perspective_head) == 7_405_973
+    assert size(model.temporal_fusion) == 30_809_856
+    assert size(model.bev_encoder.layers) == 4_940_928
+    assert size(model.bev_head.layers) == 4_103_232
+    assert size(model.bev_encoder.bev_embedding) == 10_240_000
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_recipe(name):
+    cfg = read(name)
+    epochs = 48 if '48e' in name else 24
+    assert cfg.train_cfg.max_epochs == epochs and cfg.train_cfg.val_interval == 4
+    warm_up, steps = cfg.param_scheduler
+    assert (warm_up.end, warm_up.start_factor) == (2000, pytest.approx(1 / 3))
+    assert (steps.milestones, steps.end) == ([epochs - 4], epochs)
+    assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=4e-4, weight_decay=0.01)
+    assert cfg.optim_wrapper.clip_grad.max_norm == 35
+    train = cfg.train_dataloader.dataset.pipeline
+    kinds = [step.type for step in train]
+    crop = train[kinds.index('MultiViewCropResize')]
+    if 't1-base' in name:
+        assert 'BEVAugment' not in kinds and tuple(crop.heights) == (640,)
+    else:
+        assert kinds.index('LoadAnnotations3D') < kinds.index('BEVAugment') < kinds.index(
+            'ObjectRangeFilter')
+        assert tuple(crop.heights) == tuple(range(512, 769, 32)) and crop.img_flip_prob == 0.5
+    test = cfg.test_dataloader.dataset
+    assert test.pipeline[1].heights == (640,) and test.test_mode
+    assert cfg.model.bev_encoder.pc_range == cfg.point_cloud_range
+    assert cfg.val_evaluator.modality.use_camera and not cfg.val_evaluator.modality.use_lidar
+
+
+def test_layer_decay(tiny):
+    cfg = read('flash-intern-image-s_t8_16xb1-24e')
+    depths = (4, 4, 21, 4)
+    assert layer_id('bev_encoder.level_embed', depths, head_embed_decay=False) == 34
+    model = build(cfg)
+    wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
+    rate = {name: group['lr'] for group in wrapper.optimizer.param_groups
+            for name in group['param_names']}
+    assert rate['bev_encoder.level_embed'] == rate['bev_head.query_embedding.weight'] == 4e-4
+    assert rate['img_backbone.patch_embed.conv1.weight'] == pytest.approx(4e-4 * 0.96**34)
+    assert rate['img_backbone.levels.3.blocks.3.mlp.fc1.weight'] == pytest.approx(4e-4 * 0.96)
+
+
+def test_the_backbone_of_the_resnet_learns_at_half_the_rate():
+    cfg = read('r50_t1-base_16xb1-24e')
+    wrapper = build_optim_wrapper(build(cfg), cfg.optim_wrapper)
+    assert {group['lr'] for group in wrapper.optimizer.param_groups} == {2e-4, 4e-4}

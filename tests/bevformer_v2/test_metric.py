@@ -1,0 +1,63 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""The metric of nuScenes on the synthetic rig."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import synthetic
+import torch
+from mmdet3d.structures import LiDARInstance3DBoxes
+from mmengine.config import Config
+from mmengine.structures import InstanceData
+from places import TINY
+
+PREFIX = 'NuScenes metric/pred_instances_3d_NuScenes'
+
+
+@pytest.fixture
+def two_by_two(tmp_path):
+    """The data set that the tiny config is for."""
+    synthetic.write(tmp_path / 'rig')
+    return tmp_path / 'rig'
+
+
+def tiny_config(root):
+    cfg = Config.fromfile(TINY)
+    text = cfg.pretty_text.replace('data/synthetic-rig/', f'{root}/')
+    return Config.fromstring(text, '.py')
+
+
+def score(cfg, dataset, predictions):
+    """The devkit's numbers for one InstanceData per sample."""
+    from mmdet3d.registry import METRICS
+    pytest.importorskip('nuscenes', reason='the nuScenes devkit is not installed')
+    metric = METRICS.build(copy.deepcopy(cfg.val_evaluator))
+    metric.dataset_meta = dataset.metainfo
+    for index, prediction in enumerate(predictions):
+        metric.process({}, [dict(pred_instances_3d=prediction.to_dict(), pred_instances={},
+                                 sample_idx=index)])
+    return metric.evaluate(len(predictions))
+
+
+def truth_of(info):
+    rows = [[*item['bbox_3d'], *item['velocity']] for item in info['instances']]
+    boxes = LiDARInstance3DBoxes(torch.tensor(rows), box_dim=9, origin=(0.5, 0.5, 0.5))
+    labels = [info['label_mapping'][item['bbox_label_3d']] for item in info['instances']]
+    return InstanceData(bboxes_3d=boxes, labels_3d=torch.tensor(labels),
+                        scores_3d=torch.full((len(rows),), 0.9))
+
+
+def test_truth_scores_perfectly(two_by_two):
+    from mmdet3d.registry import DATASETS
+    cfg = tiny_config(two_by_two)
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    truth = [truth_of(dataset.get_data_info(index)) for index in range(len(dataset))]
+    result = score(cfg, dataset, truth)
+    assert result[f'{PREFIX}/mAP'] == pytest.approx(1, abs=1e-3)
+    assert result[f'{PREFIX}/NDS'] == pytest.approx(1, abs=2e-3)
+    for prediction in truth:  # a metre off: no longer within half a metre
+        prediction.bboxes_3d.tensor[:, 0] += 1
+    assert 0.4 < score(cfg, dataset, truth)[f'{PREFIX}/mAP'] < 0.8
