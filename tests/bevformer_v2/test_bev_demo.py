@@ -1,0 +1,69 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""The picture of boxes: edges where they belong, and the tool on the synthetic rig."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import mmcv
+import numpy as np
+import pytest
+import torch
+from mmdet3d.registry import MODELS
+from mmengine.config import Config
+from places import TINY
+
+FILE = Path(__file__).parents[2] / 'tools' / 'demo' / 'bev_demo.py'
+
+
+@pytest.fixture(scope='module')
+def demo():
+    pytest.importorskip('matplotlib', reason='matplotlib is not installed')
+    spec = importlib.util.spec_from_file_location('bev_demo', FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_edges(demo):
+    """A cube before the camera: two squares and what joins them; behind it: nothing."""
+    from mmdet3d.structures import LiDARInstance3DBoxes
+    lidar2cam = np.array([[0.0, -1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+    cam2img = np.array([[100.0, 0, 50], [0, 100, 40], [0, 0, 1]])
+    boxes = LiDARInstance3DBoxes(torch.tensor([[10.0, 0, 0, 2, 2, 2, 0], [-10, 0, 0, 2, 2, 2, 0],
+                                               [0.0, 0, 0, 2, 2, 2, 0]]), origin=(0.5, 0.5, 0.5))
+    front, behind, around = boxes.corners.numpy()
+    image = np.zeros((80, 100, 3), np.uint8)
+    demo.draw_edges(image, behind, lidar2cam, cam2img, (255, 0, 0))
+    assert not image.any()
+    demo.draw_edges(image, front, lidar2cam, cam2img, (255, 0, 0))
+    near = round(100 / 9)
+    assert image[40, 50 - near, 0] and image[40, 50 + near, 0] and image[40 - near, 50, 0]
+    assert not image[40, 50].any() and not image[..., 1:].any()
+    assert not image[:, :50 - near - 2].any()
+    demo.draw_edges(image, around, lidar2cam, cam2img, (0, 255, 0))  # partly behind the camera
+
+
+def test_tool(demo, rig, tmp_path, capsys):
+    cfg = Config.fromfile(TINY)
+    torch.save(dict(state_dict=MODELS.build(cfg.model).state_dict()), tmp_path / 'model.pth')
+    for name, rest in (('truth.png', []), ('both.png', [str(tmp_path / 'model.pth'),
+                                                       '--score-thr', '0.0'])):
+        demo.main([str(TINY), *rest, '--index', '1', '--data-root', str(rig), '--out',
+                   str(tmp_path / name), '--range', '25', '--device', 'cpu'])
+        assert name in capsys.readouterr().out
+    truth, both = (mmcv.imread(str(tmp_path / name)) for name in ('truth.png', 'both.png'))
+    assert truth.shape == both.shape and truth.shape[1] > 2000
+    assert (truth != both).any(-1).mean() > 0.01
+
+
+@pytest.mark.parametrize('options, message', [
+    (['--index', '99'], '--index must be 0 ... 5, got 99'),
+    (['no_such.pth'], 'no_such.pth')])
+def test_errors(demo, rig, tmp_path, options, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        demo.main([str(TINY), *options, '--data-root', str(rig), '--out',
+                   str(tmp_path / 'x.png')])
+    assert message in str(caught.value) + capsys.readouterr().err
