@@ -59,9 +59,10 @@ class ProgressBarHook(Hook):
         except ModuleNotFoundError:
             return
         self._progress = Progress(
-            TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
+            TextColumn('{task.description}'), BarColumn(bar_width=None), MofNCompleteColumn(),
             TimeElapsedColumn(), TextColumn('left'), TimeRemainingColumn(),
-            TextColumn('{task.fields[values]}'), refresh_per_second=self.refresh_per_second)
+            TextColumn('{task.fields[values]}'), refresh_per_second=self.refresh_per_second,
+            expand=True)  # the bar takes the room that the numbers leave
         self._progress.start()
         # log lines go through the bar's console from now on, which prints them above the bar
         for handler in runner.logger.handlers:

@@ -62,7 +62,7 @@ def test_bar_on_a_terminal(runner: SimpleNamespace, monkeypatch: pytest.MonkeyPa
     pytest.importorskip('rich', reason='rich is not installed')
     terminal = Terminal()
     monkeypatch.setattr(sys, 'stdout', terminal)
-    monkeypatch.setenv('COLUMNS', '120')
+    monkeypatch.setenv('COLUMNS', '80')
     monkeypatch.setenv('TERM', 'xterm')
     handler = runner.logger.handlers[0]
     handler.setStream(terminal)

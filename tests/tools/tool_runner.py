@@ -50,7 +50,7 @@ def start_tool(*command: str, cwd: Optional[Path] = None) -> subprocess.Popen:
 
 def run_command(*command: str) -> str:
     """Runs a command to its end; its output. Fails with the output where the command fails."""
-    done = subprocess.run(list(map(str, command)), env=environment(), text=True, timeout=300,
+    done = subprocess.run(list(map(str, command)), env=environment(), text=True, timeout=900,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
