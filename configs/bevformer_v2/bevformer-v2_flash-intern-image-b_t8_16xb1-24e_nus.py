@@ -4,5 +4,5 @@ model = dict(
     img_backbone=dict(
         arch='b',
         init_cfg=dict(
-            checkpoint='checkpoints/mask_rcnn_flash_intern_image_b_fpn_3x_coco.pth')),
+            checkpoint='checkpoints/mask_rcnn_flash_internimage_b_fpn_3x_coco.pth')),
     img_neck=dict(in_channels=[224, 448, 896]))

@@ -16,7 +16,7 @@ model = dict(
         # OpenGVLab/DCNv4; not downloaded. For ImageNet: flash_intern_image_s_1k_224.pth.
         init_cfg=dict(
             type='Pretrained',
-            checkpoint='checkpoints/mask_rcnn_flash_intern_image_s_fpn_3x_coco.pth')),
+            checkpoint='checkpoints/mask_rcnn_flash_internimage_s_fpn_3x_coco.pth')),
     img_neck=dict(in_channels=[160, 320, 640]))
 
 # The schedule is that of InternImage-B in the BEVFormer v2 paper; for S a guess.

@@ -20,10 +20,11 @@ from .transforms import (
     MultiViewCropResize,
     PackBEVInputs,
 )
+from .two_stage import ProposalQueries, TwoStageBEVFormerV2
 
 __all__ = [
     'BBox3DCodeSmoothL1Cost', 'BEVAugment', 'BEVFormerV2', 'BEVFormerV2Encoder',
     'BEVFormerV2Head', 'ClipToUint8', 'LoadTemporalMultiViewImages', 'MonoTargets',
     'MultiViewCropResize', 'NuScenesTemporalDataset', 'PackBEVInputs', 'PerspectiveHead',
-    'TemporalFusion'
+    'ProposalQueries', 'TemporalFusion', 'TwoStageBEVFormerV2'
 ]

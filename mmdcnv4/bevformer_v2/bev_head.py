@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Optional
 
 import torch
 from mmcv.cnn.bricks.transformer import FFN, MultiheadAttention
@@ -27,6 +28,22 @@ from torch import Tensor, nn
 from .box_code import CENTER, CODE_SIZE, encode_boxes, select_boxes
 
 _PRIOR = 0.01  # probability of an object that an untrained query states
+
+
+@dataclass(frozen=True)
+class ExtraQueries:
+    """Queries of single samples, beside the learned ones of all samples.
+
+    Attributes:
+        query, pos: content and position, shape (B, k, C).
+        reference: shape (B, k, 3), x, y, z in [0, 1].
+        is_valid: shape (B, k): False where the reference is that of `pos` instead.
+    """
+
+    query: Tensor
+    pos: Tensor
+    reference: Tensor
+    is_valid: Tensor
 
 
 class GroupDecoderLayer(nn.Module):
@@ -152,6 +169,7 @@ class BEVFormerV2Head(BaseModule):
         for module in self.modules():
             if isinstance(module, MultiScaleDeformableAttention):
                 module.init_weights()
+        branch: Any
         for branch in self.cls_branches:
             nn.init.constant_(branch[-1].bias, -math.log((1 - _PRIOR) / _PRIOR))
 
@@ -161,19 +179,39 @@ class BEVFormerV2Head(BaseModule):
             self.reset_parameters()
             self._is_init = True
 
-    def forward(self, bev: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def _groups(self) -> int:
+        """Groups in this mode."""
+        return self.num_groups if self.training else 1
+
+    def _queries(self, batch: int, extra: Optional[ExtraQueries]) -> tuple[Tensor, Tensor, Tensor]:
+        """Content, position (B, G * Q, C) and reference (B, G * Q, 3); each group gets `extra`."""
+        groups = self._groups
+        embedding = self.query_embedding.weight[:groups * self.num_queries]
+        embedding = embedding.unflatten(0, (groups, -1)).expand(batch, -1, -1, -1)
+        pos, query = embedding.chunk(2, -1)  # (B, G, Q, C)
+        if extra is not None:
+            query, pos = (torch.cat([own, more[:, None].expand(-1, groups, -1, -1)], 2)
+                          for own, more in ((query, extra.query), (pos, extra.pos)))
+        reference = self.reference(pos).float().sigmoid()  # (B, G, Q, 3) in [0, 1]
+        if extra is not None:
+            given = torch.where(extra.is_valid[:, None, :, None], extra.reference[:, None],
+                                reference[:, :, self.num_queries:])
+            reference = torch.cat([reference[:, :, :self.num_queries], given], 2)
+        return query.flatten(1, 2), pos.flatten(1, 2), reference.flatten(1, 2)
+
+    def forward(self, bev: Tensor, extra: Optional[ExtraQueries] = None) -> tuple[Tensor, Tensor]:
         """Runs the decoder; all groups in training mode, else the first.
 
         Args:
             bev: shape (B, Hb * Wb, C).
+            extra: k queries more in each group, so that Q below includes them.
 
         Returns:
             Logits (layers, B, G * Q, K) and codes (layers, B, G * Q, 10), float32.
         """
-        groups = self.num_groups if self.training else 1
-        embedding = self.query_embedding.weight[None, :groups * self.num_queries]
-        pos, query = embedding.expand(len(bev), -1, -1).chunk(2, -1)
-        reference = self.reference(pos).float().sigmoid()  # (B, G*Q, 3) in [0, 1]
+        groups = self._groups
+        query, pos, reference = self._queries(len(bev), extra)
         logits, codes = [], []
         for layer, classify, regress in zip(self.layers, self.cls_branches, self.reg_branches):
             query = layer(query, pos, groups, bev, self.bev_size, reference[..., :2])
@@ -186,12 +224,14 @@ class BEVFormerV2Head(BaseModule):
             reference = center.detach()
         return torch.stack(logits), torch.stack(codes)
 
-    def loss(self, bev: Tensor, data_samples: Sequence[Any]) -> dict[str, Tensor]:
+    def loss(self, bev: Tensor, data_samples: Sequence[Any],
+             extra: Optional[ExtraQueries] = None) -> dict[str, Tensor]:
         """Losses of all decoder layers.
 
         Args:
             bev: shape (B, Hb * Wb, C).
             data_samples: B samples with `gt_instances_3d`: `bboxes_3d` (n, 9) and `labels_3d`.
+            extra: as in :meth:`forward`.
 
         Returns:
             `loss_cls` and `loss_bbox` of the last layer, `d0.loss_cls` ... of the others.
@@ -199,7 +239,7 @@ class BEVFormerV2Head(BaseModule):
         Raises:
             ValueError: a label is no class of this head.
         """
-        logits, codes = self(bev)
+        logits, codes = self(bev, extra)
         objects = [self._objects(sample.gt_instances_3d, bev.device) for sample in data_samples]
         losses = {}
         for index, (layer_logits, layer_codes) in enumerate(zip(logits, codes)):
@@ -239,11 +279,12 @@ class BEVFormerV2Head(BaseModule):
     def _layer_loss(self, logits: Tensor, codes: Tensor,
                     objects: Sequence[InstanceData]) -> tuple[Tensor, Tensor]:
         """Losses of one layer: (B, G * Q, K) and (B, G * Q, 10), mean over the groups."""
-        groups = logits.shape[1] // self.num_queries
+        groups = self._groups
+        size = logits.shape[1] // groups
         targets = []
         for sample, sample_objects in enumerate(objects):
             for group in range(groups):
-                rows = slice(group * self.num_queries, (group + 1) * self.num_queries)
+                rows = slice(group * size, (group + 1) * size)
                 targets.append(self._targets(logits[sample, rows], codes[sample, rows],
                                              sample_objects))
         labels, boxes, weights = (torch.cat(parts) for parts in zip(*targets))
@@ -254,18 +295,18 @@ class BEVFormerV2Head(BaseModule):
         loss_bbox = self.loss_bbox(codes.flatten(0, 1), boxes, weights, avg_factor=factor)
         return loss_cls, loss_bbox
 
-    def predict(self, bev: Tensor, data_samples: Sequence[Any]) -> list[InstanceData]:
-        """Boxes of the last layer.
+    def predict(self, bev: Tensor, extra: Optional[ExtraQueries] = None) -> list[InstanceData]:
+        """Boxes of the last layer and the first group; arguments as in :meth:`forward`.
 
         Returns:
             Per sample `bboxes_3d` (9 numbers, LiDAR frame), `scores_3d`, `labels_3d`.
         """
-        logits, codes = self(bev)
+        logits, codes = self(bev, extra)
+        size = logits.shape[2] // self._groups
         results = []
         for sample_logits, sample_codes in zip(logits[-1], codes[-1]):
             boxes, scores, labels = select_boxes(
-                sample_logits[:self.num_queries], sample_codes[:self.num_queries],
-                **self.test_cfg)
+                sample_logits[:size], sample_codes[:size], **self.test_cfg)
             results.append(InstanceData(
                 bboxes_3d=LiDARInstance3DBoxes(boxes, box_dim=9, origin=(0.5, 0.5, 0.5)),
                 scores_3d=scores, labels_3d=labels))

@@ -22,6 +22,7 @@ from mmdet3d.models.detectors import Base3DDetector
 from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 
+from .bev_head import ExtraQueries
 from .geometry import warp_bev
 from .grid_mask import GridMask
 
@@ -200,6 +201,11 @@ class BEVFormerV2(Base3DDetector):
         bev = self._encode(maps, geometry, self.current, images.shape[-2:])
         return self._fuse(bev, history, geometry), maps, geometry
 
+    def _extra_queries(self, maps: Sequence[Tensor],
+                       geometry: Geometry) -> Optional[ExtraQueries]:
+        """Queries for single samples from the maps of the current frame; none in one stage."""
+        return None
+
     def loss(self, batch_inputs_dict: dict, batch_data_samples: Sequence[Any],
              **kwargs: Any) -> dict[str, Tensor]:
         """Losses of the BEV head, and with the prefix `mono_` of the perspective head.
@@ -210,7 +216,8 @@ class BEVFormerV2(Base3DDetector):
             kwargs: unused, of the base class.
         """
         bev, maps, geometry = self._bev(batch_inputs_dict, batch_data_samples)
-        losses = dict(self.bev_head.loss(bev, batch_data_samples))
+        losses = dict(self.bev_head.loss(bev, batch_data_samples,
+                                         self._extra_queries(maps, geometry)))
         if self.perspective_head is not None:
             mono = self.perspective_head.loss(maps, batch_data_samples, geometry.cam2img)
             losses.update({f'mono_{name}': self.mono_loss_weight * value
@@ -220,11 +227,12 @@ class BEVFormerV2(Base3DDetector):
     def predict(self, batch_inputs_dict: dict, batch_data_samples: Sequence[Any],
                 **kwargs: Any) -> Sequence[Any]:
         """The samples with `pred_instances_3d`; arguments as in :meth:`loss`."""
-        bev, _, _ = self._bev(batch_inputs_dict, batch_data_samples)
-        return self.add_pred_to_datasample(batch_data_samples,
-                                           self.bev_head.predict(bev, batch_data_samples))
+        bev, maps, geometry = self._bev(batch_inputs_dict, batch_data_samples)
+        results = self.bev_head.predict(bev, self._extra_queries(maps, geometry))
+        return self.add_pred_to_datasample(batch_data_samples, results)
 
     def _forward(self, batch_inputs_dict: dict, batch_data_samples: Sequence[Any],
                  **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Raw outputs of the BEV head: logits and codes of all decoder layers."""
-        return self.bev_head(self._bev(batch_inputs_dict, batch_data_samples)[0])
+        bev, maps, geometry = self._bev(batch_inputs_dict, batch_data_samples)
+        return self.bev_head(bev, self._extra_queries(maps, geometry))

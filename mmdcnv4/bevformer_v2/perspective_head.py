@@ -83,6 +83,7 @@ class Tower(nn.Module):
 
     def forward(self, x: Tensor, level: int) -> Tensor:
         """Maps (M, C, h, w) to (M, C, h, w)."""
+        norms: Any
         for conv, norms in zip(self.convs, self.norms):
             x = F.relu(norms[level](conv(x)))
         return x
@@ -148,6 +149,8 @@ class PerspectiveHead(BaseModule):
 
     def reset_parameters(self) -> None:
         """Start values of the convolutions."""
+        tower: Any
+        predictor: Any
         for tower in self.towers.values():
             for conv in tower.convs:
                 nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
@@ -155,7 +158,8 @@ class PerspectiveHead(BaseModule):
             nn.init.kaiming_uniform_(predictor.weight, a=1)
             if predictor.bias is not None:
                 nn.init.zeros_(predictor.bias)
-        nn.init.constant_(self.predictors['cls'].bias, -math.log((1 - _PRIOR) / _PRIOR))
+        predictor = self.predictors['cls']
+        nn.init.constant_(predictor.bias, -math.log((1 - _PRIOR) / _PRIOR))
 
     def init_weights(self) -> None:
         """Start values; a second call changes nothing."""
@@ -167,10 +171,11 @@ class PerspectiveHead(BaseModule):
         """Outputs of one level, (M, h * w, channels), float32."""
         features = {name: tower(x, level) for name, tower in self.towers.items()}
         outputs = {}
+        scales: Any = self.scales
         for name, (tower, _, _) in PREDICTORS.items():
             out = self.predictors[name](features[tower]).float()
             if name in self.scales:
-                out = self.scales[name][level](out)
+                out = scales[name][level](out)
             if name == 'depth':
                 out = out + self.depth_offsets[level]
             if name in ('box2d', 'speed'):
@@ -325,15 +330,16 @@ class PerspectiveHead(BaseModule):
 
     def _merge(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> InstanceData:
         """Suppression on the ground plane across cameras, within each class."""
-        boxes = LiDARInstance3DBoxes(boxes, origin=(0.5, 0.5, 0.5))
-        corners = xywhr2xyxyr(boxes.bev)
+        boxes_3d = LiDARInstance3DBoxes(boxes, origin=(0.5, 0.5, 0.5))
+        corners = xywhr2xyxyr(boxes_3d.bev)
         kept = [torch.zeros(0, dtype=torch.long, device=scores.device)]
         for label in labels.unique():
             own = torch.nonzero(labels == label)[:, 0]
             kept.append(own[nms_bev(corners[own], scores[own], self.test_cfg['bev_nms_thr'])])
         keep = torch.cat(kept)
         keep = keep[scores[keep].argsort(descending=True)][:self.test_cfg['max_per_sample']]
-        return InstanceData(bboxes_3d=boxes[keep], scores_3d=scores[keep], labels_3d=labels[keep])
+        return InstanceData(bboxes_3d=boxes_3d[keep], scores_3d=scores[keep],
+                            labels_3d=labels[keep])
 
 
 def _attribute_loss(logits: Tensor, attributes: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ class BEVAugment(BaseTransform):
     def transform(self, results: dict) -> dict:
         """Draws once per sample."""
         angle = np.random.uniform(-self.rotation, self.rotation)
-        scale = np.random.uniform(*self.scale)
+        scale = np.random.uniform(self.scale[0], self.scale[1])
         flip_x = bool(np.random.rand() < self.flip_x_prob)
         flip_y = bool(np.random.rand() < self.flip_y_prob)
         boxes = results['gt_bboxes_3d']

@@ -199,7 +199,7 @@ def test_foreign_label():
 
 def test_predict():
     head = make_head(test_cfg=dict(max_per_sample=5)).eval()
-    results = head.predict(torch.randn(2, 32, 16), [None, None])
+    results = head.predict(torch.randn(2, 32, 16))
     assert len(results) == 2
     for result in results:
         assert result.bboxes_3d.tensor.shape == (5, 9) and len(result.labels_3d) == 5
