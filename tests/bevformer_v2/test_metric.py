@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import synthetic
 import torch
@@ -61,3 +62,32 @@ def test_truth_scores_perfectly(two_by_two):
     for prediction in truth:  # a metre off: no longer within half a metre
         prediction.bboxes_3d.tensor[:, 0] += 1
     assert 0.4 < score(cfg, dataset, truth)[f'{PREFIX}/mAP'] < 0.8
+
+
+def test_file_for_the_test_server(two_by_two, tmp_path):
+    """`format_only` writes what the devkit reads: the true boxes, in the global frame."""
+    pytest.importorskip('nuscenes', reason='the nuScenes devkit is not installed')
+    from mmdet3d.registry import DATASETS
+    from nuscenes.eval.common.loaders import load_prediction
+    from nuscenes.eval.detection.data_classes import DetectionBox
+    cfg = tiny_config(two_by_two)
+    cfg.val_evaluator.update(format_only=True, jsonfile_prefix=str(tmp_path / 'out'))
+    dataset = DATASETS.build(cfg.test_dataloader.dataset)
+    score(cfg, dataset, [truth_of(dataset.get_data_info(index)) for index in range(4)])
+    boxes, meta = load_prediction(
+        str(tmp_path / 'out' / 'pred_instances_3d' / 'results_nusc.json'), 500, DetectionBox)
+    assert meta['use_camera'] and not meta['use_lidar']
+    assert sorted(boxes.sample_tokens) == [f'sample-{s}-{f}' for s in (0, 1) for f in (0, 1)]
+    for scene, frame in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        found = boxes[f'sample-{scene}-{frame}']
+        objects = synthetic.make_objects(scene, 8)
+        assert len(found) == len(objects)
+        for item in objects:
+            time = frame * synthetic.PERIOD
+            match = min(found, key=lambda box: np.linalg.norm(
+                np.array(box.translation) - item.at(time)))
+            assert match.detection_name == item.name
+            np.testing.assert_allclose(match.translation, item.at(time), atol=1e-3)
+            np.testing.assert_allclose(match.velocity, item.velocity, atol=1e-3)
+            length, width, height = item.size
+            np.testing.assert_allclose(match.size, [width, length, height], atol=1e-3)
