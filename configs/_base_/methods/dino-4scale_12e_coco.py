@@ -54,4 +54,5 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),  # mmdet: none
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=12, milestones=[11], gamma=0.1),
 ]
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=1, save_best='auto'))
+# The recipe keeps 1, but MMEngine deletes it before the next one is written: a kill loses both.
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=2, save_best='auto'))
