@@ -26,6 +26,7 @@ import tempfile
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 # 'undefined' alone does not look at conversions of NaN and large floats to integers
@@ -159,4 +160,21 @@ def make_extension() -> dict:
     return dict(ext_modules=[extension], cmdclass=dict(build_ext=cpp_extension.BuildExtension))
 
 
-setup(license='Apache-2.0', **make_extension())
+class BuildWithConfigs(build_py):
+    """Adds `mmdcnv4/.mim`, where mim and configs that inherit `mmdcnv4::...` look."""
+
+    def run(self) -> None:
+        """Copies after the modules; an editable install has the folders beside it."""
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib, 'mmdcnv4', '.mim')
+        for folder in ('configs', 'tools'):
+            shutil.copytree(ROOT / folder, target / folder, dirs_exist_ok=True,
+                            ignore=shutil.ignore_patterns('__pycache__'))
+        shutil.copy(ROOT / 'model-index.yml', target)
+
+
+options = make_extension()
+options.setdefault('cmdclass', {})['build_py'] = BuildWithConfigs
+setup(license='Apache-2.0', **options)

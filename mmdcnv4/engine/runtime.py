@@ -35,6 +35,7 @@ from mmengine.runner import Runner
 from torch import distributed as dist
 
 from . import preflight, progress  # noqa: F401  (registers the progress bar)
+from .inheritance import forget_scope
 from .preflight import UserError
 
 _HISTORY_METHODS = ('min', 'max', 'current', 'mean')
@@ -207,6 +208,7 @@ def load_config(args: argparse.Namespace) -> Config:
         raise UserError(f'the config {args.config} does not exist.')
     try:
         cfg = Config.fromfile(args.config)
+        forget_scope(cfg._cfg_dict)
         if args.cfg_options is not None:
             cfg.merge_from_dict(args.cfg_options)
     except (SyntaxError, ImportError, OSError, KeyError, TypeError) as error:
