@@ -139,7 +139,7 @@ def test_detection(start):
     test = transforms(cfg.test_dataloader.dataset.pipeline)
     assert test['Resize'].scale == (1333, 800) and test['Resize'].keep_ratio
     assert cfg.default_hooks.checkpoint.interval == 1
-    assert cfg.default_hooks.checkpoint.max_keep_ckpts == 2  # one more than the recipe: see det-runtime.py
+    assert cfg.default_hooks.checkpoint.max_keep_ckpts == 2  # see det-runtime.py
     assert cfg.default_hooks.checkpoint.save_best == 'auto'
     train = cfg.train_dataloader.dataset
     assert train.filter_cfg.filter_empty_gt
