@@ -166,7 +166,7 @@ class BuildWithConfigs(build_py):
     def run(self) -> None:
         """Copies after the modules; an editable install has the folders beside it."""
         super().run()
-        if self.editable_mode:
+        if getattr(self, 'editable_mode', False):  # setuptools >= 64
             return
         target = Path(self.build_lib, 'mmdcnv4', '.mim')
         for folder in ('configs', 'tools'):
