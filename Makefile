@@ -14,13 +14,15 @@ export MPLBACKEND ?= Agg
 NATIVE_SOURCES := $(shell find csrc -type f -not -name '*.md') setup.py pyproject.toml \
                   mmdcnv4/version.py
 
-.PHONY: help setup build test demo lint format bench sanitize clean
+.PHONY: help setup build test demo lint format bench sanitize cuda-build test-gpu bench-gpu clean
 help:
 	@echo 'make demo      set up, train the quick start on the CPU, draw its pictures'
 	@echo 'make test      set up, run every test'
 	@echo 'make bench     time the operator on this machine'
 	@echo 'make sanitize  hostile inputs under AddressSanitizer and UBSan'
 	@echo 'make lint      ruff and mypy'
+	@echo 'make test-gpu  build for the GPU of this machine and test on it; bench-gpu: time it'
+	@echo 'make cuda-build  compile and link the CUDA kernels, without a GPU'
 	@echo 'make build     compile the extension after a change in csrc/'
 
 $(VENV)/.installed: tools/setup_venv.sh $(wildcard requirements/*.txt)
@@ -46,6 +48,16 @@ bench: $(VENV)/.built
 
 sanitize: $(VENV)/.built
 	bash tools/sanitize.sh $(BIN)/python
+
+# These two use the Python of the machine, with its CUDA build of torch; no mm package is needed.
+test-gpu:
+	bash tools/test_gpu.sh $(or $(GPU_PYTHON),python3)
+
+bench-gpu:
+	PYTHONPATH=. $(or $(GPU_PYTHON),python3) tools/benchmark_gpu.py
+
+cuda-build:
+	bash tools/cuda_build.sh
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ from mmdcnv4.datasets.drawn_scenes import CLASSES, PALETTE, write_drawn_scenes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = (REPOSITORY / 'configs/quick_start'
-          / 'mask-rcnn_flash-intern-image-mini_fpn_1xb4-7e_drawn-scenes-160x160.py')
+          / 'mask-rcnn_flash-intern-image-mini_fpn_1xb4-6e_drawn-scenes-160x160.py')
 METRICS = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
 SCORE_THRESHOLD = 0.5  # of the predictions that are drawn
 
@@ -55,10 +55,11 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 def run_tool(name: str, *arguments: str) -> None:
     """Runs a program of `tools/` as a user would; ends this one where that fails."""
     command = [sys.executable, str(REPOSITORY / 'tools' / name), *arguments]
-    # Threads that sleep while they wait: those that spin lose several times the time as soon as
-    # another program wants a core. And no warnings of other packages.
-    environment = {'OMP_WAIT_POLICY': 'PASSIVE', 'PYTHONWARNINGS': 'ignore::UserWarning',
-                   **os.environ}
+    # Half of the cores: this model is too small to gain from more threads (on two cores two are
+    # hardly faster than one), and threads that wait for each other lose several times that as soon
+    # as another program wants a core. And no warnings of other packages.
+    environment = {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // 2)),
+                   'PYTHONWARNINGS': 'ignore::UserWarning', **os.environ}
     code = subprocess.run(command, check=False, env=environment).returncode
     if code != 0:
         raise SystemExit(code)

@@ -38,7 +38,7 @@ model = dict(
         # one object has one name
         rcnn=dict(max_per_img=20, nms=dict(class_agnostic=True))))
 
-max_epochs = 7
+max_epochs = 6
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
