@@ -21,7 +21,7 @@ from typing import Any, Optional
 
 from mmengine.config import Config
 
-OUR_TYPES = ('DCNv4', 'FlashInternImage')
+OUR_TYPES = ('ChannelLN', 'DCNv4', 'FlashInternImage', 'InternImage')
 _IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 _MAX_FILES_TO_SEARCH = 50_000
 

@@ -14,8 +14,8 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
@@ -181,13 +181,25 @@ def read_file(checkpoint: str, map_location: str = 'cpu') -> Any:
             raise ValueError(_explain(checkpoint, str(error))) from None
 
 
-def _allow_inert() -> AbstractContextManager:
-    """Lets torch read the inert names, where it can map names (torch >= 2.6)."""
+@contextmanager
+def _allow_inert() -> Iterator[None]:
+    """Lets torch read the inert names and no others, where it can map names (torch >= 2.6).
+
+    The list that is in force is set aside: the tools allow MMEngine's own types, to resume, and
+    one name can stand for one thing only.
+    """
     if not _can_map_names():
-        return nullcontext()
+        yield
+        return
     allowed: list[Any] = [(OrderedDict, name) for name in _INERT_MAPPINGS]
     allowed += [(_Inert, name) for name in _INERT_OBJECTS]
-    return torch.serialization.safe_globals(allowed)
+    previous = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        with torch.serialization.safe_globals(allowed):
+            yield
+    finally:
+        torch.serialization.add_safe_globals(previous)
 
 
 def _can_map_names() -> bool:

@@ -62,7 +62,7 @@ class DCNv4(nn.Module):
             the input pixel at the centre of each window (clamped to the map).
         pad: int or pair, pixels of zero padding.
         dilation: int or pair.
-        group: number of groups G; must divide `channels`. The published models have 16 channels each.
+        group: number of groups G; must divide `channels`. Published: 16 channels each.
         offset_scale: factor on the kernel grid and on the offsets.
         dw_kernel_size: odd size of a depthwise convolution before the predictor; None for none.
         center_feature_scale: mix the projected input back in with a learned gate per group and

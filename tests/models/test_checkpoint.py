@@ -290,6 +290,22 @@ def test_training_checkpoint_of_mmengine(tmp_path):
     assert_equal(load(tmp_path / 'epoch_1.pth'), weights)
 
 
+@pytest.mark.skipif(not hasattr(torch.serialization, 'get_safe_globals'), reason='torch < 2.5')
+def test_weights_load_beside_another_allow_list(tmp_path):
+    # as in tools/train.py, which lets torch read MMEngine's own types under the same names
+    weights = make_weights()
+    torch.save(dict(state_dict=weights, log=HistoryBuffer([1.0], [1])), tmp_path / 'epoch_1.pth')
+    previous = torch.serialization.get_safe_globals()
+    try:
+        torch.serialization.add_safe_globals([(dict, 'builtins.getattr'), HistoryBuffer])
+        allowed = torch.serialization.get_safe_globals()
+        assert_equal(load(tmp_path / 'epoch_1.pth'), weights)
+        assert set(torch.serialization.get_safe_globals()) == set(allowed)
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(previous)
+
+
 def build_detector(init_cfg, detector_init_cfg=None):
     pytest.importorskip('mmdet.models')
     detector = dict(
