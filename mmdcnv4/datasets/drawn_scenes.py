@@ -290,7 +290,7 @@ def _write_split(root: Path, split: int, count: int, seed: int, config: SceneCon
                                     categories=categories)))
 
 
-def write_drawn_scenes(root: Union[str, Path], num_train: int = 720, num_val: int = 100,
+def write_drawn_scenes(root: Union[str, Path], num_train: int = 800, num_val: int = 100,
                        seed: int = 0, config: Optional[SceneConfig] = None) -> Path:
     """Draws both splits and writes them in COCO and ADE20K layout below `root`.
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the drawn-scenes data set: see `mmdcnv4/datasets/drawn_scenes.py`.
 
-python tools/dataset_converters/drawn_scenes.py data/drawn_scenes --num-train 720 --num-val 100
+python tools/dataset_converters/drawn_scenes.py data/drawn_scenes --num-train 800 --num-val 100
 """
 
 import argparse
@@ -15,7 +15,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description='Draw scenes of simple shapes and write them in COCO and ADE20K layout.')
     parser.add_argument('root', help='folder to create, usually data/drawn_scenes')
-    parser.add_argument('--num-train', type=int, default=720, help='training images')
+    parser.add_argument('--num-train', type=int, default=800, help='training images')
     parser.add_argument('--num-val', type=int, default=100, help='images of the held-out split')
     parser.add_argument('--size', type=int, default=160, help='side of the images in pixels')
     parser.add_argument('--seed', type=int, default=0, help='another seed gives other scenes')

@@ -45,7 +45,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--data', type=Path, default=Path('data/drawn_scenes'),
                         help='where the data set is, or is drawn')
     parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/quick_start'))
-    parser.add_argument('--num-train', type=int, default=720, help='training images to draw')
+    parser.add_argument('--num-train', type=int, default=800, help='training images to draw')
     parser.add_argument('--num-val', type=int, default=100, help='held-out images to draw')
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE',
                         help='handed on to tools/train.py and tools/test.py')
