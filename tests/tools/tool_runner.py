@@ -35,8 +35,10 @@ def load_tool(name: str) -> ModuleType:
 
 
 def environment() -> dict[str, str]:
-    """One thread per process, this package first, no GPU."""
-    return {**os.environ, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '-1',
+    """One thread per process, this Python and this package first, no GPU."""
+    # `make test` runs the environment's Python without activating it, the shell tools say `python`.
+    path = f'{Path(sys.executable).parent}{os.pathsep}{os.environ.get("PATH", "")}'
+    return {**os.environ, 'PATH': path, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '-1',
             'PYTHONWARNINGS': 'ignore',
             'PYTHONPATH': f'{REPOSITORY}{os.pathsep}{os.environ.get("PYTHONPATH", "")}'}
 
