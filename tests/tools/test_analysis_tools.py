@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import cv2
@@ -100,6 +101,19 @@ def test_benchmark(capsys, options, words):
         tool.main([str(UPERNET), '--repeats', '0'])
 
 
+@pytest.mark.parametrize('config, folder', [(UPERNET, 'ade'), (MASK_RCNN, 'coco')])
+def test_benchmark_of_the_training_loss(scenes, capsys, config, folder):
+    tool = load_tool('analysis_tools/benchmark')
+    command = [str(config), '--training-data', '--repeats', '2', '--warm-up', '0', '--device',
+               'cpu', '--cfg-options', f'train_dataloader.dataset.data_root={scenes}/{folder}/']
+    timing = tool.main(command)
+    out = capsys.readouterr().out
+    assert 'training loss, forward+backward, float32' in out and '\n2 x 64 x 64: ' in out
+    assert 0 < timing.low <= timing.high
+    with pytest.raises(SystemExit):
+        tool.main([*command[:2], '--compile'])
+
+
 def test_benchmark_measures_time(monkeypatch):
     tool = load_tool('analysis_tools/benchmark')
     clock = iter(range(100))  # a run takes one second per reading of the clock
@@ -107,6 +121,38 @@ def test_benchmark_measures_time(monkeypatch):
     calls = []
     timing = tool.measure(lambda: calls.append(1), torch.device('cpu'), repeats=4, warm_up=3)
     assert len(calls) == 7 and (timing.low, timing.median, timing.high) == (1, 1, 1)
+
+
+def write_log(folder, *records):
+    file = folder / 'run' / 'vis_data' / 'scalars.json'
+    file.parent.mkdir(parents=True)
+    file.write_text('\n'.join(map(json.dumps, records)))
+
+
+def test_curves(tmp_path, capsys):
+    """Training by iterations, and by epochs, where a validation logs the epoch as its step."""
+    tool = load_tool('analysis_tools/plot_curves')
+    write_log(tmp_path / 'a', dict(loss=2.0, step=20), dict(mIoU=10.0, step=25),
+              dict(loss=1.0, step=40), dict(mIoU=30.0, step=50))
+    write_log(tmp_path / 'b', dict(loss=4.0, step=20, epoch=1), dict(mIoU=20.0, step=1),
+              dict(loss=3.0, step=40, epoch=2), dict(mIoU=25.0, step=2))
+    expected = dict(a=[(25, 10.0), (50, 30.0)], b=[(20, 20.0), (40, 25.0)])
+    for name, points in expected.items():
+        log = tool.newest_log(tmp_path / name)
+        assert tool.read_curve(log, 'mIoU') == (points, False)
+        assert [step for step, _ in tool.read_curve(log, 'loss').points] == [20, 40]
+        assert tool.read_curve(log, 'loss').is_training
+    command = [str(tmp_path / 'a'), str(tmp_path / 'b'), '--out', str(tmp_path / 'out/c.png'),
+               '--names', 'first', 'second', '--panel', 'loss', '--panel', 'mIoU']
+    tool.main(command)
+    assert 'second: mIoU 25 after 40 iterations' in capsys.readouterr().out
+    assert cv2.imread(str(tmp_path / 'out/c.png')).std() > 10
+    with pytest.raises(SystemExit):
+        tool.main([*command, '--names', 'first'])
+    with pytest.raises(SystemExit, match='has no entry AP'):
+        tool.main([*command, '--panel', 'AP'])
+    with pytest.raises(SystemExit, match='there is no .*scalars.json'):
+        tool.newest_log(tmp_path / 'c')
 
 
 def test_recorded_samples_are_those_of_the_operator():

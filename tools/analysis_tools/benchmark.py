@@ -4,6 +4,9 @@
 
 python tools/analysis_tools/benchmark.py CONFIG --shape 800 1280 --batch 1 [--amp] [--compile]
 
+With `--training-data` a run is the training loss of the first batch of the config's own training
+data, forward and backward, instead of random images.
+
 Every row is the median of single runs, with the 10th and the 90th percentile beside it. On a GPU
 the clock is that of the device's events. Memory is what the run needed at its peak: tensors that
 were allocated on a GPU, the resident set of the process on a CPU.
@@ -17,11 +20,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner
 from torch import Tensor, nn
 
 import mmdcnv4  # noqa: F401  registers the classes
@@ -84,13 +89,17 @@ def measure(function: Callable[[], object], device: torch.device, repeats: int,
                   seconds[round(0.9 * last)], peak_memory(device))
 
 
+def autocast(device: torch.device,
+             dtype: Optional[torch.dtype]) -> contextlib.AbstractContextManager:
+    """Autocast to `dtype`, or nothing."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
 def make_run(model: nn.Module, images: Tensor, train: bool,
              amp_dtype: Optional[torch.dtype]) -> Callable[[], object]:
     """One forward pass, or one forward and backward pass."""
     def forward() -> object:
-        autocast = (torch.autocast(images.device.type, amp_dtype) if amp_dtype is not None
-                    else contextlib.nullcontext())
-        with autocast:
+        with autocast(images.device, amp_dtype):
             return model(images)
 
     def forward_backward() -> None:
@@ -99,6 +108,26 @@ def make_run(model: nn.Module, images: Tensor, train: bool,
         sum(t.float().square().mean() for t in outputs).backward()
 
     return forward_backward if train else torch.inference_mode()(forward)
+
+
+def make_loss_run(model: Any, cfg: Config, device: torch.device, amp_dtype: Optional[torch.dtype]
+                  ) -> tuple[Callable[[], object], tuple[int, ...]]:
+    """One forward and backward pass of the loss on the first batch of the training data.
+
+    Returns:
+        The run, and the shape of the images (N, 3, H, W).
+    """
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
+        data = model.data_preprocessor(next(iter(loader)), True)
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        with DefaultScope.overwrite_default_scope(cfg.default_scope), autocast(device, amp_dtype):
+            loss, _ = model.parse_losses(model(**data, mode='loss'))
+        loss.backward()
+
+    return run, tuple(data['inputs'].shape)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -110,6 +139,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--batch', type=int, default=1, help='images per run')
     parser.add_argument('--part', choices=PARTS, default='model')
     parser.add_argument('--train', action='store_true', help='forward and backward')
+    parser.add_argument('--training-data', action='store_true',
+                        help='the training loss of a batch of the training data of the config; '
+                             '--shape, --batch and --part do not apply')
     parser.add_argument('--amp', action='store_true',
                         help='autocast: float16 on a GPU, bfloat16 on a CPU')
     parser.add_argument('--compile', action='store_true', help='through torch.compile')
@@ -121,6 +153,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if len(args.shape) > 2 or min(args.batch, args.repeats, *args.shape) < 1 or args.warm_up < 0:
         parser.error('--shape takes one or two numbers; sizes and counts must be positive')
+    if args.training_data and args.compile:
+        parser.error('--training-data cannot be combined with --compile')
     return args
 
 
@@ -130,24 +164,31 @@ def main(argv: Optional[Sequence[str]] = None) -> Timing:
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
     device = torch.device(args.device)
-    model: nn.Module = revert_sync_batchnorm(ModelPart(cfg, args.part)).to(device)
-    model.train(args.train)
-    images = torch.randn(args.batch, 3, args.shape[0], args.shape[-1], device=device)
-    if args.channels_last:
-        images = images.to(memory_format=torch.channels_last)
+    part = ModelPart(cfg, 'model' if args.training_data else args.part)
+    model: nn.Module = revert_sync_batchnorm(part).to(device)
+    train = args.train or args.training_data
+    model.train(train)
     amp_dtype = None
     if args.amp:
         amp_dtype = torch.float16 if device.type == 'cuda' else torch.bfloat16
-    run = make_run(torch.compile(model) if args.compile else model, images, args.train, amp_dtype)
+    if args.training_data:
+        run, shape = make_loss_run(model.model, cfg, device, amp_dtype)
+    else:
+        images = torch.randn(args.batch, 3, args.shape[0], args.shape[-1], device=device)
+        if args.channels_last:
+            images = images.to(memory_format=torch.channels_last)
+        shape = tuple(images.shape)
+        run = make_run(torch.compile(model) if args.compile else model, images, train, amp_dtype)
     timing = measure(run, device, args.repeats, args.warm_up)
-    kind = [args.part, 'forward+backward' if args.train else 'forward',
+    kind = ['training loss' if args.training_data else args.part,
+            'forward+backward' if train else 'forward',
             str(amp_dtype or torch.float32).replace('torch.', '')]
     kind += ['compiled'] if args.compile else []
     print(f'{Path(args.config).stem}: {", ".join(kind)}; {device.type}, '
           f'{torch.get_num_threads()} threads, torch {torch.__version__}\n'
-          f'{args.batch} x {args.shape[0]} x {args.shape[-1]}: {1000 * timing.median:.1f} ms '
+          f'{shape[0]} x {shape[2]} x {shape[3]}: {1000 * timing.median:.1f} ms '
           f'({1000 * timing.low:.1f} to {1000 * timing.high:.1f}), '
-          f'{args.batch / timing.median:.2f} images/s, '
+          f'{shape[0] / timing.median:.2f} images/s, '
           f'peak {timing.peak_bytes / 2**20:.0f} MiB')
     return timing
 

@@ -1,0 +1,99 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Draws what one or several training runs logged, over iterations.
+
+python tools/analysis_tools/plot_curves.py WORK_DIR [WORK_DIR ...] --out curves.png \
+    --panel loss --panel mIoU
+
+Every `--panel` is one diagram; the entries in one panel share it. The newest run in each work
+directory is read, and the last value of every curve is printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+
+class Curve(NamedTuple):
+    """(iteration, value) points of one logged entry, and whether it was logged while training."""
+
+    points: list[tuple[int, float]]
+    is_training: bool
+
+
+def newest_log(work_dir: Path) -> Path:
+    """The scalars that MMEngine logged last in a work directory."""
+    files = list(work_dir.glob('*/vis_data/scalars.json'))
+    if not files:
+        raise SystemExit(f'error: there is no */vis_data/scalars.json in {work_dir}')
+    return max(files, key=lambda file: file.stat().st_mtime)
+
+
+def read_curve(scalars: Path, key: str) -> Curve:
+    """The values of `key`. A validation after an epoch stands at the last training record."""
+    points, iteration, is_training, by_epoch = [], 0, False, False
+    for line in scalars.read_text().splitlines():
+        record = json.loads(line)
+        by_epoch = by_epoch or 'epoch' in record
+        if 'loss' in record or not by_epoch:  # else the step is an epoch
+            iteration = record['step']
+        if key in record:
+            points.append((iteration, record[key]))
+            is_training = 'loss' in record
+    if not points:
+        raise SystemExit(f'error: {scalars} has no entry {key}')
+    return Curve(points, is_training)
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description='Draw the curves of training runs.')
+    parser.add_argument('work_dirs', type=Path, nargs='+', help='work directories of the runs')
+    parser.add_argument('--panel', nargs='+', action='append', metavar='ENTRY', dest='panels',
+                        help='entries of one diagram, e.g. loss, or mIoU')
+    parser.add_argument('--names', nargs='+', help='of the runs; default: those of the folders')
+    parser.add_argument('--out', type=Path, required=True, help='picture to write')
+    args = parser.parse_args(argv)
+    args.panels = args.panels or [['loss']]
+    args.names = args.names or [folder.name for folder in args.work_dirs]
+    if len(args.names) != len(args.work_dirs):
+        parser.error(f'--names takes one name per run, {len(args.work_dirs)}, '
+                     f'got {len(args.names)}')
+    return args
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Draws one diagram per panel."""
+    args = parse_args(argv)
+    figure, panels = plt.subplots(1, len(args.panels), figsize=(5.5 * len(args.panels), 4),
+                                  squeeze=False, layout='constrained')
+    for axes, keys in zip(panels[0], args.panels):
+        for folder, name in zip(args.work_dirs, args.names):
+            for key in keys:
+                curve = read_curve(newest_log(folder), key)
+                label = ' '.join([name] * (len(args.names) > 1) + [key] * (len(keys) > 1)) or key
+                axes.plot(*zip(*curve.points), label=label, linewidth=1.2,
+                          marker='' if curve.is_training else 'o')
+                print(f'{name}: {key} {curve.points[-1][1]:.4g} '
+                      f'after {curve.points[-1][0]} iterations')
+        axes.set(xlabel='iteration', ylabel=', '.join(keys))
+        axes.set_xlim(left=0)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == '__main__':
+    main()
