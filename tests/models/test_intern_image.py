@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from mmdcnv4.models.backbones import FlashInternImage, InternImage
 from mmdcnv4.models.layers.dcnv3 import DCNv3
+from mmdcnv4.models.layers.intern_image_block import DWConv
 from mmdcnv4.ops import DCNv4
 
 TINY = dict(channels=16, depths=(1, 2, 2, 1), groups=(1, 2, 4, 8))
@@ -184,11 +185,33 @@ def test_initialisers_by_type_do_not_reach_the_predictors():
             assert module.input_proj.weight.abs().max() < 1
 
 
+def test_depthwise_layer():
+    """Against the sum over taps that it stands for; the weights do not depend on the input."""
+    layer = DWConv(4, output_bias=False).double()
+    x = torch.randn(2, 5, 6, 4, dtype=torch.double)
+    value = torch.nn.functional.pad(layer.value_proj(x), (0, 0, 1, 1, 1, 1))
+    expected = layer.conv.bias + sum(
+        layer.conv.weight[:, 0, row, column] * value[:, row:row + 5, column:column + 6]
+        for row in range(3) for column in range(3))
+    torch.testing.assert_close(layer(x), expected @ layer.output_proj.weight.T)
+    model = FlashInternImage(**TINY, core_op='DWConv', init_cfg=dict(
+        type='Normal', layer='Linear', std=5.0))
+    model.init_weights()
+    assert model.levels[0].blocks[0].dcn.value_proj.weight.abs().max() < 1
+
+
 def test_core_op_is_the_only_difference():
     flash = FlashInternImage(**TINY, core_op='DCNv3')
     assert isinstance(flash.levels[0].blocks[0].dcn, DCNv3)
     plain = InternImage(**TINY, core_op='DCNv4')
     assert isinstance(plain.levels[0].blocks[0].dcn, DCNv4)
+    fixed = FlashInternImage(**TINY, core_op='DWConv')
+    assert isinstance(fixed.levels[0].blocks[0].dcn, DWConv)
+
+    def outside(model):
+        return {name: value.shape for name, value in model.named_parameters()
+                if '.dcn.' not in name}
+    assert outside(flash) == outside(plain) == outside(fixed)
     with pytest.raises(ValueError, match="arch must be one of .*'xl'"):
         InternImage('g')
     with pytest.raises(TypeError, match='num_classes'):

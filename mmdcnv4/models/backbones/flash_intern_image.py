@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ...ops import DCNv4
 from ..checkpoint import load_pretrained
 from ..layers.dcnv3 import ACTIVATIONS, DCNv3
-from ..layers.intern_image_block import CORE_OPS, BlockOptions, Stage, Stem
+from ..layers.intern_image_block import CORE_OPS, BlockOptions, DWConv, Stage, Stem
 
 # Parameters follow the published checkpoints; B halves and L doubles the reach of the kernel.
 _POST_NORM = dict(post_norm=True, layer_scale=1e-5, dw_kernel_size=3)
@@ -89,7 +89,8 @@ class FlashInternImage(BaseModule):
         res_post_norm: one more norm at the end of each branch; without effect beside
             `layer_scale` or `post_norm`.
         center_feature_scale: gate between the DCNv4 output and the projected input.
-        core_op: 'DCNv4', or 'DCNv3' for a comparison in which nothing else differs.
+        core_op: 'DCNv4'. For comparisons in which nothing else differs: 'DCNv3', or 'DWConv', a
+            3x3 depthwise convolution, on which the options of the sampling have no effect.
         with_cp: recompute blocks in the backward pass to save memory.
         in_channels: channels of the image.
         out_indices: stages whose maps are returned, in ascending order.
@@ -169,7 +170,7 @@ class FlashInternImage(BaseModule):
 
     def _reset_core_ops(self) -> None:
         for module in self.modules():
-            if isinstance(module, (DCNv4, DCNv3)):
+            if isinstance(module, (DCNv4, DCNv3, DWConv)):
                 module.reset_parameters()
 
     def init_weights(self) -> None:

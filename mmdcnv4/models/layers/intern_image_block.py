@@ -22,7 +22,7 @@ from ...ops import DCNv4
 from .dcnv3 import ACTIVATIONS, DCNv3
 from .norm import ToChannelsFirst, ToChannelsLast
 
-CORE_OPS = ('DCNv4', 'DCNv3')
+CORE_OPS = ('DCNv4', 'DCNv3', 'DWConv')
 _EPS = 1e-6
 
 
@@ -96,8 +96,41 @@ class MLP(nn.Module):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
-def _core(channels: int, group: int, options: BlockOptions) -> Union[DCNv4, DCNv3]:
+class DWConv(nn.Module):
+    """A 3x3 depthwise convolution between two projections: what DCNv4 would be without sampling.
+
+    For comparisons. The taps rest and their weights do not depend on the input.
+
+    Args:
+        channels: width C.
+        output_bias: whether `output_proj` has a bias.
+    """
+
+    def __init__(self, channels: int, output_bias: bool) -> None:
+        super().__init__()
+        self.value_proj = nn.Linear(channels, channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.output_proj = nn.Linear(channels, channels, bias=output_bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start values: Xavier projections as in DCNv4, those of torch for the convolution."""
+        self.conv.reset_parameters()
+        for proj in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(proj.weight)
+            if proj.bias is not None:
+                nn.init.zeros_(proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (N, H, W, C) to (N, H, W, C)."""
+        x = self.value_proj(x).permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W) -> back
+        return self.output_proj(self.conv(x).permute(0, 2, 3, 1))
+
+
+def _core(channels: int, group: int, options: BlockOptions) -> Union[DCNv4, DCNv3, DWConv]:
     """The layer that mixes positions."""
+    if options.core_op == 'DWConv':
+        return DWConv(channels, options.dcn_output_bias)
     if options.core_op == 'DCNv3':
         return DCNv3(channels, group=group, offset_scale=options.offset_scale,
                      dw_kernel_size=options.dw_kernel_size, act_layer=options.act_layer,
