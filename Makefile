@@ -61,7 +61,7 @@ cuda-build:
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
-	$(BIN)/mypy mmdcnv4/ops
+	$(BIN)/mypy mmdcnv4
 
 format: $(VENV)/.built
 	$(BIN)/ruff check --fix .

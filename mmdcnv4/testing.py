@@ -76,7 +76,7 @@ def make_inputs(batch: int, height: int, width: int, group_channels: int, *, gro
     rules = make_geometry(groups=groups, **geometry)
     out_h, out_w = output_size(height, width, rules)
     generator = torch.Generator().manual_seed(seed)
-    options = dict(generator=generator, dtype=torch.float64)
+    options: dict[str, Any] = dict(generator=generator, dtype=torch.float64)
     value = torch.randn(batch, height, width, groups * group_channels, **options)
     padded = offset_mask_channels(groups, rules.points)
     offset_mask = torch.randn(batch, out_h, out_w, padded, **options)  # padding: not zero either
@@ -134,8 +134,9 @@ def forward_backward(function: Callable[..., Tensor], inputs: Inputs, grad_outpu
     """Output, gradient of `value` and gradient of `offset_mask` of one call."""
     value, offset_mask = inputs.leaves(inputs.value.dtype, inputs.offset_mask.dtype)
     output = function(value, offset_mask, **geometry)
-    grads = torch.autograd.grad(output, (value, offset_mask), grad_output.to(output.dtype))
-    return output.detach(), *grads
+    grad_value, grad_offset_mask = torch.autograd.grad(output, (value, offset_mask),
+                                                       grad_output.to(output.dtype))
+    return output.detach(), grad_value, grad_offset_mask
 
 
 def assert_as_accurate(actual: Tensor, reference: Tensor, exact: Tensor,
@@ -170,9 +171,9 @@ def assert_matches_reference(function: Callable[..., Tensor], inputs: Inputs,
     actual = forward_backward(function, inputs, grad_output, **geometry)
     reference = forward_backward(dcnv4_reference, inputs, grad_output, **geometry)
     exact = forward_backward(dcnv4_reference, wide, grad_output, **geometry)
-    for name, *tensors in zip(('output', 'grad_value', 'grad_offset_mask'), actual, reference,
-                              exact):
-        assert_as_accurate(*tensors, name=name)
+    names = ('output', 'grad_value', 'grad_offset_mask')
+    for name, *tensors in zip(names, actual, reference, exact):
+        assert_as_accurate(tensors[0], tensors[1], tensors[2], name)
 
 
 @contextlib.contextmanager

@@ -139,7 +139,7 @@ def _signed_distance(label: int, size: int, center: FloatArray, radius: float,
 def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> FloatArray:
     """Noise with about `cells` bumps along a side, values in [-1, 1]: (size, size)."""
     coarse = rng.uniform(-1, 1, (cells + 1, cells + 1))
-    return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(cv2.resize(coarse, (size, size), interpolation=cv2.INTER_LINEAR), np.float64)
 
 
 def _texture(rng: np.random.Generator, size: int, color: FloatArray,

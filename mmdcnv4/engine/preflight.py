@@ -93,7 +93,7 @@ def check_pretrained(cfg: Config) -> None:
     for path, node in _walk(cfg.get('model', {}), 'model'):
         checkpoint = node.get('checkpoint')
         if node.get('type') == 'Pretrained' and _is_local(checkpoint) \
-                and not re.match(r'\w+:', str(checkpoint)) and not os.path.isfile(checkpoint):
+                and not re.match(r'\w+:', str(checkpoint)) and not os.path.isfile(str(checkpoint)):
             raise UserError(
                 f'{path}.checkpoint: the pre-trained weights {checkpoint} do not exist. Download '
                 f'them there, or start from scratch with --cfg-options {path}=None.')

@@ -9,7 +9,7 @@ Differs:  stride 1 and an output of the size of the input, as in all published m
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ class DCNv3(nn.Module):
                              f'got {act_layer!r}')
         self.channels, self.group = channels, group
         self.points = kernel_size**2 - int(remove_center)
-        self.geometry = dict(
+        self.geometry: dict[str, Any] = dict(
             kernel_size=kernel_size, groups=group, padding=dilation * (kernel_size - 1) // 2,
             dilation=dilation, offset_scale=offset_scale, remove_center=remove_center)
         self.dw_conv = nn.Sequential(
