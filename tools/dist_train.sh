@@ -9,20 +9,10 @@
 # On several machines run it on each one, with NNODES, NODE_RANK (0, 1, ...), MASTER_ADDR (that of
 # machine 0) and PORT set. OMP_NUM_THREADS sets the threads of each process.
 set -euo pipefail
+source "$(dirname "$0")/launchers.sh"
 
-if [ $# -lt 2 ]; then
-    echo "usage: bash $0 CONFIG PROCESSES [arguments of tools/train.py]" >&2
-    exit 2
-fi
+need 2 $# 'CONFIG PROCESSES [arguments of tools/train.py]'
 CONFIG=$1
 PROCESSES=$2
 shift 2
-TOOLS=$(cd "$(dirname "$0")" && pwd)
-
-PYTHONPATH="$TOOLS/..${PYTHONPATH:+:$PYTHONPATH}" exec python -m torch.distributed.run \
-    --nnodes="${NNODES:-1}" \
-    --node_rank="${NODE_RANK:-0}" \
-    --master_addr="${MASTER_ADDR:-127.0.0.1}" \
-    --master_port="${PORT:-29500}" \
-    --nproc_per_node="$PROCESSES" \
-    "$TOOLS/train.py" "$CONFIG" --launcher pytorch "$@"
+distribute "$PROCESSES" train.py "$CONFIG" --launcher pytorch "$@"
