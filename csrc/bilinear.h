@@ -9,6 +9,7 @@
 // Positions are clamped before they become integers: NaN, infinity and 1e9 are defined: outside.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -35,14 +36,14 @@ struct Bilinear {
 template <typename T>
 MMDCNV4_HD void bilinear_axis(T position, int32_t size, int32_t& lower, int32_t& upper, T& fraction,
                               int32_t& has_lower, int32_t& has_upper) {
-  T clamped = position < T(size) ? position : T(size); // NaN compares false: it goes outside
-  clamped = T(-2) > clamped ? T(-2) : clamped;
-  int32_t base = static_cast<int32_t>(clamped); // toward zero, then down to the floor
-  base -= static_cast<int32_t>(clamped < T(base));
+  // -1 and below, and NaN, which compares false, go to a place that has no corner
+  T clamped = position > T(-1) ? position : T(-2);
+  clamped = clamped < T(size) ? clamped : T(size);
+  fraction = clamped - std::floor(clamped);
+  const int32_t base = static_cast<int32_t>(clamped - fraction); // exact
   const int32_t last = size - 1;
-  fraction = clamped - T(base);
-  has_lower = (base >= 0) & (base <= last);
-  has_upper = (base >= -1) & (base < last);
+  has_lower = static_cast<uint32_t>(base) < static_cast<uint32_t>(size);
+  has_upper = static_cast<uint32_t>(base + 1) < static_cast<uint32_t>(size);
   lower = base > 0 ? base : 0;
   lower = lower < last ? lower : last;
   upper = lower + (has_lower & has_upper); // the same pixel where one of the two is missing
@@ -57,7 +58,7 @@ MMDCNV4_HD Bilinear<T> make_bilinear(T x, T y, int32_t height, int32_t width) {
   b.wx1 = b.has_x1 ? b.fx : T(0);
   b.wy0 = b.has_y0 ? T(1) - b.fy : T(0);
   b.wy1 = b.has_y1 ? b.fy : T(0);
-  b.inside = (x > T(-1)) & (x < T(width)) & (y > T(-1)) & (y < T(height));
+  b.inside = (b.has_x0 | b.has_x1) & (b.has_y0 | b.has_y1);
   return b;
 }
 

@@ -8,7 +8,8 @@
 //
 // Computes    out[n,q,g,:] = sum_k mask[n,q,g,k] * bilinear(value[n,:,:,g,:], x_k, y_k)
 // Work split  per output position, the coefficients of all taps of a block of groups are computed
-//             at once, one lane per tap; then each group is accumulated, one lane per channel
+//             at once, one lane per tap; then each group is accumulated, one lane per channel.
+//             A block away from the borders skips all tests for corners outside the image
 // Threads     forward: output rows; backward: (image, groups), each with its own slice of
 //             grad_value, so that no atomics are needed and the sums have one fixed order
 // Numerics    T throughout (the caller widens half inputs); bitwise repeatable for any thread count
@@ -41,7 +42,7 @@ class TapBlock {
     const auto start = (reinterpret_cast<uintptr_t>(memory_) + kAlignment - 1) & -kAlignment;
     numbers_ = reinterpret_cast<T*>(start);
     indices_ = reinterpret_cast<Index*>(numbers_ + kNumbers * size);
-    flags_ = reinterpret_cast<int32_t*>(indices_ + kIndices * size);
+    flags_ = reinterpret_cast<int32_t*>(indices_ + size);
     fill_grid(p);
   }
   TapBlock(const TapBlock&) = delete;
@@ -62,15 +63,13 @@ class TapBlock {
   T* fy() { return numbers_ + 10 * size; }
   T* dot(int corner) { return numbers_ + (11 + corner) * size; } // <grad_output, corner>
   T* column() { return numbers_ + 15 * size; } // window centre, from that of the first position
-  Index* corner(int corner) { return indices_ + corner * size; } // element offset in image
-  int32_t* inside() { return flags_; }
-  int32_t* present(int corner) { return flags_ + (1 + corner) * size; }
+  Index* start() { return indices_; } // element offset of the first corner in the image
+  int32_t* corners() { return flags_; } // which of them exist: a sum of the k... below
   void clear_dots() { std::memset(dot(0), 0, 4 * size * sizeof(T)); }
 
  private:
-  static constexpr int64_t kNumbers = 16, kIndices = 4, kFlags = 5; // arrays of each type
-  static constexpr int64_t kBytesPerLane =
-      kNumbers * sizeof(T) + kIndices * sizeof(Index) + kFlags * sizeof(int32_t);
+  static constexpr int64_t kNumbers = 16; // arrays of type T
+  static constexpr int64_t kBytesPerLane = kNumbers * sizeof(T) + sizeof(Index) + sizeof(int32_t);
   static constexpr int64_t kPad = 16;           // lanes of the widest vector of floats
   static constexpr int64_t kLanesWanted = 144;  // long enough loops, short enough for L1
   static constexpr uintptr_t kAlignment = 64;
@@ -122,12 +121,7 @@ MMDCNV4_HD void unpack(const Dcnv4Params& p, const T* packed, int64_t position, 
     T* MMDCNV4_RESTRICT dy = taps.offset_y() + first;
     T* MMDCNV4_RESTRICT mask = taps.mask() + first;
     int64_t k = 0;
-    for (; k + 8 <= points; k += 8) { // eight at a time become a few shuffles
-      for (int64_t i = 0; i < 8; ++i) {
-        dx[k + i] = from[2 * (k + i)];
-        dy[k + i] = from[2 * (k + i) + 1];
-      }
-    }
+    for (; k + 8 <= points; k += 8) split_pairs(from + 2 * k, dx + k, dy + k);
     for (; k < points; ++k) {
       dx[k] = from[2 * k];
       dy[k] = from[2 * k + 1];
@@ -136,6 +130,13 @@ MMDCNV4_HD void unpack(const Dcnv4Params& p, const T* packed, int64_t position, 
     if (p.softmax) softmax_in_place(mask, points);
   }
 }
+
+// Corners of a tap that exist.
+constexpr int32_t kHasX0 = 1, kHasX1 = 2, kHasY0 = 4, kHasY1 = 8;
+constexpr int32_t kBothX = kHasX0 | kHasX1, kBothY = kHasY0 | kHasY1, kAllCorners = kBothX | kBothY;
+
+// Whether there is any: a tap without one is skipped.
+inline bool exists(int32_t corners) { return (corners & kBothX) && (corners & kBothY); }
 
 // Positions -> corner offsets and weights, for all lanes at once (this loop is vectorised).
 template <bool kBackward, typename T, typename Index>
@@ -146,10 +147,9 @@ void compute_taps(const Dcnv4Params& p, T base_x, T base_y, TapBlock<T, Index>& 
   const T *grid_x = taps.grid_x(), *grid_y = taps.grid_y(), *column = taps.column();
   const T *dx = taps.offset_x(), *dy = taps.offset_y(), *mask = taps.mask();
   T *w00 = taps.weight(0), *w01 = taps.weight(1), *w10 = taps.weight(2), *w11 = taps.weight(3);
-  Index *o00 = taps.corner(0), *o01 = taps.corner(1), *o10 = taps.corner(2), *o11 = taps.corner(3);
+  Index* start = taps.start();
   T *fx = taps.fx(), *fy = taps.fy();
-  int32_t *inside = taps.inside(), *p00 = taps.present(0), *p01 = taps.present(1),
-          *p10 = taps.present(2), *p11 = taps.present(3);
+  int32_t* corners = taps.corners();
   const int64_t size = taps.size;
   MMDCNV4_VECTORIZE
   for (int64_t s = 0; s < size; ++s) {
@@ -161,47 +161,117 @@ void compute_taps(const Dcnv4Params& p, T base_x, T base_y, TapBlock<T, Index>& 
     w01[s] = top * b.wx1;
     w10[s] = bottom * b.wx0;
     w11[s] = bottom * b.wx1;
-    const Index start = Index(b.y0) * line + Index(b.x0) * channels;
-    const Index right = b.x1 > b.x0 ? channels : 0, below = b.y1 > b.y0 ? line : 0;
-    o00[s] = start;
-    o01[s] = start + right;
-    o10[s] = start + below;
-    o11[s] = start + below + right;
-    inside[s] = b.inside;
+    start[s] = Index(b.y0) * line + Index(b.x0) * channels;
+    int32_t present = b.has_x0 ? kHasX0 : 0;
+    present = b.has_x1 ? present | kHasX1 : present;
+    present = b.has_y0 ? present | kHasY0 : present;
+    present = b.has_y1 ? present | kHasY1 : present;
+    corners[s] = present;
     if (kBackward) {
       fx[s] = b.fx;
       fy[s] = b.fy;
-      p00[s] = b.has_x0 & b.has_y0;
-      p01[s] = b.has_x1 & b.has_y0;
-      p10[s] = b.has_x0 & b.has_y1;
-      p11[s] = b.has_x1 & b.has_y1;
     }
   }
 }
 
+// The same results with half of the work for a block whose taps have all their corners. Returns
+// whether that is so; if not, the arrays are to be computed again.
+template <typename T, typename Index>
+bool compute_interior_taps(const Dcnv4Params& p, T base_x, T base_y, TapBlock<T, Index>& taps) {
+  const T scale = T(p.offset_scale), limit_x = T(p.width), limit_y = T(p.height);
+  const int32_t last_x = int32_t(p.width) - 2, last_y = int32_t(p.height) - 2; // of a first corner
+  const Index channels = Index(p.channels()), line = Index(p.width) * channels;
+  const T *grid_x = taps.grid_x(), *grid_y = taps.grid_y(), *column = taps.column();
+  const T *dx = taps.offset_x(), *dy = taps.offset_y(), *mask = taps.mask();
+  T *w00 = taps.weight(0), *w01 = taps.weight(1), *w10 = taps.weight(2), *w11 = taps.weight(3);
+  Index* start = taps.start();
+  const int64_t size = taps.size;
+  int32_t outside = 0; // negative where a corner is missing
+  MMDCNV4_VECTORIZE
+  for (int64_t s = 0; s < size; ++s) {
+    T x = (base_x + column[s]) + (grid_x[s] + dx[s]) * scale;
+    T y = base_y + (grid_y[s] + dy[s]) * scale;
+    x = x > T(-1) ? x : T(-1); // NaN too
+    y = y > T(-1) ? y : T(-1);
+    x = x < limit_x ? x : limit_x;
+    y = y < limit_y ? y : limit_y;
+    const T fx = x - std::floor(x), fy = y - std::floor(y);
+    const int32_t x0 = static_cast<int32_t>(x - fx), y0 = static_cast<int32_t>(y - fy);
+    outside |= (x0 | (last_x - x0)) | (y0 | (last_y - y0));
+    const T top = mask[s] * (T(1) - fy), bottom = mask[s] * fy;
+    w00[s] = top * (T(1) - fx);
+    w01[s] = top * fx;
+    w10[s] = bottom * (T(1) - fx);
+    w11[s] = bottom * fx;
+    start[s] = Index(y0) * line + Index(x0) * channels;
+  }
+  return outside >= 0;
+}
+
+// Whether the resting taps of a row of outputs keep away from the borders: a guess that it pays to
+// try compute_interior_taps. `begin` and `end` - 1 are the first and the last output along an axis.
+inline bool rests_inside(int64_t begin, int64_t end, int64_t stride, int64_t padding, int64_t reach,
+                         int64_t size) {
+  constexpr int64_t kMargin = 2; // pixels; most learned offsets are shorter
+  return begin * stride - padding >= kMargin &&
+         (end - 1) * stride - padding + reach < size - kMargin;
+}
+
+// Element offsets of the four corners of a tap from its first one. A corner that does not exist
+// stands for its neighbour, with weight zero.
+template <typename Index>
+struct Steps {
+  Index right, below;
+
+  MMDCNV4_HD Index to(int corner) const {
+    return (corner & 1 ? right : 0) + (corner & 2 ? below : 0);
+  }
+};
+
+template <typename Index>
+MMDCNV4_HD Steps<Index> steps(int32_t corners, Index channels, Index line) {
+  return {(corners & kBothX) == kBothX ? channels : 0, (corners & kBothY) == kBothY ? line : 0};
+}
+
+// Whether each of the taps has its four corners: true for most rows, which then need no tests.
+template <int kPoints, typename T, typename Index>
+MMDCNV4_HD bool is_interior(TapBlock<T, Index>& taps, int64_t first) {
+  const int64_t points = kPoints > 0 ? kPoints : taps.points;
+  const int32_t* corners = taps.corners() + first;
+  int32_t all = kAllCorners;
+  for (int64_t k = 0; k < points; ++k) all &= corners[k];
+  return all == kAllCorners;
+}
+
 // Accumulates kRows * kLanes channels of one group. Few rows leave registers for one sum per
 // corner, four independent chains of additions; many rows are chains enough.
-template <int kPoints, int kLanes, int kRows, typename T, typename Index>
-MMDCNV4_HD void gather_rows(const T* image, TapBlock<T, Index>& taps, int64_t first, T* output) {
+template <int kPoints, int kLanes, int kRows, bool kInterior, typename T, typename Index>
+MMDCNV4_HD void gather_rows(const T* image, Steps<Index> whole, TapBlock<T, Index>& taps,
+                            int64_t first, T* output) {
   const int64_t points = kPoints > 0 ? kPoints : taps.points;
   constexpr int kChains = kRows >= 8 ? 1 : (kRows >= 4 ? 2 : 4);
   Vec<T, kLanes> sum[kChains][kRows] = {};
-  const int32_t* inside = taps.inside() + first;
-  const T* weight[4];
-  const Index* offset[4];
-  for (int c = 0; c < 4; ++c) {
-    weight[c] = taps.weight(c) + first;
-    offset[c] = taps.corner(c) + first;
-  }
-  MMDCNV4_UNROLL_POINTS
-  for (int64_t k = 0; k < points; ++k) {
-    if (!inside[k]) continue;
-    for (int c = 0; c < 4; ++c) {
-      const T* from = image + offset[c][k];
-      const T w = weight[c][k];
-      for (int r = 0; r < kRows; ++r)
-        sum[c % kChains][r].add_product(w, Vec<T, kLanes>::load(from + r * kLanes));
+  const int32_t* corners = taps.corners() + first;
+  const Index* start = taps.start() + first;
+  const T* pixel[4];
+  for (int c = 0; c < 4; ++c) pixel[c] = image + whole.to(c);
+  using Weights = TapWeights<T, kLanes>;
+  for (int64_t begin = 0; begin < points;) {
+    const int64_t end = smaller(Weights::kCount, points - begin) + begin;
+    Weights weights({taps.weight(0) + first + begin, taps.weight(1) + first + begin,
+                     taps.weight(2) + first + begin, taps.weight(3) + first + begin});
+    MMDCNV4_UNROLL_POINTS
+    for (int64_t k = begin; k < end; ++k, weights.next()) {
+      if (!kInterior && !exists(corners[k])) continue;
+      const Steps<Index> step = steps(corners[k], whole.right, whole.below);
+      for (int c = 0; c < 4; ++c) {
+        const T* from = kInterior ? pixel[c] + start[k] : image + (start[k] + step.to(c));
+        const auto w = weights.get(c);
+        for (int r = 0; r < kRows; ++r)
+          sum[c % kChains][r].add_product(w, Vec<T, kLanes>::load(from + r * kLanes));
+      }
     }
+    begin = end;
   }
   for (int r = 0; r < kRows; ++r) {
     Vec<T, kLanes> total = sum[0][r];
@@ -210,19 +280,40 @@ MMDCNV4_HD void gather_rows(const T* image, TapBlock<T, Index>& taps, int64_t fi
   }
 }
 
-// Scatters kRows * kLanes channels of one group and adds to the dot products of its taps.
+// The same for `positions` neighbouring outputs and `groups` groups: the taps of one block. A
+// function of its own leaves the registers to the innermost loop.
 template <int kPoints, int kLanes, int kRows, typename T, typename Index>
+MMDCNV4_NOINLINE void gather_block(const Dcnv4Params& p, const T* image, Steps<Index> whole,
+                                   int64_t positions, int64_t groups, bool interior,
+                                   TapBlock<T, Index>& taps, T* output) {
+  for (int64_t i = 0; i < positions; ++i) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t lane = taps.lane(i, g), start = g * p.group_channels;
+      T* to = output + i * p.channels() + start;
+      if (interior || is_interior<kPoints>(taps, lane)) {
+        gather_rows<kPoints, kLanes, kRows, true>(image + start, whole, taps, lane, to);
+      } else {
+        gather_rows<kPoints, kLanes, kRows, false>(image + start, whole, taps, lane, to);
+      }
+    }
+  }
+}
+
+// Scatters kRows * kLanes channels of one group and adds to the dot products of its taps.
+template <int kPoints, int kLanes, int kRows, bool kInterior, typename T, typename Index>
 MMDCNV4_HD void scatter_rows(const T* grad_output, const T* image, T* grad_image,
-                             TapBlock<T, Index>& taps, int64_t first) {
+                             Steps<Index> whole, TapBlock<T, Index>& taps, int64_t first) {
   const int64_t points = kPoints > 0 ? kPoints : taps.points;
   Vec<T, kLanes> grad[kRows];
   for (int r = 0; r < kRows; ++r) grad[r] = Vec<T, kLanes>::load(grad_output + r * kLanes);
-  const int32_t* inside = taps.inside() + first;
   for (int64_t k = 0; k < points; ++k) {
-    if (!inside[k]) continue;
+    const int32_t corners = taps.corners()[first + k];
+    if (!kInterior && !exists(corners)) continue;
+    const Steps<Index> step = kInterior ? whole : steps(corners, whole.right, whole.below);
     for (int c = 0; c < 4; ++c) {
-      if (!taps.present(c)[first + k]) continue;
-      const Index offset = taps.corner(c)[first + k];
+      const int32_t needed = (c & 1 ? kHasX1 : kHasX0) | (c & 2 ? kHasY1 : kHasY0);
+      if (!kInterior && (corners & needed) != needed) continue;
+      const Index offset = taps.start()[first + k] + step.to(c);
       const T w = taps.weight(c)[first + k];
       Vec<T, kLanes> dot = grad[0] * Vec<T, kLanes>::load(image + offset);
       for (int r = 1; r < kRows; ++r)
@@ -261,6 +352,7 @@ void forward_rows(const Dcnv4Params& p, const T* value, const T* offset_mask, T*
                   int64_t begin, int64_t end) {
   constexpr int kLanes = kVectorBytes / int(sizeof(T));
   TapBlock<T, Index> taps(p, p.groups, p.out_width);
+  const Steps<Index> whole = {Index(p.channels()), Index(p.width) * Index(p.channels())};
   for (int64_t row = begin; row < end; ++row) {
     const T* image = value + row / p.out_height * p.height * p.width * p.channels();
     const T base_y = T(row % p.out_height * p.stride_h - p.pad_h + p.center_h());
@@ -268,24 +360,24 @@ void forward_rows(const Dcnv4Params& p, const T* value, const T* offset_mask, T*
       const int64_t positions = smaller(taps.positions, p.out_width - column);
       const int64_t query = row * p.out_width + column;
       const T base_x = T(column * p.stride_w - p.pad_w + p.center_w());
+      const bool inner =
+          rests_inside(row % p.out_height, row % p.out_height + 1, p.stride_h, p.pad_h,
+                       p.dilation_h * (p.kernel_h - 1), p.height) &&
+          rests_inside(column, column + positions, p.stride_w, p.pad_w,
+                       p.dilation_w * (p.kernel_w - 1), p.width);
       for (int64_t first = 0; first < p.groups; first += taps.groups) {
         const int64_t groups = smaller(taps.groups, p.groups - first);
         const T* packed = offset_mask + query * p.offset_mask_channels + first * 3 * taps.points;
         for (int64_t i = 0; i < positions; ++i)
           unpack<kPoints>(p, packed + i * p.offset_mask_channels, i, groups, taps);
-        compute_taps<false>(p, base_x, base_y, taps);
-        for (int64_t i = 0; i < positions; ++i) {
-          for (int64_t g = 0; g < groups; ++g) {
-            const int64_t start = (first + g) * p.group_channels;
-            const T* from = image + start;
-            T* to = output + (query + i) * p.channels() + start;
-            for_channel_rows<kLanes, 8>(
-                0, p.group_channels, [&](int64_t c, auto shape) MMDCNV4_INLINE {
-                  gather_rows<kPoints, shape.kLanes, shape.kRows>(from + c, taps, taps.lane(i, g),
-                                                                  to + c);
-                });
-          }
-        }
+        const bool interior = inner && compute_interior_taps(p, base_x, base_y, taps);
+        if (!interior) compute_taps<false>(p, base_x, base_y, taps);
+        const T* from = image + first * p.group_channels;
+        T* to = output + query * p.channels() + first * p.group_channels;
+        for_channel_rows<kLanes, 8>(0, p.group_channels, [&](int64_t c, auto shape) {
+          gather_block<kPoints, shape.kLanes, shape.kRows>(p, from + c, whole, positions, groups,
+                                                           interior, taps, to + c);
+        });
       }
     }
   }
@@ -302,7 +394,7 @@ MMDCNV4_HD void write_grad_offset_mask(const Dcnv4Params& p, TapBlock<T, Index>&
     const int64_t s = first + k;
     const BilinearGrad<T> grad = bilinear_grad(taps.dot(0)[s], taps.dot(1)[s], taps.dot(2)[s],
                                                taps.dot(3)[s], taps.fx()[s], taps.fy()[s]);
-    const bool inside = taps.inside()[s] != 0;
+    const bool inside = exists(taps.corners()[s]);
     const T mask = taps.mask()[s];
     to[2 * k] = inside ? scale * mask * grad.x : T(0);
     to[2 * k + 1] = inside ? scale * mask * grad.y : T(0);
@@ -327,14 +419,22 @@ MMDCNV4_HD void backward_block(const Dcnv4Params& p, const T* grad_output, const
                                T* grad_pixels, T* grad_offset_mask, int64_t positions,
                                int64_t first, int64_t groups, TapBlock<T, Index>& taps) {
   constexpr int kLanes = kVectorBytes / int(sizeof(T));
+  const Steps<Index> whole = {Index(p.channels()), Index(p.width) * Index(p.channels())};
   taps.clear_dots();
   for (int64_t i = 0; i < positions; ++i) {
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t start = (first + g) * p.group_channels, lane = taps.lane(i, g);
       const T* grad = grad_output + i * p.channels() + start;
+      const bool interior = is_interior<kPoints>(taps, lane);
       for_channel_rows<kLanes, 4>(0, p.group_channels, [&](int64_t c, auto shape) MMDCNV4_INLINE {
-        scatter_rows<kPoints, shape.kLanes, shape.kRows>(grad + c, pixels + start + c,
-                                                         grad_pixels + start + c, taps, lane);
+        constexpr int kWidth = shape.kLanes, kRows = shape.kRows;
+        const T* from = pixels + start + c;
+        T* to = grad_pixels + start + c;
+        if (interior) {
+          scatter_rows<kPoints, kWidth, kRows, true>(grad + c, from, to, whole, taps, lane);
+        } else {
+          scatter_rows<kPoints, kWidth, kRows, false>(grad + c, from, to, whole, taps, lane);
+        }
       });
       write_grad_offset_mask<kPoints>(p, taps, lane, grad_offset_mask +
                                       i * p.offset_mask_channels + (first + g) * 3 * taps.points);
@@ -377,7 +477,8 @@ void backward_groups(const Dcnv4Params& p, const T* grad_output, const T* value,
 // 32-bit element offsets where an image allows them: half the traffic of the coefficients.
 template <typename Visit>
 void with_index_and_points(const Dcnv4Params& p, const Visit& visit) {
-  const bool is_short = p.height * p.width <= INT32_MAX / p.channels();
+  // one row and column more: so far a position may lie outside before that is known
+  const bool is_short = (p.height + 1) * (p.width + 1) <= INT32_MAX / p.channels();
   if (p.points() == 9) { // 3x3, known to the compiler
     is_short ? visit(int32_t(), Points<9>()) : visit(int64_t(), Points<9>());
   } else {

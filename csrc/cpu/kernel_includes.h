@@ -31,8 +31,10 @@
 
 #if defined(__GNUC__)
 #define MMDCNV4_INLINE __attribute__((always_inline))
+#define MMDCNV4_NOINLINE __attribute__((noinline))
 #define MMDCNV4_RESTRICT __restrict__
 #else
 #define MMDCNV4_INLINE
+#define MMDCNV4_NOINLINE
 #define MMDCNV4_RESTRICT
 #endif

@@ -20,6 +20,7 @@ struct Vec {
   MMDCNV4_HD Vec operator+(Vec other) const { return {r + other.r}; }
   MMDCNV4_HD Vec operator*(Vec other) const { return {r * other.r}; }
   MMDCNV4_HD void add_product(T scale, Vec other) { r += scale * other.r; }
+  MMDCNV4_HD void add_product(Vec scale, Vec other) { r += scale.r * other.r; }
 #else
   T r[kLanes];
 
@@ -54,3 +55,65 @@ struct Vec {
     }
   }
 };
+
+// The integer as wide as T.
+template <int kBytes> struct IntegerOf;
+template <> struct IntegerOf<4> { typedef int32_t type; };
+template <> struct IntegerOf<8> { typedef int64_t type; };
+
+// Splits eight (x, y) pairs.
+template <typename T>
+MMDCNV4_HD void split_pairs(const T* pairs, T* x, T* y) {
+#if defined(__GNUC__) && !defined(__clang__)
+  typedef typename Vec<T, 8>::Register Register;
+  typedef typename IntegerOf<sizeof(T)>::type Lanes __attribute__((vector_size(8 * sizeof(T))));
+  const Register low = Vec<T, 8>::load(pairs).r, high = Vec<T, 8>::load(pairs + 8).r;
+  Vec<T, 8>{__builtin_shuffle(low, high, Lanes{0, 2, 4, 6, 8, 10, 12, 14})}.store(x);
+  Vec<T, 8>{__builtin_shuffle(low, high, Lanes{1, 3, 5, 7, 9, 11, 13, 15})}.store(y);
+#else
+  for (int i = 0; i < 8; ++i) {
+    x[i] = pairs[2 * i];
+    y[i] = pairs[2 * i + 1];
+  }
+#endif
+}
+
+// The weights of the four corners of one tap after the other, each in all lanes. A load that fills
+// a vector with one number costs as much as the load of a whole vector, so where the instruction
+// set can pick any lane (AVX2, AVX-512) the weights of kCount taps are loaded together.
+#if defined(__GNUC__) && !defined(__clang__)
+template <typename T, int kLanes,
+          bool kPick = kLanes * sizeof(T) == 64 || (kLanes == 8 && sizeof(T) == 4)>
+#else
+template <typename T, int kLanes, bool kPick = false>
+#endif
+struct TapWeights {
+  static constexpr int64_t kCount = INT64_MAX;
+  const T* at[4];
+
+  MMDCNV4_HD explicit TapWeights(const T* const (&from)[4])
+      : at{from[0], from[1], from[2], from[3]} {}
+  MMDCNV4_HD T get(int corner) const { return *at[corner]; }
+  MMDCNV4_HD void next() {
+    for (int c = 0; c < 4; ++c) ++at[c];
+  }
+};
+
+#if defined(__GNUC__) && !defined(__clang__)
+template <typename T, int kLanes>
+struct TapWeights<T, kLanes, true> {
+  static constexpr int64_t kCount = kLanes;
+  typedef typename IntegerOf<sizeof(T)>::type Integer;
+  typedef Integer Lane __attribute__((vector_size(kLanes * sizeof(T))));
+  Vec<T, kLanes> taps[4];
+  Lane lane = {};
+
+  MMDCNV4_HD explicit TapWeights(const T* const (&from)[4])
+      : taps{Vec<T, kLanes>::load(from[0]), Vec<T, kLanes>::load(from[1]),
+             Vec<T, kLanes>::load(from[2]), Vec<T, kLanes>::load(from[3])} {}
+  MMDCNV4_HD Vec<T, kLanes> get(int corner) const {
+    return {__builtin_shuffle(taps[corner].r, lane)};
+  }
+  MMDCNV4_HD void next() { lane += Integer(1); }
+};
+#endif

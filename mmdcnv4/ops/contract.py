@@ -76,7 +76,10 @@ def pair(value: IntOrPair, name: str, minimum: int) -> Pair:
         TypeError: not an int and not a pair of ints.
         ValueError: an element is below `minimum` or above `MAX_SIDE`.
     """
-    items = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if isinstance(value, (tuple, list)) or isinstance(value, Sequence):  # quick first
+        items = tuple(value)
+    else:
+        items = (value, value)
     if len(items) != 2 or any(isinstance(item, bool) for item in items):
         raise TypeError(f'dcnv4: {name} must be an int or a pair (height, width), got {value!r}')
     try:

@@ -19,7 +19,6 @@ from .contract import (
     FLOAT_DTYPES,
     HALF_DTYPES,
     IntOrPair,
-    check_tensors,
     check_types,
     make_geometry,
 )
@@ -160,7 +159,7 @@ def dcnv4(value: Tensor, offset_mask: Tensor, *, kernel_size: IntOrPair, groups:
     offset_mask = _widen_offset_mask(value, offset_mask)
     if chosen == 'pytorch':
         return evaluate_reference(value, offset_mask, geometry)
-    check_tensors(value, offset_mask, geometry)
-    return torch.ops.mmdcnv4.dcnv4(value, offset_mask, geometry.kernel_size, geometry.groups,
-                                   geometry.stride, geometry.padding, geometry.dilation,
-                                   geometry.offset_scale, geometry.remove_center, geometry.softmax)
+    return torch.ops.mmdcnv4.dcnv4(  # which checks the tensors
+        value, offset_mask, geometry.kernel_size, geometry.groups, geometry.stride,
+        geometry.padding, geometry.dilation, geometry.offset_scale, geometry.remove_center,
+        geometry.softmax)
