@@ -17,6 +17,7 @@ python=$(realpath -s "$(command -v "${1:-python}")")
 shift || true
 build=$root/.build/sanitize
 
+mkdir -p "$build"
 echo 'Compiling with the sanitizers'
 MMDCNV4_SANITIZE=1 MMDCNV4_CUDA=0 "$python" setup.py -q build_ext \
   --build-lib "$build" --build-temp "$build-objects" > "$build.log" 2>&1 || {
