@@ -160,10 +160,17 @@ class BEVFormerV2Head(BaseModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start values: xavier matrices, normal queries, rare objects."""
-        for parameter in self.parameters():
+        """Start values: xavier matrices in the decoder, normal queries, rare objects.
+
+        The branches keep torch's, which are smaller: a refinement starts with steps of metres,
+        where xavier matrices would throw the reference across the plane in every layer.
+        """
+        for parameter in (*self.layers.parameters(), *self.reference.parameters()):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
+        for module in (*self.cls_branches.modules(), *self.reg_branches.modules()):
+            if isinstance(module, (nn.Linear, nn.LayerNorm)):
+                module.reset_parameters()
         self.query_embedding.reset_parameters()
         nn.init.zeros_(self.reference.bias)
         for module in self.modules():
