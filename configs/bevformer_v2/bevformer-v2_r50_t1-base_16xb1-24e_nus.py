@@ -4,3 +4,5 @@ _base_ = [
 ]
 
 default_hooks = dict(checkpoint=dict(interval=1))
+# classes of the data set and of both heads must be as many
+custom_hooks = [dict(type='mmdet.NumClassCheckHook')]

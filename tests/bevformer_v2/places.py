@@ -6,4 +6,4 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / 'configs' / 'bevformer_v2'
-TINY = CONFIGS / 'bevformer-v2_flash-intern-image-mini_t2_1xb1-50e_synthetic-rig.py'
+TINY = CONFIGS / 'bevformer-v2_flash-intern-image-mini_t2_1xb1-100e_synthetic-rig.py'

@@ -31,7 +31,8 @@ model = dict(
         embed_dims=64,
         inter_channels=None,
         num_blocks=1,
-        norm_cfg=norm_cfg),
+        # batch statistics of the one sample of a step would not be those of the next
+        norm_cfg=dict(_delete_=True, type='GN', num_groups=8)),
     bev_head=dict(
         pc_range=pc_range,
         bev_size=bev_size,
@@ -67,12 +68,12 @@ test_evaluator = val_evaluator
 optim_wrapper = dict(
     _delete_=True,  # layer decay
     type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.01),
+    optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.01),
     clip_grad=dict(max_norm=35, norm_type=2))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=20),
-    dict(type='CosineAnnealingLR', by_epoch=False, begin=20, end=200, eta_min=2e-5)
+    dict(type='CosineAnnealingLR', by_epoch=False, begin=20, end=400, eta_min=2e-5)
 ]
-train_cfg = dict(max_epochs=50, val_interval=50)
+train_cfg = dict(max_epochs=100, val_interval=100)
 auto_scale_lr = dict(base_batch_size=1)
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=25))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=50))
