@@ -38,6 +38,15 @@ TORCH_LIBRARY(mmdcnv4, m) {
       "bool remove_center, bool softmax) -> (Tensor, Tensor)",
       {at::Tag::pt2_compliant_tag});
 
+  // Multi-scale deformable attention (arXiv:2010.04159); `sizes` is height and width per level.
+  m.def(
+      "ms_deform_attn(Tensor value, Tensor locations, Tensor weights, int[] sizes) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "_ms_deform_attn_backward(Tensor grad_output, Tensor value, Tensor locations, "
+      "Tensor weights, int[] sizes) -> (Tensor, Tensor, Tensor)",
+      {at::Tag::pt2_compliant_tag});
+
   // What was compiled, as JSON; read by mmdcnv4/ops/_extension.py.
   m.def("_cpu_info() -> str");
   // Chooses the CPU kernels: "auto", "generic", "avx2" or "avx512". For tests and benchmarks.

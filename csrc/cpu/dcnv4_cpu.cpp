@@ -158,6 +158,9 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cpu(const at::Tensor& grad_out
 }
 
 } // namespace
+
+const char* active_instruction_set() { return active_table().load()->instruction_set; }
+
 } // namespace cpu
 } // namespace mmdcnv4
 

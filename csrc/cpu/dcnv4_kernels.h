@@ -41,6 +41,7 @@ struct KernelTable {
 };
 
 const KernelTable& generic_kernels();
+const char* active_instruction_set(); // of all kernels; `_set_cpu_instruction_set` changes it
 #ifdef MMDCNV4_X86
 const KernelTable& avx2_kernels();
 const KernelTable& avx512_kernels();

@@ -14,18 +14,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from mmcv.ops.multi_scale_deform_attn import (
-    MultiScaleDeformableAttnFunction,
-    multi_scale_deformable_attn_pytorch,
-)
+from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 from torch import Tensor, nn
+
+from ..ops import multi_scale_deformable_attention
 
 Sizes = Sequence[tuple[int, int]]  # (height, width) of each level
 
 
 def deformable_attention(value: Tensor, sizes: Sizes, locations: Tensor,
                          weights: Tensor) -> Tensor:
-    """Multi-scale deformable attention in float32, also under autocast.
+    """Multi-scale deformable attention in float32, also under autocast: mmcv's kernel on a GPU.
 
     In half precision a location on a map 200 cells wide would be off by a tenth of a cell.
 
@@ -41,7 +40,7 @@ def deformable_attention(value: Tensor, sizes: Sizes, locations: Tensor,
     with torch.autocast(value.device.type, enabled=False):
         value, locations, weights = value.float(), locations.float(), weights.float()
         if not value.is_cuda:
-            return multi_scale_deformable_attn_pytorch(value, sizes, locations, weights)
+            return multi_scale_deformable_attention(value, sizes, locations, weights)
         shapes = torch.tensor(sizes, dtype=torch.long, device=value.device)
         areas = shapes.prod(1)
         # the last argument must divide the batch: the batch itself always does

@@ -10,9 +10,14 @@ from . import _library  # noqa: F401  (connects autograd, shapes and autocast to
 from .contract import offset_mask_channels, output_size
 from .functional import Backend, dcnv4, get_backend, use_backend
 from .module import DCNv4
+from .multi_scale import (
+    multi_scale_deformable_attention,
+    multi_scale_deformable_attention_reference,
+)
 from .reference import dcnv4_reference
 
 __all__ = [
-    'DCNv4', 'Backend', 'dcnv4', 'dcnv4_reference', 'get_backend', 'offset_mask_channels',
-    'output_size', 'use_backend'
+    'DCNv4', 'Backend', 'dcnv4', 'dcnv4_reference', 'get_backend',
+    'multi_scale_deformable_attention', 'multi_scale_deformable_attention_reference',
+    'offset_mask_channels', 'output_size', 'use_backend'
 ]

@@ -1,0 +1,63 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// msda_kernels.h — multi-scale deformable attention on the CPU as plain functions on pointers, one
+// table per instruction set. No torch headers.
+#pragma once
+
+#include <cstdint>
+
+namespace mmdcnv4 {
+namespace cpu {
+
+// Sizes of one call. A level l is a map of heights[l] x widths[l] pixels from pixel starts[l] on.
+struct MsdaParams {
+  int64_t batch;    // B
+  int64_t pixels;   // S, of all levels together
+  int64_t queries;  // Q
+  int64_t heads;    // M
+  int64_t channels; // D, of one head
+  int64_t levels;   // L
+  int64_t points;   // P, of one head and level
+  const int32_t *heights, *widths, *starts;
+
+  int64_t samples() const { return levels * points; } // of one query and head
+};
+
+// Queries [begin, end) of the B * Q queries of the call.
+template <typename T>
+using MsdaForward = void (*)(const MsdaParams& p,
+                             const T* value,     // [B, S, M, D]
+                             const T* locations, // [B, Q, M, L, P, 2]
+                             const T* weights,   // [B, Q, M, L, P]
+                             T* output,          // [B, Q, M, D]
+                             int64_t begin, int64_t end);
+
+// One head of one sample of the batch: its slice of all three gradients, written whole.
+template <typename T>
+using MsdaBackward = void (*)(const MsdaParams& p,
+                              const T* grad_output, // [B, Q, M, D]
+                              const T* value, const T* locations, const T* weights,
+                              T* grad_value, T* grad_locations, T* grad_weights,
+                              int64_t sample, int64_t head);
+
+template <typename T>
+struct MsdaFunctions {
+  MsdaForward<T> forward;
+  MsdaBackward<T> backward;
+};
+
+struct MsdaTable {
+  const char* instruction_set;
+  MsdaFunctions<float> f32;
+  MsdaFunctions<double> f64;
+};
+
+const MsdaTable& generic_msda();
+#ifdef MMDCNV4_X86
+const MsdaTable& avx2_msda();
+const MsdaTable& avx512_msda();
+#endif
+
+} // namespace cpu
+} // namespace mmdcnv4
