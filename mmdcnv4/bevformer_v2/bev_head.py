@@ -24,6 +24,7 @@ from mmdet3d.structures import LiDARInstance3DBoxes
 from mmengine.model import BaseModule
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .box_code import CENTER, CODE_SIZE, encode_boxes, select_boxes
 
@@ -55,11 +56,14 @@ class GroupDecoderLayer(nn.Module):
         num_points: points per head of the cross-attention.
         feedforward_channels: hidden width of the FFN.
         dropout: in all branches.
+        with_cp: recompute the layer in the backward pass to save memory.
     """
 
     def __init__(self, embed_dims: int, num_heads: int = 8, num_points: int = 4,
-                 feedforward_channels: int = 512, dropout: float = 0.1) -> None:
+                 feedforward_channels: int = 512, dropout: float = 0.1,
+                 with_cp: bool = False) -> None:
         super().__init__()
+        self.with_cp = with_cp
         self.self_attn = MultiheadAttention(
             embed_dims, num_heads, attn_drop=dropout, batch_first=True,
             dropout_layer=dict(type='Dropout', drop_prob=dropout))
@@ -80,10 +84,27 @@ class GroupDecoderLayer(nn.Module):
             bev_size: (Hb, Wb).
             reference: shape (B, G * Q, 2), x, y in [0, 1].
         """
+        inputs = (query, query_pos, num_groups, bev, bev_size, reference)
+        if self.with_cp and torch.is_grad_enabled():
+            return checkpoint(self._forward, *inputs, use_reentrant=False)
+        return self._forward(*inputs)
+
+    def _attend(self, query: Tensor, pos: Tensor) -> Tensor:
+        """Self-attention of (M, Q, C) with the residual sum.
+
+        The module of mmcv would keep the Q x Q weights of every head for the backward pass.
+        """
+        attn = self.self_attn
+        located = (query + pos).transpose(0, 1)  # (Q, M, C)
+        out, _ = attn.attn(located, located, query.transpose(0, 1), need_weights=False)
+        return query + attn.dropout_layer(attn.proj_drop(out.transpose(0, 1)))
+
+    def _forward(self, query: Tensor, query_pos: Tensor, num_groups: int, bev: Tensor,
+                 bev_size: tuple[int, int], reference: Tensor) -> Tensor:
         batch = len(query)
         # (B, G*Q, C) -> (B*G, Q, C)
         groups, pos = (x.unflatten(1, (num_groups, -1)).flatten(0, 1) for x in (query, query_pos))
-        groups = self.self_attn(groups, query_pos=pos)
+        groups = self._attend(groups, pos)
         query = self.norms[0](groups.unflatten(0, (batch, num_groups)).flatten(1, 2))
         with torch.autocast(query.device.type, enabled=False):  # exact sampling locations
             query = self.cross_attn(

@@ -206,3 +206,34 @@ def test_predict():
         assert (result.scores_3d.diff() <= 0).all()
     _, codes = head(torch.randn(2, 32, 16))
     assert codes.shape[2] == 7
+
+
+def test_self_attention_is_that_of_mmcv():
+    """Without its averaged Q x Q weights."""
+    layer = make_head().layers[0]
+    for training in (True, False):  # no dropout in this head
+        layer.train(training)
+        query, pos = torch.randn(2, 3, 7, 16)
+        torch.testing.assert_close(layer._attend(query, pos),
+                                   layer.self_attn(query, query_pos=pos))
+
+
+def test_recomputed_layers_have_the_same_gradients():
+    grads = []
+    for with_cp in (False, True):
+        head = make_head(layer_cfg=dict(num_heads=2, dropout=0.3, with_cp=with_cp))
+        bev = torch.randn(2, 32, 16, generator=torch.Generator().manual_seed(3))
+        torch.manual_seed(1)  # of the dropout
+        sum(head.loss(bev, [sample_of(BOXES, [0, 2]), EMPTY]).values()).backward()
+        grads.append({name: p.grad for name, p in head.named_parameters()})
+    assert all(grad is not None for grad in grads[1].values())
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
+
+
+def test_refinement_starts_with_small_steps():
+    """A layer of a new head moves a reference by a small part of the range."""
+    head = make_head(num_layers=6, embed_dims=64, num_queries=50).eval()
+    _, codes = head(torch.randn(1, 32, 64))
+    steps = (codes[1:, ..., 0] - codes[:-1, ..., 0]).abs().mean()
+    assert 0 < steps < 0.05 * (RANGE[3] - RANGE[0])
