@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 from mmdet3d.datasets import NuScenesDataset
 from mmdet3d.registry import DATASETS
@@ -40,7 +40,8 @@ class NuScenesTemporalDataset(NuScenesDataset):
         kwargs: of the parent class, which refuses unknown ones.
 
     Raises:
-        ValueError: `frames` is no such list, or the info file has another version.
+        ValueError: `frames` is no such list, `metainfo.classes` names a class that nuScenes has
+            not, or the info file has another version.
         FileNotFoundError: links are needed and there is no table.
     """
 
@@ -50,10 +51,17 @@ class NuScenesTemporalDataset(NuScenesDataset):
         if 0 not in self.frames or list(self.frames) != sorted(set(self.frames)):
             raise ValueError('NuScenesTemporalDataset: frames must be ascending and contain 0, '
                              f'got {self.frames}')
+        self._check_classes((kwargs.get('metainfo') or {}).get('classes'))
         self.scene_table = scene_table
         self._links: dict[str, Link] = {}
         self._index: dict[str, int] = {}
         super().__init__(data_root, ann_file, **kwargs)
+
+    def _check_classes(self, classes: Union[Sequence[str], str, None]) -> None:
+        known = self.METAINFO['classes']
+        if classes is not None and (isinstance(classes, str) or not set(classes) <= set(known)):
+            raise ValueError('NuScenesTemporalDataset: metainfo.classes must be a list of names '
+                             f"out of {known}, ['car'] for a single one, got {classes!r}")
 
     def load_data_list(self) -> list[dict]:
         """Reads the info file and checks its version."""

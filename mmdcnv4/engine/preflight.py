@@ -22,6 +22,9 @@ from typing import Any, Optional
 from mmengine.config import Config
 
 OUR_TYPES = ('ChannelLN', 'DCNv4', 'FlashInternImage', 'InternImage')
+# classes whose errors name what the config or the data set holds
+_OWN_MESSAGES = ('NuScenesTemporalDataset', 'LoadTemporalMultiViewImages', 'MultiViewCropResize',
+                 'BEVFormerV2', 'BEVFormerV2Encoder', 'BEVFormerV2Head', 'PerspectiveHead')
 _IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 _MAX_FILES_TO_SEARCH = 50_000
 
@@ -171,6 +174,32 @@ def check_datasets(cfg: Config, splits: tuple[str, ...]) -> None:
                         f'{os.getcwd()}).{hint}')
 
 
+def check_nuscenes_metric(cfg: Config, splits: tuple[str, ...]) -> None:
+    """Refuses a metric of nuScenes without what its devkit reads, before hours of training.
+
+    Args:
+        cfg: the config.
+        splits: of 'train', 'val', 'test', those that the run reads.
+
+    Raises:
+        UserError: names the folder and the entry of the config.
+    """
+    for split in splits:
+        for path, metric in _walk(cfg.get(f'{split}_evaluator') or {}, f'{split}_evaluator'):
+            root = metric.get('data_root')
+            if str(metric.get('type')).split('.')[-1] != 'NuScenesMetric' \
+                    or metric.get('format_only') or not _is_local(root):
+                continue
+            for name in ('maps', 'v1.0-*'):
+                if not any(folder.is_dir() for folder in Path(root).glob(name)):
+                    raise UserError(
+                        f'{path}.data_root: the metric of nuScenes reads {Path(root, name)}, which '
+                        f'does not exist (working directory {os.getcwd()}). Unpack the archives of '
+                        'nuScenes there, "Metadata" holds the maps; or write predictions without '
+                        f'scores, with --cfg-options {path}.format_only=True '
+                        f'{path}.jsonfile_prefix=predictions.')
+
+
 # ------------------------------------------------------------------ exceptions and what they mean
 
 
@@ -230,6 +259,19 @@ def _explain_import(text: str) -> Optional[str]:
             + (f' Classes of mmdcnv4 that were not registered:{reasons}' if reasons else ''))
 
 
+def _explain_own(text: str) -> Optional[str]:
+    """What classes of this package and a hook of mmdet say of the config and the data."""
+    own = re.findall(rf"\b((?:{'|'.join(_OWN_MESSAGES)}): .+?)['\"]?$", text, re.MULTILINE)
+    if own:
+        return own[-1]
+    match = re.search(r'The `num_classes` \((\d+)\) in (\w+) of .* `classes` (\d+)\) in (\w+)',
+                      text)
+    if match is None:
+        return None
+    return (f'{match[2]} has num_classes {match[1]}, {match[4]} has {match[3]} classes: set '
+            'metainfo.classes of the data sets and num_classes of every head alike.')
+
+
 def translate(error: BaseException, cfg: Optional[Config] = None) -> Optional[str]:
     """What an exception of a run means to its user; None when it is not known to be theirs.
 
@@ -240,6 +282,9 @@ def translate(error: BaseException, cfg: Optional[Config] = None) -> Optional[st
     if isinstance(error, UserError):
         return str(error)
     text = str(error)
+    own = _explain_own(text)
+    if own:
+        return own
     names = re.findall(r'failed to load image: ([^{\n]+)$', text, re.MULTILINE)
     if names:
         return f'cannot read the image {names[-1].strip()}: the file is empty or corrupt.'

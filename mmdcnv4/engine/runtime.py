@@ -353,6 +353,7 @@ def build_runner(cfg: Config, splits: tuple[str, ...]) -> Runner:
     preflight.check_work_dir(cfg.work_dir)
     preflight.check_checkpoint(cfg.get('load_from'), 'load_from')
     preflight.check_datasets(cfg, splits)
+    preflight.check_nuscenes_metric(cfg, splits)
     if cfg.get('load_from') is None:
         preflight.check_pretrained(cfg)
     allow_mmengine_checkpoints()

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -37,7 +38,6 @@ KINDS = {
     'trailer': ((9.0, 2.7, 3.6), (120, 60, 120), (6, 5)),
     'construction_vehicle': ((6.2, 2.7, 3.0), (30, 220, 140), (6, 5)),
 }
-MOVING = ('car', 'pedestrian')
 WIDTH, HEIGHT, FOCAL = 320, 160, 190.0  # pixels
 PERIOD = 0.5  # seconds between key frames
 _NEAR = 0.1  # metres
@@ -92,7 +92,8 @@ def ego2global(scene: int, time: float) -> np.ndarray:
     return pose(yaw, (1000.0 + 400 * scene + 4 * time, 1600.0 + 1.5 * time * time, 0.0))
 
 
-def make_objects(scene: int, count: int) -> list[Cuboid]:
+def make_objects(scene: int, count: int, moving: Collection[str] = ('car', 'pedestrian'),
+                 speeds: tuple[float, float] = (1, 4)) -> list[Cuboid]:
     """Cuboids around the first position of the car, apart from each other; all stand on ground."""
     rng = np.random.default_rng(100 + scene)
     start = ego2global(scene, 0.0)
@@ -105,10 +106,15 @@ def make_objects(scene: int, count: int) -> list[Cuboid]:
         height = KINDS[name][0][2]
         center = start @ [distance * np.cos(angle), distance * np.sin(angle), height / 2, 1]
         yaw = rng.uniform(-np.pi, np.pi)
-        speed = rng.uniform(1, 4) if name in MOVING else 0.0
+        speed = rng.uniform(*speeds) if name in moving else 0.0
         objects.append(Cuboid(name, center[:3], yaw,
                               speed * np.array([np.cos(yaw), np.sin(yaw)])))
     return objects
+
+
+def turned_back(item: Cuboid, time: float) -> Cuboid:
+    """The object that is at the same place at `time` and moves the other way."""
+    return replace(item, center=item.at(2 * time), velocity=-item.velocity)
 
 
 def corners(size: np.ndarray, transform: np.ndarray) -> np.ndarray:
@@ -186,10 +192,10 @@ def camera_instance_of(item: Cuboid, instance: dict, lidar2cam: np.ndarray) -> d
                 attr_label=KINDS[item.name][2][moves])
 
 
-def make_sample(root: Path, scene: int, frame: int, objects: list[Cuboid]) -> dict:
+def make_sample(root: Path, scene: int, frame: int, objects: list[Cuboid], drive: int) -> dict:
     """Draws the six images of a key frame and returns its info, without links."""
     time = frame * PERIOD
-    lidar2global = ego2global(scene, time) @ LIDAR2EGO
+    lidar2global = ego2global(drive, time) @ LIDAR2EGO
     token = f'sample-{scene}-{frame}'
     instances = [instance_of(item, time, lidar2global) for item in objects]
     images, cam_instances = {}, {}
@@ -208,27 +214,34 @@ def make_sample(root: Path, scene: int, frame: int, objects: list[Cuboid]) -> di
         found = [camera_instance_of(item, instance, lidar2cam)
                  for item, instance in zip(objects, instances)]
         cam_instances[camera] = [item for item in found if item is not None]
-    return dict(token=token, timestamp=time, ego2global=ego2global(scene, time).tolist(),
+    return dict(token=token, timestamp=time, ego2global=ego2global(drive, time).tolist(),
                 lidar_points=dict(lidar_path=f'{token}.bin', num_pts_feats=5,
                                   lidar2ego=LIDAR2EGO.tolist()),
                 images=images, instances=instances, cam_instances=cam_instances)
 
 
 def write(root: Path, num_scenes: int = 2, num_frames: int = 2, num_objects: int = 8,
-          with_links: bool = True) -> Path:
+          with_links: bool = True, twins: bool = False) -> Path:
     """Writes the data set; returns the path of the info file.
+
+    Twins are pairs of scenes in which everything moves, in one of them the other way. Their last
+    key frames show the same images: only what was before tells the velocities.
 
     Args:
         root: folder, made if needed.
         num_scenes, num_frames: scenes and key frames in each.
         num_objects: cuboids per scene.
         with_links: put `scene_token`, `prev`, `next` into the info file as well.
+        twins: every other scene is the twin of the one before.
     """
     data_list, links = [], []
     for scene in range(num_scenes):
-        objects = make_objects(scene, num_objects)
+        drive = scene // 2 if twins else scene
+        objects = make_objects(drive, num_objects, *([KINDS, (4, 8)] if twins else []))
+        if twins and scene % 2:
+            objects = [turned_back(item, (num_frames - 1) * PERIOD) for item in objects]
         for frame in range(num_frames):
-            info = make_sample(root, scene, frame, objects)
+            info = make_sample(root, scene, frame, objects, drive)
             links.append(dict(
                 token=info['token'], scene_token=f'scene-{scene}',
                 prev=f'sample-{scene}-{frame - 1}' if frame else '',
@@ -250,8 +263,11 @@ def main() -> None:
     parser.add_argument('--scenes', type=int, default=2)
     parser.add_argument('--frames', type=int, default=2, help='key frames per scene')
     parser.add_argument('--objects', type=int, default=8, help='cuboids per scene')
+    parser.add_argument('--twins', action='store_true',
+                        help='scenes in pairs that look the same in the last key frame and differ '
+                        'in what happened before')
     args = parser.parse_args()
-    write(args.root, args.scenes, args.frames, args.objects)
+    write(args.root, args.scenes, args.frames, args.objects, twins=args.twins)
 
 
 if __name__ == '__main__':
