@@ -159,6 +159,8 @@ def draw_plane(axes: Any, layers: Sequence[tuple[Any, Any]], points: Optional[np
             axes.plot(ring[:, 0], ring[:, 1], color=shade, linewidth=1)
             axes.plot([x, x + forward[0]], [y, y + forward[1]], color=shade, linewidth=1)
     axes.plot(0, 0, marker='^', color='red')
+    axes.yaxis.tick_right()  # away from the images
+    axes.yaxis.set_label_position('right')
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect='equal', xlabel='x (m)',
              ylabel='y (m)')
 
@@ -179,7 +181,7 @@ def draw(info: dict, data_root: str, layers: Sequence[tuple[Any, Any]], args: ar
     pictures = camera_pictures(info, layers)
     figure = plt.figure(figsize=(20, 6.4))
     grid = figure.add_gridspec(2, 4, width_ratios=(1, 1, 1, 1.15), wspace=0.03, hspace=0.06,
-                               left=0.01, right=0.99, bottom=0.08, top=0.92)
+                               left=0.01, right=0.96, bottom=0.08, top=0.92)
     for row, cameras in enumerate(ROWS):
         for column, camera in enumerate(cameras):
             axes = figure.add_subplot(grid[row, column])
