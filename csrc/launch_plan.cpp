@@ -4,13 +4,16 @@
 #include "launch_plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
+#include <utility>
 
 namespace mmdcnv4 {
 namespace {
 
 constexpr int64_t kSliceBytes = 128; // a line of the L1 cache
 constexpr int32_t kFewestThreads = 64;
+constexpr int64_t kLargest = int64_t(1) << 32; // pixels and bytes of a pixel are 32-bit numbers
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -77,13 +80,50 @@ void cut(const Dcnv4Params& p, const LaunchRequest& request, LaunchPlan& plan) {
 }
 
 void check_sizes(const Dcnv4Params& p) {
-  constexpr int64_t kLargest = int64_t(1) << 32; // pixels and bytes of a pixel are 32-bit numbers
   if (p.height * p.width >= kLargest)
     throw std::length_error("dcnv4: an image must have fewer than 2**32 pixels on a GPU, got " +
                             std::to_string(p.height) + " x " + std::to_string(p.width));
   if (p.channels() >= kLargest / 8)
     throw std::length_error("dcnv4: value must have fewer than 2**29 channels on a GPU, got " +
                             std::to_string(p.channels()));
+}
+
+// Images per launch, as many as the grid holds.
+int64_t images_that_fit(const Dcnv4Params& p, const DeviceLimits& limits, int64_t blocks) {
+  return std::max<int64_t>(1, std::min(p.batch, limits.blocks_per_launch / blocks));
+}
+
+// The kernel grid at rest, and samples a pixel away from it, should lie within the window.
+int32_t choose_reach(const Dcnv4Params& p, const LaunchRequest& request) {
+  const bool is_3x3 = p.kernel_h == 3 && p.kernel_w == 3 && p.dilation_h == 1 && p.dilation_w == 1;
+  const bool is_known = p.group_channels == 16 || p.group_channels == 32 || p.group_channels == 64;
+  if (!is_3x3 || p.stride_h != 1 || p.stride_w != 1 || p.softmax || !is_known ||
+      request.element_bytes != 2 || request.alignment % kMaxVectorBytes != 0 ||
+      p.queries() >= kLargest)
+    return 0;
+  const double scale = std::abs(p.offset_scale);
+  return scale <= 1 ? 2 : scale <= 3 ? 4 : 0;
+}
+
+// Threads, shared memory and grid for a tile; false where the device does not hold a block.
+bool fill_tile(const Dcnv4Params& p, const DeviceLimits& limits, WindowPlan& plan) {
+  const int32_t side = window_side(plan.reach), halo = 2 * plan.reach;
+  const int32_t cells = (plan.tile_h + halo) * (plan.tile_w + halo);
+  int32_t warps = std::min(kMaxThreads / kWarp, plan.units(p));
+  const auto bytes = [&] {
+    return cells * kWindowSliceChannels * 2 + warps * side * side * kWarp * int32_t(sizeof(float));
+  };
+  while (warps > 1 && bytes() > limits.most_shared_bytes) warps /= 2;
+  plan.threads = warps * kWarp;
+  plan.shared_bytes = bytes();
+  plan.slices = divide_up(p.channels(), kWindowSliceChannels);
+  plan.tiles_h = divide_up(p.out_height, plan.tile_h);
+  plan.tiles_w = divide_up(p.out_width, plan.tile_w);
+  if (plan.shared_bytes > limits.most_shared_bytes ||
+      plan.blocks_per_image() > limits.blocks_per_launch)
+    return false;
+  plan.images_per_launch = images_that_fit(p, limits, plan.blocks_per_image());
+  return true;
 }
 
 } // namespace
@@ -110,21 +150,58 @@ LaunchPlan make_launch_plan(const Dcnv4Params& p, const LaunchRequest& request,
     throw std::length_error("dcnv4: the call does not fit on this device: it needs " +
                             std::to_string(plan.shared_bytes) + " bytes of shared memory and " +
                             std::to_string(plan.blocks_per_image()) + " blocks per image");
-  plan.images_per_launch =
-      std::max<int64_t>(1, std::min(p.batch, limits.blocks_per_launch / plan.blocks_per_image()));
+  plan.images_per_launch = images_that_fit(p, limits, plan.blocks_per_image());
   return plan;
 }
 
+WindowPlan make_window_plan(const Dcnv4Params& p, const LaunchRequest& request,
+                            const DeviceLimits& limits) {
+  check_sizes(p);
+  WindowPlan best{};
+  const int32_t reach = choose_reach(p, request);
+  double least = 0;
+  for (const auto& [tile_h, tile_w] : {std::pair(8, 16), std::pair(8, 8), std::pair(4, 8)}) {
+    WindowPlan plan{};
+    plan.reach = reach;
+    plan.tile_h = tile_h;
+    plan.tile_w = tile_w;
+    if (reach == 0 || !fill_tile(p, limits, plan)) continue;
+    const double blocks = double(p.batch) * double(plan.blocks_per_image());
+    const double cells = double(tile_h + 2 * reach) * double(tile_w + 2 * reach);
+    // a device is busy with two blocks per multiprocessor
+    const double cost = blocks * (4.0 * tile_h * tile_w + cells) /
+                        std::min(blocks, 2.0 * limits.multiprocessors);
+    if (best.reach == 0 || cost < least) {
+      least = cost;
+      best = plan;
+    }
+  }
+  return best;
+}
+
+namespace {
+
+std::string field(const char* name, int64_t number) {
+  return std::string("\"") + name + "\": " + std::to_string(number);
+}
+
+} // namespace
+
 std::string to_json(const LaunchPlan& plan) {
-  const auto field = [](const char* name, int64_t number) {
-    return std::string("\"") + name + "\": " + std::to_string(number);
-  };
   return "{" + field("vec", plan.vec) + ", " + field("team", plan.team) + ", " +
          field("threads", plan.threads) + ", " +
          field("groups_per_block", plan.groups_per_block) + ", " + field("tile_h", plan.tile_h) +
          ", " + field("tile_w", plan.tile_w) + ", " + field("shared_bytes", plan.shared_bytes) +
          ", " + field("slices", plan.slices) + ", " + field("tiles_h", plan.tiles_h) + ", " +
          field("tiles_w", plan.tiles_w) + ", " +
+         field("images_per_launch", plan.images_per_launch) + "}";
+}
+
+std::string to_json(const WindowPlan& plan) {
+  return "{" + field("reach", plan.reach) + ", " + field("threads", plan.threads) + ", " +
+         field("tile_h", plan.tile_h) + ", " + field("tile_w", plan.tile_w) + ", " +
+         field("shared_bytes", plan.shared_bytes) + ", " + field("slices", plan.slices) + ", " +
+         field("tiles_h", plan.tiles_h) + ", " + field("tiles_w", plan.tiles_w) + ", " +
          field("images_per_launch", plan.images_per_launch) + "}";
 }
 

@@ -22,6 +22,7 @@ constexpr int32_t kMaxVectorBytes = 16; // what a thread loads at once
 struct DeviceLimits {
   int32_t multiprocessors;
   int32_t shared_bytes;      // per block, without opting in to more
+  int32_t most_shared_bytes; // per block, opted in
   int64_t blocks_per_launch; // largest grid along x
 };
 
@@ -60,9 +61,36 @@ constexpr int32_t tap_bytes(int32_t accumulate_bytes, bool backward) {
 LaunchPlan make_launch_plan(const Dcnv4Params& p, const LaunchRequest& request,
                             const DeviceLimits& limits);
 
-// Calls visit(first image, blocks) for each launch of the plan.
-template <typename Visit>
-inline void for_each_launch(const Dcnv4Params& p, const LaunchPlan& plan, const Visit& visit) {
+// The same for the tensor-core kernels (cuda/dense_window.cuh): a block covers a tile of output
+// pixels of one image and a slice of kWindowSliceChannels channels.
+constexpr int32_t kWindowBlock = 4;          // output pixels that share a window, along each axis
+constexpr int32_t kWindowSliceChannels = 64; // 128 bytes of 16-bit numbers
+constexpr int32_t window_side(int32_t reach) { return kWindowBlock + 2 * reach; }
+
+struct WindowPlan {
+  int32_t reach;            // samples this near to their pixel are dense; 0: not a call for them
+  int32_t tile_h, tile_w;   // output pixels per block, powers of two, at least kWindowBlock
+  int32_t threads;          // per block
+  int32_t shared_bytes;     // per block, perhaps more than without opting in
+  int64_t slices;           // blocks along the channels
+  int64_t tiles_h, tiles_w; // blocks along the output map
+  int64_t images_per_launch;
+
+  int64_t blocks_per_image() const { return slices * tiles_h * tiles_w; }
+  // Pairs of (4x4 pixels, group) in a tile; a warp computes one at a time.
+  int32_t units(const Dcnv4Params& p) const {
+    return tile_h * tile_w / (kWindowBlock * kWindowBlock) *
+           int32_t(kWindowSliceChannels / p.group_channels) / 2;
+  }
+};
+
+// `reach` is 0 where the kernels are not made for the call, or the device is too small for them.
+WindowPlan make_window_plan(const Dcnv4Params& p, const LaunchRequest& request,
+                            const DeviceLimits& limits);
+
+// Calls visit(first image, blocks) for each launch of a plan.
+template <typename Plan, typename Visit>
+inline void for_each_launch(const Dcnv4Params& p, const Plan& plan, const Visit& visit) {
   for (int64_t image = 0; image < p.batch; image += plan.images_per_launch) {
     const int64_t left = p.batch - image;
     const int64_t images = left < plan.images_per_launch ? left : plan.images_per_launch;
@@ -72,5 +100,6 @@ inline void for_each_launch(const Dcnv4Params& p, const LaunchPlan& plan, const 
 
 // The plan as JSON, for tests and for those who want to see it.
 std::string to_json(const LaunchPlan& plan);
+std::string to_json(const WindowPlan& plan);
 
 } // namespace mmdcnv4

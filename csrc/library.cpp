@@ -21,7 +21,7 @@ std::string launch_plan(const at::Tensor& value, const at::Tensor& offset_mask, 
   const int32_t bytes = int32_t(value.element_size());
   return to_json(mmdcnv4::make_launch_plan(
       p, {bytes, bytes == 8 ? 8 : 4, mmdcnv4::kMaxVectorBytes, backward},
-      {int32_t(multiprocessors), 48 * 1024, INT32_MAX}));
+      {int32_t(multiprocessors), 48 * 1024, 48 * 1024, INT32_MAX}));
 }
 
 } // namespace
@@ -58,6 +58,8 @@ TORCH_LIBRARY(mmdcnv4, m) {
       "bool softmax, bool backward, int multiprocessors) -> str");
 #ifdef MMDCNV4_WITH_CUDA
   m.def("_cuda_info() -> str");
+  // Turns the tensor-core kernels on or off, as MMDCNV4_FAST=1 does. For tests and benchmarks.
+  m.def("_set_cuda_fast(bool on) -> ()");
 #endif
 }
 

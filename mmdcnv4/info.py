@@ -58,7 +58,9 @@ def _cpu_kernels() -> str:
 def _cuda_kernels() -> str:
     cuda: dict[str, Any] = _extension.build_info.get('cuda', {})
     if cuda:
-        return f'built for {", ".join(cuda["architectures"])} with CUDA {cuda["toolkit"]}'
+        state = 'on' if cuda['fast'] else 'off (MMDCNV4_FAST=1 turns them on)'
+        return (f'built for {", ".join(cuda["architectures"])} with CUDA {cuda["toolkit"]}; '
+                f'tensor-core kernels {state}')
     if not _extension.is_available:
         return f'missing: {_extension.missing_reason}'
     if torch.version.cuda is None:

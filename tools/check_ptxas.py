@@ -28,6 +28,9 @@ TYPES = {'d': ('float64', 8), 'f': ('float32', 4), 'Half': ('float16', 2),
          'BFloat16': ('bfloat16', 2)}
 # 65536 registers and 256 threads per block: this many blocks have to fit on a multiprocessor
 REGISTERS = {4: 64, 3: 80, 2: 128}
+# in machine code and in PTX: copies in the background, matrices from shared memory, their product
+TENSOR_CORE_WORDS = {'copy': r'\bLDGSTS\b|cp\.async\.cg', 'load': r'\bLDSM\b|ldmatrix\.sync',
+                     'multiply': r'\bHMMA\b|mma\.sync'}
 
 
 @dataclass
@@ -35,24 +38,31 @@ class Kernel:
     """One compiled kernel of one architecture."""
 
     arch: str
-    direction: str
+    direction: str  # 'forward', 'backward' or 'window_forward'
     dtype: str
     offset_dtype: str
     vec: int
-    variant: bool
+    variant: str = ''
     registers: int = 0
     stack: int = 0
     spills: int = 0
     instructions: Optional[int] = None
+    executed: Optional[float] = None  # per 256 outputs
     widest_load: Optional[int] = None
     widest_reduction: Optional[int] = None
+    tensor_core_words: Optional[set[str]] = None
 
     @property
     def label(self) -> str:
         """For tables and messages."""
-        special = {'forward': 'K=9', 'backward': 'softmax'}[self.direction] if self.variant else ''
+        shape = self.variant if self.is_window else f'vec {self.vec} {self.variant}'
         return (f'sm_{self.arch} {self.direction} {self.dtype} {self.offset_dtype} '
-                f'vec {self.vec} {special}').strip()
+                f'{shape}').strip()
+
+    @property
+    def is_window(self) -> bool:
+        """Whether it uses tensor cores."""
+        return self.direction.startswith('window')
 
     @property
     def vector_bytes(self) -> int:
@@ -61,8 +71,8 @@ class Kernel:
 
     def problems(self) -> list[str]:
         """What breaks a rule, in words."""
-        blocks = 2 if self.dtype == 'float64' else 4 if self.variant else 3
-        ceiling = REGISTERS[min(blocks, 3) if self.direction == 'backward' else blocks]
+        blocks = 4 if self.variant == 'K=9' else 3
+        ceiling = REGISTERS[2 if self.dtype == 'float64' or self.is_window else blocks]
         found = []
         if self.registers > ceiling:
             found.append(f'{self.registers} registers, at most {ceiling}')
@@ -74,18 +84,25 @@ class Kernel:
         if self.direction == 'backward' and self.dtype != 'float64' and \
                 self.widest_reduction != expected:
             found.append(f'reductions of {self.widest_reduction} bytes, expected {expected}')
+        if self.is_window and self.tensor_core_words != set(TENSOR_CORE_WORDS):
+            found.append(f'tensor cores: found only {sorted(self.tensor_core_words or [])}')
         return [f'{self.label}: {text}' for text in found]
 
 
 def parse_name(arch: str, mangled: str) -> Optional[Kernel]:
     """Template arguments from the mangled name of a kernel."""
-    match = re.search(r'dcnv4_(forward|backward)_kernelI(.*)Li(\d+)ELb([01])E', mangled)
+    match = re.search(r'dcnv4_(forward|backward|window_forward)_kernelI(.*?)((?:L[ib]\d+E)+)E',
+                      mangled)
     if match is None:
         return None
     types = re.findall(r'NS0_\d+(Half|BFloat16)E|S\d?_|([df])', match[2])
     names = [TYPES[long or short][0] for long, short in types if long or short]
     names = names if len(names) == 2 else names * 2  # the second repeats the first
-    return Kernel(arch, match[1], names[0], names[1], int(match[3]), match[4] == '1')
+    first, second = map(int, re.findall(r'\d+', match[3]))
+    if match[1] == 'window_forward':
+        return Kernel(arch, match[1], *names, 8, f'D={first} reach {second}')
+    variant = {'forward': 'K=9', 'backward': 'softmax'}[match[1]] if second else ''
+    return Kernel(arch, match[1], *names, first, variant)
 
 
 def find_tool(name: str) -> Optional[str]:
@@ -122,16 +139,27 @@ def read_ptxas(arch: str, log: str) -> dict[str, Kernel]:
     return kernels
 
 
+def words_in(code: str) -> set[str]:
+    """Names of TENSOR_CORE_WORDS that occur."""
+    return {name for name, pattern in TENSOR_CORE_WORDS.items() if re.search(pattern, code)}
+
+
 def add_sass(kernels: dict[str, Kernel], sass: str) -> None:
     """Counts instructions and finds the widest load from global memory, in disassembled code."""
     for part in sass.split('Function : ')[1:]:
         name, _, code = part.partition('\n')
-        lines = re.findall(r'^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);', code, re.MULTILINE)
+        found = re.findall(r'^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);', code, re.MULTILINE)
+        code_lines = [(int(address, 16), line) for address, line in found if 'NOP' not in line]
+        lines = [line for _, line in code_lines]
         kernel = kernels[name.strip()]
-        kernel.instructions = sum('NOP' not in line for line in lines)
+        kernel.instructions = len(lines)
+        if kernel.is_window:
+            depth = int(re.search(r'D=(\d+)', kernel.variant)[1])
+            kernel.executed = executed_instructions(code_lines, depth)
         widths = re.findall(r'\bLDG\.E(?:\.\w+)*', ' '.join(lines))
         kernel.widest_load = max(int((re.findall(r'\.(\d+)\b', load) or ['32'])[0]) // 8
                                  if not re.search(r'\.[US]16', load) else 2 for load in widths)
+        kernel.tensor_core_words = words_in(code)
         counts = re.findall(r'\bRED[G.]\S*?\.F32(?:x(\d))?\.', ' '.join(lines))
         kernel.widest_reduction = max((4 * int(count or 1) for count in counts), default=None)
 
@@ -142,8 +170,37 @@ def add_ptx(kernels: dict[str, Kernel], ptx: str) -> None:
         kernel = kernels[re.match(r'\S+?(?=\()', part)[0]]
         loads = re.findall(r'ld\.global(?:\.nc)?(?:\.v(\d))?\.[bufs](\d+)', part)
         kernel.widest_load = max(int(count or 1) * int(bits) // 8 for count, bits in loads)
+        kernel.tensor_core_words = words_in(part)
         counts = re.findall(r'red\.global\.add(?:\.v(\d))?\.f32', part)
         kernel.widest_reduction = max((4 * int(count or 1) for count in counts), default=None)
+
+
+def executed_instructions(lines: list[tuple[int, str]], depth: int) -> float:
+    """Instructions per 256 outputs that a warp of a tensor-core kernel executes, all taps near.
+
+    From machine code: straight through, with loops weighed, of a block that covers 16x8 pixels by
+    64 channels. Its threads copy 240 cells of 8 chunks; its warps take 16, 8 or 4 units.
+    """
+    warps, units = {16: (8, 2), 32: (8, 1), 64: (4, 1)}[depth]  # units of each warp
+    last = max(i for i, (_, line) in enumerate(lines) if 'EXIT' in line)  # then: detours
+    starts = {address: i for i, (address, _) in enumerate(lines[:last])}
+    weights = [1.0] * (last + 1)
+    for i, (_, line) in enumerate(lines[:last]):
+        target = re.search(r'\bBRA\b.*?\b0x([0-9a-f]+)', line)
+        begin = starts.get(int(target[1], 16), i) if target else i
+        if begin >= i:  # not the end of a loop
+            continue
+        body = ' '.join(text for _, text in lines[begin:i + 1])
+        factor = 1.0
+        if 'HMMA' in body:
+            factor = units
+        elif 'LDGSTS' in body:
+            factor = 240 * 8 / (32 * warps) / body.count('LDGSTS')
+        elif 'LDG.E.128' in body:  # far taps
+            factor = 0.0
+        for j in range(begin, i + 1):
+            weights[j] *= factor
+    return sum(weights) * 256 / (32 * depth * units)
 
 
 def compile_kernels(arch: str, source: Path, folder: Path) -> list[Kernel]:
@@ -173,11 +230,39 @@ def print_table(kernels: list[Kernel]) -> None:
               f'{kernel.widest_load:5} {reduction:>9} {count:>13}')
 
 
+def summary(kernels: list[Kernel]) -> str:
+    """A Markdown table: one line per kind of kernel and dtype, the largest number of each."""
+    archs = list(dict.fromkeys(kernel.arch for kernel in kernels))
+    kinds: dict[tuple[str, str, str], list[Kernel]] = {}
+    for kernel in kernels:
+        shape = kernel.variant if kernel.is_window else 'all widths'
+        kinds.setdefault((kernel.direction, shape, kernel.dtype), []).append(kernel)
+
+    def cells(group: list[Kernel], name: str, spec: str = '') -> str:
+        numbers = []
+        for arch in archs:
+            known = [getattr(kernel, name) for kernel in group if kernel.arch == arch]
+            known = [number for number in known if number is not None]
+            numbers.append(format(max(known), spec) if known else '-')
+        return ' / '.join(numbers)
+
+    lines = [f'| kernel | shape | dtype | kernels | registers, {" / ".join(archs)} | stack '
+             '| spills | instructions | executed per 256 outputs |',
+             '| --- | --- | --- | --- | --- | --- | --- | --- | --- |']
+    for (direction, shape, dtype), group in sorted(kinds.items()):
+        lines.append(f'| {direction} | {shape} | {dtype} | {len(group) // len(archs)} '
+                     f'| {cells(group, "registers")} | {max(k.stack for k in group)} '
+                     f'| {max(k.spills for k in group)} | {cells(group, "instructions")} '
+                     f'| {cells(group, "executed", ".0f")} |')
+    return '\n'.join(lines) + '\n'
+
+
 def main() -> int:
     """Returns the number of broken rules."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--arch', nargs='+', default=['80', '90', '100'], help='without sm_')
     parser.add_argument('--quiet', action='store_true', help='print problems only')
+    parser.add_argument('--write', type=Path, help='write a summary to this Markdown file')
     args = parser.parse_args()
     if shutil.which('nvcc') is None:
         raise SystemExit('check_ptxas: nvcc is not installed')
@@ -189,6 +274,8 @@ def main() -> int:
                 kernels += compile_kernels(arch, source, Path(folder))
     if not args.quiet:
         print_table(kernels)
+    if args.write is not None:
+        args.write.write_text(summary(kernels))
     problems = [text for kernel in kernels for text in kernel.problems()]
     print(f'{len(kernels)} kernels, {len(kernels) // len(args.arch)} per architecture; '
           f'{len(problems)} problems')

@@ -57,9 +57,9 @@ inline int32_t log2_of(int32_t power) {
   return exponent;
 }
 
+// Fills in all but the division of work.
 template <typename T>
-KernelArguments<T> make_arguments(const Dcnv4Params& p, const LaunchPlan& plan) {
-  KernelArguments<T> a;
+void set_call(const Dcnv4Params& p, KernelArguments<T>& a) {
   a.height = int32_t(p.height);
   a.width = int32_t(p.width);
   a.out_height = int32_t(p.out_height);
@@ -81,6 +81,12 @@ KernelArguments<T> make_arguments(const Dcnv4Params& p, const LaunchPlan& plan) 
   a.kernel_h = Divisor(p.kernel_h);
   a.removed_tap = p.remove_center ? p.kernel_w / 2 * p.kernel_h + p.kernel_h / 2 : a.points;
   a.softmax = p.softmax;
+}
+
+template <typename T>
+KernelArguments<T> make_arguments(const Dcnv4Params& p, const LaunchPlan& plan) {
+  KernelArguments<T> a;
+  set_call(p, a);
   a.team_log2 = log2_of(plan.team);
   a.groups_log2 = log2_of(plan.groups_per_block);
   a.tile_w_log2 = log2_of(plan.tile_w);

@@ -15,7 +15,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <climits>
+#include <cstdlib>
 #include <string>
 #include <tuple>
 
@@ -38,12 +40,14 @@ Dtype dtype_of(const at::Tensor& tensor) {
 }
 
 DeviceLimits current_device_limits() {
-  int device = 0, multiprocessors = 0, shared_bytes = 0;
+  int device = 0, multiprocessors = 0, shared_bytes = 0, most_shared_bytes = 0;
   C10_CUDA_CHECK(cudaGetDevice(&device));
   C10_CUDA_CHECK(
       cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlock, device));
-  return {multiprocessors, shared_bytes, INT_MAX};
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&most_shared_bytes,
+                                        cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  return {multiprocessors, shared_bytes, most_shared_bytes, INT_MAX};
 }
 
 // Bytes, at most a vector, to which every tensor is aligned.
@@ -61,6 +65,33 @@ LaunchPlan plan_for(const Dcnv4Params& p, const at::Tensor& value, int32_t align
                           current_device_limits());
 }
 
+// Whether calls that the tensor-core kernels are made for take them. Off by default: they have not
+// run on a GPU yet.
+std::atomic<bool>& is_fast() {
+  static std::atomic<bool> value{[] {
+    const char* text = std::getenv("MMDCNV4_FAST"); // read once
+    return text != nullptr && std::string(text) == "1";
+  }()};
+  return value;
+}
+
+void set_fast(bool on) { is_fast() = on; }
+
+// Returns whether it did.
+template <typename T, typename Offset>
+bool try_window_forward(const Dcnv4Params& p, int32_t alignment, cudaStream_t stream,
+                        const T* value, const Offset* offset_mask, T* output) {
+  if constexpr (sizeof(T) == 2) {
+    if (!is_fast()) return false;
+    const WindowPlan plan =
+        make_window_plan(p, {int32_t(sizeof(T)), 4, alignment, false}, current_device_limits());
+    return plan.reach != 0 &&
+           launch_dcnv4_window_forward(p, plan, stream, value, offset_mask, output);
+  } else {
+    return false;
+  }
+}
+
 at::Tensor dcnv4_forward_cuda(const at::Tensor& value, const at::Tensor& offset_mask,
                               MMDCNV4_SCALARS) {
   const Dcnv4Params p = check_dcnv4(value, offset_mask, MMDCNV4_SCALAR_NAMES);
@@ -74,9 +105,12 @@ at::Tensor dcnv4_forward_cuda(const at::Tensor& value, const at::Tensor& offset_
   with_types(dtype_of(value), dtype_of(offset_mask), [&](auto type, auto offset_type) {
     using T = typename decltype(type)::type;
     using Offset = typename decltype(offset_type)::type;
-    launch_dcnv4_forward(p, plan, stream.stream(), static_cast<const T*>(from.const_data_ptr()),
-                         static_cast<const Offset*>(packed.const_data_ptr()),
-                         static_cast<T*>(output.mutable_data_ptr()));
+    const auto* value_data = static_cast<const T*>(from.const_data_ptr());
+    const auto* packed_data = static_cast<const Offset*>(packed.const_data_ptr());
+    auto* output_data = static_cast<T*>(output.mutable_data_ptr());
+    const int32_t alignment = common_alignment({&from, &packed, &output});
+    if (!try_window_forward(p, alignment, stream.stream(), value_data, packed_data, output_data))
+      launch_dcnv4_forward(p, plan, stream.stream(), value_data, packed_data, output_data);
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return output;
@@ -116,7 +150,7 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(const at::Tensor& grad_ou
 #define MMDCNV4_TEXT_OF(...) #__VA_ARGS__
 #define MMDCNV4_TEXT(...) MMDCNV4_TEXT_OF(__VA_ARGS__)
 
-// What was compiled: {"architectures": ["sm_90"], "toolkit": "13.0"}.
+// What was compiled: {"architectures": ["sm_90"], "toolkit": "13.0", "fast": false}.
 std::string info() {
 #ifdef __CUDA_ARCH_LIST__
   std::string list = MMDCNV4_TEXT(__CUDA_ARCH_LIST__); // 750,800,900
@@ -132,7 +166,8 @@ std::string info() {
     begin = end + 1;
   }
   return "{\"architectures\": [" + architectures + "], \"toolkit\": \"" +
-         std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__) + "\"}";
+         std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__) +
+         "\", \"fast\": " + (is_fast() ? "true" : "false") + "}";
 }
 
 } // namespace
@@ -146,4 +181,5 @@ TORCH_LIBRARY_IMPL(mmdcnv4, CUDA, m) {
 
 TORCH_LIBRARY_IMPL(mmdcnv4, CompositeExplicitAutograd, m) {
   m.impl("_cuda_info", mmdcnv4::cuda::info);
+  m.impl("_set_cuda_fast", mmdcnv4::cuda::set_fast);
 }

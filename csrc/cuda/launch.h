@@ -1,7 +1,7 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// launch.h — the two entries of the kernels, on plain pointers. Each pair of types is compiled in a
+// launch.h — the entries of the kernels, on plain pointers. Each pair of types is compiled in a
 // file of its own, so that builds run in parallel. No torch headers.
 #pragma once
 
@@ -16,6 +16,12 @@ void launch_dcnv4_forward(const Dcnv4Params& p, const LaunchPlan& plan, Stream s
                           const T* value,            // [N, H, W, G, D]
                           const Offset* offset_mask, // [N, Ho, Wo, P]
                           T* output);                // [N, Ho, Wo, G, D], written whole
+
+// The same on tensor cores, for plans whose reach is not 0; T and Offset as above, T of 16 bits.
+// Returns false, and does nothing, where the extension has no such code for the current device.
+template <typename T, typename Offset>
+bool launch_dcnv4_window_forward(const Dcnv4Params& p, const WindowPlan& plan, Stream stream,
+                                 const T* value, const Offset* offset_mask, T* output);
 
 template <typename T, typename Offset>
 void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream stream,

@@ -39,6 +39,22 @@ def why_not():
     return '' if 'cuda' in _extension.build_info else 'the CUDA kernels are not compiled'
 
 
+@pytest.fixture(params=['direct', 'fast'])
+def both_paths(request):
+    """Runs a test with the tensor-core kernels forced off, and forced on."""
+    torch.ops.mmdcnv4._set_cuda_fast(request.param == 'fast')
+    yield request.param
+    torch.ops.mmdcnv4._set_cuda_fast(_extension.build_info['cuda']['fast'])
+
+
+@pytest.fixture
+def fast_path():
+    """Runs a test with the tensor-core kernels."""
+    torch.ops.mmdcnv4._set_cuda_fast(True)
+    yield
+    torch.ops.mmdcnv4._set_cuda_fast(_extension.build_info['cuda']['fast'])
+
+
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(bool(why_not()), reason=why_not() or 'a GPU')]
 
 
@@ -50,6 +66,95 @@ def on_gpu(value, offset_mask, **geometry):
 def gpu_inputs(size=(2, 9, 7, 2, 16), dtypes=(F32, F32), **geometry):
     inputs, grad_output = make_call(size, dtypes, geometry or SAME)
     return inputs.value.to(DEVICE), inputs.offset_mask.to(DEVICE), grad_output.to(DEVICE)
+
+
+WINDOW_GEOMETRIES = {
+    '3x3': dict(kernel_size=3, padding=1),
+    '3x3-wide': dict(kernel_size=3, padding=1, offset_scale=2.0),
+    '3x3-ring': dict(kernel_size=3, padding=(1, 2), offset_scale=0.5, remove_center=True),
+}
+HALVES = ('f16', 'bf16', 'f16-f32', 'bf16-f32')
+# every D; prime maps; one pixel; ragged tiles and slices; 80 groups
+WINDOW_SIZES = [(2, 56, 56, 4, 16), (3, 14, 14, 16, 32), (2, 7, 7, 80, 16), (1, 33, 65, 3, 64),
+                (3, 1, 1, 3, 32), (2, 13, 1, 5, 16), (5, 7, 11, 1, 64), (1, 200, 320, 4, 32)]
+
+
+def took_tensor_cores(run):
+    """Whether `run` launched the kernel on tensor cores, by the profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    return any('dcnv4_window_forward' in event.key for event in profile.key_averages())
+
+
+def assert_output(actual, inputs, **geometry):
+    """Compares an output alone with the reference."""
+    reference = dcnv4_reference(*inputs, **geometry)
+    exact = dcnv4_reference(*(t.double() for t in inputs), **geometry)
+    assert_as_accurate(actual, reference, exact)
+
+
+@pytest.mark.parametrize('dtypes', HALVES)
+@pytest.mark.parametrize('depth', [16, 32, 64])
+@pytest.mark.parametrize('name', WINDOW_GEOMETRIES)
+def test_window_geometries(fast_path, name, depth, dtypes):
+    """Every kernel on tensor cores; samples near, far, and outside the image."""
+    geometry = dict(WINDOW_GEOMETRIES[name], groups=3)
+    inputs, _ = make_call((2, 9, 13, 3, depth), DTYPES[dtypes], WINDOW_GEOMETRIES[name])
+    assert_output(on_gpu(*inputs, **geometry), inputs, **geometry)
+
+
+@pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
+@pytest.mark.parametrize('size', WINDOW_SIZES, ids=size_name)
+def test_window_sizes(fast_path, size, dtypes):
+    inputs, _ = make_call(size, DTYPES[dtypes], SAME)
+    assert_output(on_gpu(*inputs, groups=size[3], **SAME), inputs, groups=size[3], **SAME)
+
+
+@pytest.mark.parametrize('dtypes', HALVES)
+@pytest.mark.parametrize('name', WINDOW_GEOMETRIES)
+def test_window_of_hostile_numbers(fast_path, name, dtypes):
+    """NaN and infinite offsets and pixels: the same outputs are finite as without the window."""
+    geometry = dict(WINDOW_GEOMETRIES[name], groups=3)
+    inputs, _ = make_call((2, 15, 17, 3, 32), DTYPES[dtypes], WINDOW_GEOMETRIES[name])
+    inputs = hostile_offsets(inputs, make_geometry(**geometry).points)
+    assert_output(on_gpu(*inputs, **geometry), inputs, **geometry)
+    for y, x in ((0, 0), (0, 16), (14, 0), (14, 16), (7, 8)):
+        inputs.value[:, y, x, ::3] = torch.nan
+    expected = dcnv4_reference(*inputs, **geometry).isnan()
+    assert expected.any() and not expected.all()
+    assert torch.equal(on_gpu(*inputs, **geometry).isnan(), expected)
+
+
+def test_the_switch(both_paths):
+    """The switch chooses the kernel; calls that the fast one is not made for take the other."""
+    is_fast = both_paths == 'fast' and torch.cuda.get_device_capability() >= (8, 0)
+    for dtypes, geometry, is_theirs in (
+            ((F16, F16), SAME, True), ((BF16, F32), SAME, True), ((F32, F32), SAME, False),
+            ((F16, F16), dict(kernel_size=5, padding=2), False),
+            ((F16, F16), dict(kernel_size=3, stride=2, padding=1), False)):
+        value, offset_mask, _ = gpu_inputs(dtypes=dtypes, **geometry)
+
+        def run(value=value, offset_mask=offset_mask, geometry=geometry):
+            return dcnv4(value, offset_mask, groups=2, backend='native', **geometry)
+        run()
+        assert took_tensor_cores(run) == (is_fast and is_theirs)
+
+
+def test_window_in_a_graph(fast_path):
+    value, offset_mask, _ = gpu_inputs((2, 56, 56, 4, 32), (F16, F16))
+
+    def run():
+        return dcnv4(value, offset_mask, groups=4, backend='native', **SAME)
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+    value.normal_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(output, run())
 
 
 def gradients(value, offset_mask, grad_output, **options):
@@ -156,7 +261,7 @@ def test_empty_batch():
 
 
 @pytest.mark.parametrize('dtype', [F16, BF16])
-def test_autocast(dtype):
+def test_autocast(dtype, both_paths):
     value, offset_mask, grad_output = gpu_inputs()
     with torch.autocast(DEVICE, dtype=dtype):
         output, grad_value, grad_packed = gradients(value, offset_mask, grad_output.to(dtype),
@@ -286,7 +391,7 @@ def test_more_than_two_to_the_31_elements():
     assert grad_value[:, :-1].count_nonzero() == 0
 
 
-def test_training():
+def test_training(both_paths):
     """A small network of two DCNv4 layers learns to tell horizontal from vertical bars."""
     torch.manual_seed(0)
 
@@ -311,12 +416,14 @@ def test_training():
             (images[i, y, x:x + 8] if label else images[i, y:y + 8, x]).add_(2)
         return images.to(DEVICE), labels.to(DEVICE)
 
+    half = torch.autocast(DEVICE, dtype=BF16, enabled=both_paths == 'fast')
     net = Net().to(DEVICE)
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
     losses = []
     for _ in range(150):
         images, labels = batch()
-        loss = nn.functional.cross_entropy(net(images), labels)
+        with half:
+            loss = nn.functional.cross_entropy(net(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

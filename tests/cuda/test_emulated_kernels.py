@@ -12,38 +12,14 @@ import json
 import random
 import subprocess
 
-import numpy as np
 import pytest
 import torch
-from cuda_cases import BF16, DTYPES, F16, F32, F64, SIZES, hostile_offsets, make_call, size_name
+from cuda_cases import DTYPES, F32, F64, SIZES, hostile_offsets, make_call, size_name
+from emulate import CODE, GPU, ONE_PROCESSOR, ORDERS, from_bytes, sizes_text, to_bytes
 
 from mmdcnv4.ops import dcnv4_reference, offset_mask_channels
 from mmdcnv4.ops.contract import make_geometry
 from mmdcnv4.testing import GEOMETRIES, assert_as_accurate, forward_backward
-
-CODE = {F64: 0, F32: 1, F16: 2, BF16: 3}
-ORDERS = {'forward': 0, 'backward': 1, 'shuffled': 2}
-GPU = (132, 48 * 1024, 2**31 - 1)  # multiprocessors, shared bytes, blocks per launch
-ONE_PROCESSOR = (1, 48 * 1024, 2**31 - 1)  # blocks as large as they get
-
-
-def to_bytes(tensor):
-    tensor = tensor.detach().contiguous()
-    return (tensor.view(torch.int16) if tensor.dtype in (F16, BF16) else tensor).numpy().tobytes()
-
-
-def from_bytes(data, dtype, shape):
-    count = int(np.prod(shape)) * dtype.itemsize
-    tensor = torch.frombuffer(bytearray(data[:count]), dtype=dtype).reshape(shape)
-    return tensor, data[count:]
-
-
-def sizes_text(value, groups, geometry):
-    rules = make_geometry(groups=groups, **geometry)
-    pairs = (rules.kernel_size, rules.stride, rules.padding, rules.dilation)
-    numbers = [*value.shape[:3], groups, value.shape[3] // groups, *(n for p in pairs for n in p),
-               rules.offset_scale, int(rules.remove_center), int(rules.softmax)]
-    return ' '.join(map(str, numbers))
 
 
 def emulate(emulator, path, inputs, grad_output, *, groups, order='forward', alignment=16,
@@ -113,14 +89,14 @@ def test_alignment(emulator, tmp_path, dtypes, elements):
 @pytest.mark.parametrize('shared_bytes', [48 * 1024, 24 * 1024, 16 * 1024, 4 * 1024])
 def test_little_shared_memory(emulator, tmp_path, shared_bytes):
     plans = check(emulator, tmp_path, (2, 5, 7, 2, 32), DTYPES['f16'], GEOMETRIES['3x3'],
-                  device=(1, shared_bytes, 2**31 - 1))
+                  device=(1, shared_bytes, shared_bytes, 2**31 - 1))
     assert all(plan['shared_bytes'] <= shared_bytes for plan in plans)
 
 
 def test_several_launches(emulator, tmp_path):
     """A grid that does not hold the batch: seven images, two launches or more."""
     plans = check(emulator, tmp_path, (7, 3, 5, 2, 16), DTYPES['f32'], GEOMETRIES['3x3'],
-                  device=(132, 48 * 1024, 11))
+                  device=(132, 48 * 1024, 48 * 1024, 11))
     assert all(1 <= plan['images_per_launch'] < 7 for plan in plans)
 
 
@@ -203,27 +179,38 @@ def random_sizes(generator):
     def pair(low, high):
         return generator.randint(low, high), generator.randint(low, high)
 
-    kernel, dilation = pair(1, 4), pair(1, 3)
+    is_common = generator.random() < 0.3  # as tensor cores want it: 3x3, stride 1
+    kernel, stride, dilation = ((3, 3), (1, 1), (1, 1)) if is_common else (
+        pair(1, 4), pair(1, 3), pair(1, 3))
     pad = tuple(d * (k - 1) // 2 + generator.randint(0, 1) for k, d in zip(kernel, dilation))
-    depth = generator.choice([1, 2, 3, 4, 6, 8, 16, 24, 32, 48, 64, 70, 96, 256, 1000])
+    depth = generator.choice([16, 32, 64] if is_common else
+                             [1, 2, 3, 4, 6, 8, 16, 24, 32, 48, 64, 70, 96, 256, 1000])
     numbers = [generator.randint(1, 4), *(generator.randint(d * (k - 1) + 1, 20)
                                           for k, d in zip(kernel, dilation)),
-               generator.randint(1, 24), depth, *kernel, *pair(1, 3), *pad, *dilation, 1.0, 0, 0]
-    device = (generator.choice([1, 20, 132]), generator.choice([24, 48, 96]) * 1024,
+               generator.randint(1, 24), depth, *kernel, *stride, *pad, *dilation,
+               generator.choice([0.5, 1.0, 2.0]), 0, 0]
+    shared = generator.choice([24, 48, 96]) * 1024
+    device = (generator.choice([1, 20, 132]), shared, shared + generator.choice([0, 130]) * 1024,
               generator.choice([2**31 - 1, 20000]))
-    dtype = generator.randint(0, 3)
-    alignment = max(generator.choice([2, 4, 8, 16]), (8, 4, 2, 2)[dtype])
+    dtype = generator.randint(2, 3) if is_common else generator.randint(0, 3)
+    alignment = 16 if is_common else max(generator.choice([2, 4, 8, 16]), (8, 4, 2, 2)[dtype])
     return ' '.join(map(str, (alignment, dtype, generator.randint(0, 1), *device, *numbers)))
 
 
 def test_launch_plans(emulator):
-    """3000 random calls: every row is computed by its whole team, once; no limit is broken."""
+    """3000 random calls: every row is computed by its whole team, once; no limit is broken.
+
+    Where the kernels on tensor cores are made for the call, the same of their tiles.
+    """
     generator = random.Random(0)
     calls = '\n'.join(random_sizes(generator) for _ in range(3000))
     result = subprocess.run([emulator, 'cover'], input=calls, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    plans = [json.loads(line) for line in result.stdout.splitlines()]
+    plans, windows = zip(*map(json.loads, result.stdout.splitlines()))
     assert len(plans) == 3000
+    assert {window['reach'] for window in windows} == {0, 2, 4}
+    assert {(window['tile_h'], window['tile_w']) for window in windows if window['reach']} == {
+        (8, 16), (8, 8), (4, 8)}
     assert {plan['threads'] for plan in plans} == {32, 64, 128, 256}
     assert {plan['vec'] for plan in plans} == {1, 2, 4, 8}
     assert {plan['team'] for plan in plans} == {1, 2, 4, 8, 16, 32}

@@ -27,12 +27,12 @@ def problem(peers, offsets, dtype=torch.float32):
 
 
 @pytest.mark.parametrize('offsets', ['D0', 'D1', 'D2', 'D3', 'D4'])
-@pytest.mark.parametrize('name', ['ours', 'torchvision', 'mmcv'])
+@pytest.mark.parametrize('name', ['ours', 'ours fast', 'torchvision', 'mmcv'])
 def test_peers_compute_the_same(tools, name, offsets):
     peers, benchmark = tools
     if peers.absent(name):
         pytest.skip(peers.absent(name))
-    if name == 'ours' and not _extension.is_available:
+    if name.startswith('ours') and not _extension.is_available:
         pytest.skip(_extension.missing_reason)
     inputs = problem(peers, offsets)
     call = peers.PEERS[name].make(inputs)

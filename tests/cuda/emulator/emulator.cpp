@@ -38,10 +38,10 @@ struct Fibre {
   std::unique_ptr<unsigned char[]> stack;
   void* fake_stack = nullptr; // of AddressSanitizer
   bool is_waiting = false, is_done = false;
-  Meeting kind = Meeting::kSync;
+  bool is_at_block = false; // waits for the block, not for its warp
+  Operation operation = nullptr;
   uint32_t mask = 0;
-  uint64_t brought = 0, got = 0;
-  int source = 0;
+  void* brought = nullptr;
 };
 
 std::vector<Fibre> fibres;
@@ -102,16 +102,29 @@ void start_fibre(Fibre& fibre) {
 
 // Lets a warp go on if all of its threads have met; returns whether it did.
 bool release_warp(int first) {
-  for (int thread = first; thread < first + kWarp; ++thread)
-    if (!fibres[thread].is_waiting) return false;
-  for (int thread = first; thread < first + kWarp; ++thread) {
-    Fibre& fibre = fibres[thread];
-    if (fibre.mask != 0xffffffffu) fail("a mask of less than the warp is not emulated", thread);
-    if (fibre.kind != fibres[first].kind) fail("a warp is at two operations at once", thread);
-    if (fibre.source < 0 || fibre.source >= kWarp) fail("a shuffle leaves its warp", thread);
-    fibre.got = fibres[first + fibre.source].brought;
+  void* lanes[kWarp];
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (!fibres[first + lane].is_waiting) return false;
+    lanes[lane] = fibres[first + lane].brought;
   }
+  for (int thread = first; thread < first + kWarp; ++thread) {
+    const Fibre& fibre = fibres[thread];
+    if (fibre.operation != fibres[first].operation ||
+        fibre.is_at_block != fibres[first].is_at_block)
+      fail("a warp is at two operations at once", thread);
+    if (fibre.mask != 0xffffffffu) fail("a mask of less than the warp is not emulated", thread);
+  }
+  if (fibres[first].is_at_block) return false;
+  if (fibres[first].operation != nullptr) fibres[first].operation(lanes);
   for (int thread = first; thread < first + kWarp; ++thread) fibres[thread].is_waiting = false;
+  return true;
+}
+
+// The same for a block.
+bool release_block(int threads) {
+  for (int thread = 0; thread < threads; ++thread)
+    if (!fibres[thread].is_waiting || !fibres[thread].is_at_block) return false;
+  for (int thread = 0; thread < threads; ++thread) fibres[thread].is_waiting = false;
   return true;
 }
 
@@ -130,7 +143,8 @@ void run_block(int threads, std::mt19937& random) {
       has_moved = true;
     }
     for (int first = 0; first < threads; first += kWarp) has_moved |= release_warp(first);
-    if (!has_moved) fail("a warp waits for a thread that has returned", turns[0]);
+    has_moved |= release_block(threads);
+    if (!has_moved) fail("threads wait for one that has returned or waits elsewhere", turns[0]);
   }
 }
 
@@ -142,16 +156,25 @@ unsigned char* shared_memory() { return shared; }
 
 int lane() { return current % kWarp; }
 
-uint64_t meet(Meeting kind, uint32_t mask, uint64_t bits, int source) {
+namespace {
+
+void wait(bool is_at_block, Operation operation, uint32_t mask, void* brought) {
   Fibre& fibre = fibres[current];
-  fibre.kind = kind;
+  fibre.is_at_block = is_at_block;
+  fibre.operation = operation;
   fibre.mask = mask;
-  fibre.brought = bits;
-  fibre.source = source;
+  fibre.brought = brought;
   fibre.is_waiting = true;
   switch_to_scheduler();
-  return fibre.got;
 }
+
+} // namespace
+
+void meet(Operation operation, uint32_t mask, void* brought) {
+  wait(false, operation, mask, brought);
+}
+
+void meet_block() { wait(true, nullptr, 0xffffffffu, nullptr); }
 
 void run_grid(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
   if (threads % kWarp != 0 || threads > 1024) fail("an odd number of threads", threads);
@@ -160,7 +183,9 @@ void run_grid(int64_t blocks, int threads, int shared_bytes, const std::function
   body = &kernel;
   block_size = {unsigned(threads), 1, 1};
   // exactly as much as asked for, so that AddressSanitizer sees what is beyond
-  shared = static_cast<unsigned char*>(std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16));
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 128, size_t(shared_bytes)) != 0) fail("no memory", 0);
+  shared = static_cast<unsigned char*>(memory);
   for (int64_t block = 0; block < blocks; ++block) {
     std::memset(shared, 0xff, shared_bytes); // NaN: nothing is left over from the last block
     block_index = {unsigned(block), 0, 0};

@@ -31,6 +31,9 @@ struct alignas(16) uint4 {
 struct alignas(8) float2 {
   float x, y;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
@@ -45,9 +48,11 @@ void set_order(Order order);
 unsigned char* shared_memory();
 void run_grid(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel);
 
-// All threads of the warp meet here. Each brings `bits`, and gets those of `source`.
-enum class Meeting { kSync, kShuffle };
-uint64_t meet(Meeting kind, uint32_t mask, uint64_t bits, int source);
+// All threads of the warp meet here. When the last has come, `operation` is called, once, with what
+// the 32 lanes brought; it may be null.
+using Operation = void (*)(void* const* lanes);
+void meet(Operation operation, uint32_t mask, void* brought);
+void meet_block(); // all threads of the block, likewise
 int lane();
 
 } // namespace emulator
@@ -56,19 +61,52 @@ int lane();
 #define blockIdx emulator::block_index
 #define blockDim emulator::block_size
 
-inline void __syncwarp(uint32_t mask = 0xffffffffu) {
-  emulator::meet(emulator::Meeting::kSync, mask, 0, emulator::lane());
+inline void __syncwarp(uint32_t mask = 0xffffffffu) { emulator::meet(nullptr, mask, nullptr); }
+inline void __syncthreads() { emulator::meet_block(); }
+
+namespace emulator {
+
+template <typename T>
+struct Shuffled {
+  T number, received;
+  int source;
+};
+
+template <typename T>
+T shuffle(uint32_t mask, T number, int source) {
+  Shuffled<T> own{number, number, source};
+  meet(
+      [](void* const* lanes) {
+        const auto at = [&](int lane) { return static_cast<Shuffled<T>*>(lanes[lane]); };
+        for (int lane = 0; lane < 32; ++lane)
+          at(lane)->received = at(at(lane)->source & 31)->number;
+      },
+      mask, &own);
+  return own.received;
 }
+
+} // namespace emulator
 
 template <typename T>
 T __shfl_xor_sync(uint32_t mask, T number, int lanes) {
-  uint64_t bits = 0;
-  std::memcpy(&bits, &number, sizeof(T));
-  bits = emulator::meet(emulator::Meeting::kShuffle, mask, bits, emulator::lane() ^ lanes);
-  std::memcpy(&number, &bits, sizeof(T));
-  return number;
+  return emulator::shuffle(mask, number, emulator::lane() ^ lanes);
+}
+template <typename T>
+T __shfl_sync(uint32_t mask, T number, int source) {
+  return emulator::shuffle(mask, number, source);
+}
+inline int __any_sync(uint32_t mask, int condition) {
+  uint32_t any = condition != 0;
+  for (int step = 16; step > 0; step >>= 1) any |= __shfl_xor_sync(mask, any, step);
+  return int(any);
 }
 
+inline int __ffs(uint32_t bits) { return __builtin_ffs(int(bits)); }
+inline uint32_t __float_as_uint(float number) {
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof(bits));
+  return bits;
+}
 inline float __uint_as_float(uint32_t bits) {
   float number;
   std::memcpy(&number, &bits, sizeof(number));

@@ -4,13 +4,15 @@
 // main.cpp — runs calls of DCNv4 on the emulator, or checks how they are cut into blocks.
 //
 //     emulator run < calls     <file> <order> <alignment> <dtype> <offset dtype> <device> <sizes>
+//     emulator window < calls  the same; the forward kernel on tensor cores alone
 //     emulator cover < calls   <alignment> <dtype> <backward> <device> <sizes>
 //
-// One line is one call. <device>: multiprocessors, shared bytes, blocks per launch. <sizes>: N, H,
+// One line is one call. <device>: multiprocessors, shared bytes without and with opting in, blocks
+// per launch. <sizes>: N, H,
 // W, G, D, then kernel, stride, padding and dilation as pairs (height, width), offset_scale,
 // remove_center, softmax. <file> holds value, offset_mask and grad_output; output, grad_value (in
-// the type in which it is summed) and grad_offset_mask are appended. The plans go to standard
-// output, as JSON.
+// the type in which it is summed) and grad_offset_mask are appended; with window, the output alone.
+// The plans go to standard output, as JSON; with window, [plan, accesses to shared memory].
 
 #include <algorithm>
 #include <cstdlib>
@@ -24,6 +26,7 @@
 
 #include "../../../csrc/cuda/arguments.h"
 #include "../../../csrc/cuda/dispatch.h"
+#include "../../../csrc/cuda/dense_window.cuh"
 #include "../../../csrc/cuda/launch.h"
 
 namespace {
@@ -45,7 +48,8 @@ Dcnv4Params read_sizes(std::istream& from) {
 
 DeviceLimits read_device(std::istream& from) {
   DeviceLimits limits{};
-  from >> limits.multiprocessors >> limits.shared_bytes >> limits.blocks_per_launch;
+  from >> limits.multiprocessors >> limits.shared_bytes >> limits.most_shared_bytes;
+  from >> limits.blocks_per_launch;
   return limits;
 }
 
@@ -103,7 +107,29 @@ void run(const Dcnv4Params& p, const DeviceLimits& limits, int alignment, std::f
   std::cout << "[" << to_json(forward) << ", " << to_json(backward) << "]\n";
 }
 
-void run_call(std::istream& line) {
+// The tensor-core kernel, with its accesses to shared memory counted.
+template <typename T, typename Offset>
+void run_window(const Dcnv4Params& p, const DeviceLimits& limits, int alignment,
+                std::fstream& file) {
+  static const char* const kPhases[] = {"copy",    "numbers", "clear",   "scatter",
+                                        "weights", "pixels",  "collect", "finish"};
+  Buffer<T> value(p.batch * p.height * p.width * p.channels(), alignment, 0);
+  Buffer<Offset> packed(p.batch * p.queries() * p.offset_mask_channels, alignment, 0);
+  Buffer<T> output(p.batch * p.queries() * p.channels(), alignment, 0xff);
+  value.read(file);
+  packed.read(file);
+  if (!file) throw std::invalid_argument("emulator: the file is too short");
+  const WindowPlan plan = make_window_plan(p, {int32_t(sizeof(T)), 4, alignment, false}, limits);
+  if (plan.reach == 0) throw std::invalid_argument("emulator: not a call for tensor cores");
+  emulator::set_counting(true);
+  launch_dcnv4_window_forward(p, plan, Stream(), static_cast<const T*>(value.data()),
+                              static_cast<const Offset*>(packed.data()), output.data());
+  file.seekp(0, std::ios::end);
+  output.write(file);
+  std::cout << "[" << to_json(plan) << ", " << emulator::take_counts(kPhases, 8) << "]\n";
+}
+
+void run_call(std::istream& line, bool is_window) {
   std::string name;
   int order, alignment, dtype, offset_dtype;
   line >> name >> order >> alignment >> dtype >> offset_dtype;
@@ -112,8 +138,11 @@ void run_call(std::istream& line) {
   std::fstream file(name, std::ios::in | std::ios::out | std::ios::binary);
   emulator::set_order(emulator::Order(order));
   with_types(Dtype(dtype), Dtype(offset_dtype), [&](auto type, auto offset_type) {
-    run<typename decltype(type)::type, typename decltype(offset_type)::type>(p, limits, alignment,
-                                                                             file);
+    using T = typename decltype(type)::type;
+    using Offset = typename decltype(offset_type)::type;
+    if (!is_window) return run<T, Offset>(p, limits, alignment, file);
+    if constexpr (sizeof(T) == 2) return run_window<T, Offset>(p, limits, alignment, file);
+    throw std::invalid_argument("emulator: tensor cores want 16-bit numbers");
   });
 }
 
@@ -154,6 +183,29 @@ void check_coverage(const Dcnv4Params& p, const LaunchPlan& plan) {
   for (uint32_t team : lanes) expect(team == all, "a row is not computed");
 }
 
+// The same for the rows of the units of the tensor-core kernels' tiles.
+void check_window_coverage(const Dcnv4Params& p, const WindowPlan& plan,
+                           const DeviceLimits& limits) {
+  expect(plan.shared_bytes <= limits.most_shared_bytes, "shared memory of a tile");
+  expect(plan.images_per_launch * plan.blocks_per_image() <= limits.blocks_per_launch, "grid");
+  expect(plan.threads % kWarp == 0 && plan.threads <= kMaxThreads, "threads of a tile");
+  expect(plan.units(p) % (plan.threads / kWarp) == 0, "warps share the units evenly");
+  const WindowArguments a = make_window_arguments(p, plan);
+  std::vector<int> times(p.batch * p.queries() * p.groups, 0);
+  with_window(p.group_channels, plan.reach, [&](auto depth, auto reach) {
+    using Layout = DenseWindow<decltype(depth)::value, decltype(reach)::value>;
+    for_each_launch(p, plan, [&](int64_t image, int64_t blocks) {
+      for (int64_t i = 0; i < blocks * int64_t(a.units) * kWarp; ++i) {
+        const Tile tile = Layout::locate_tile(a, uint32_t(i / kWarp / a.units));
+        const Row row =
+            Layout::locate_row(a, tile, uint32_t(i / kWarp % a.units), uint32_t(i % kWarp));
+        if (row.is_valid) ++times[(row.query(a.call) + image * p.queries()) * p.groups + row.group];
+      }
+    });
+  });
+  for (int count : times) expect(count == 1, "a row of a tile is not computed once");
+}
+
 void cover_call(std::istream& line) {
   int alignment, dtype, backward;
   line >> alignment >> dtype >> backward;
@@ -165,7 +217,9 @@ void cover_call(std::istream& line) {
     const LaunchPlan plan = make_launch_plan(p, request, limits);
     check_limits(p, plan, request, limits);
     check_coverage(p, plan);
-    std::cout << to_json(plan) << "\n";
+    const WindowPlan window = make_window_plan(p, request, limits);
+    if (window.reach != 0) check_window_coverage(p, window, limits);
+    std::cout << "[" << to_json(plan) << ", " << to_json(window) << "]\n";
   });
 }
 
@@ -173,15 +227,15 @@ void cover_call(std::istream& line) {
 
 int main(int count, char** arguments) {
   const std::string mode = count == 2 ? arguments[1] : "";
-  if (mode != "run" && mode != "cover") {
-    std::cerr << "emulator: the argument must be run or cover, got '" << mode << "'\n";
+  if (mode != "run" && mode != "window" && mode != "cover") {
+    std::cerr << "emulator: the argument must be run, window or cover, got '" << mode << "'\n";
     return 2;
   }
   std::string text;
   while (std::getline(std::cin, text)) {
     try {
       std::istringstream line(text);
-      mode == "run" ? run_call(line) : cover_call(line);
+      mode == "cover" ? cover_call(line) : run_call(line, mode == "window");
     } catch (const std::exception& error) {
       std::cerr << error.what() << "\nin: " << text << "\n";
       return 1;

@@ -1,0 +1,471 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// dcnv4_window_forward.cuh — forward kernel of DCNv4 on tensor cores, for 3x3 kernels of stride 1.
+//
+// Computes    as dcnv4_forward.cuh: out[n,q,g,:] = sum_k mask * bilinear(value, x_k, y_k)
+// Idea        near its pixel, a sample is four weights in a small dense matrix: per row 36 numbers
+//             are added to A instead of 36 D multiplications done, and tensor cores compute A . V
+//             for all channels (dense_window.cuh: shapes, tiles, layouts)
+// Work split  block = a tile; warp = one unit at a time: lane = row while A is built, fragments
+//             while it is multiplied, teams of D / 8 lanes per row when the results are finished
+// Far taps    samples outside the window are noted, one bit per tap of a row, and added to the
+//             float32 result at the end, each gathered from global memory: any offset is exact
+// NaN         A . V multiplies every cell of a window with every row, and 0 * NaN is NaN. A finite
+//             result proves that no such cell was there; results that are not finite are thrown
+//             away and the row's channels gathered tap by tap, as in dcnv4_forward.cuh. So NaN and
+//             infinity, of pixels and of masks, reach the outputs that sample them and no others
+// Borders     cells outside the image are zero
+// Numerics    sums in float32. A is rounded to float16 after a power of two has brought the largest
+//             mask of each row to 2^11 ... 2^12 (nine of them do not overflow, smaller ones keep
+//             their digits), or split into two bfloat16, which keep 16 bits of it. No atomics;
+//             bitwise repeatable
+// Limits      K = 8 or 9, no softmax, D in {16, 32, 64}, tensors aligned to 16 bytes: see
+//             make_window_plan(); sm_80 and newer
+// Source      arXiv:2401.06197, section 3
+#pragma once
+
+#include <cfloat>
+
+#include "dense_window.cuh"
+#include "dispatch.h"
+#include "launch.h"
+#include "sampling.cuh"
+
+namespace mmdcnv4 {
+namespace cuda {
+
+constexpr int32_t kTaps = 9;
+
+// How the numbers of a unit lie in its warp's area before A does: pixel by pixel, all bytes of the
+// unit's groups, in the chunks of 16 bytes that cover them.
+template <typename Offset, int kDepth, int kReach>
+struct NumbersLayout {
+  using Layout = DenseWindow<kDepth, kReach>;
+  static constexpr uint32_t kUnitGroups = Layout::kGroups > 1 ? 2 : 1;
+  static constexpr uint32_t kPixels = kWarp / kUnitGroups;
+  static constexpr uint32_t kMostBytes = kUnitGroups * 3 * kTaps * sizeof(Offset);
+  static constexpr uint32_t kChunks = kMostBytes / kChunkBytes >= 8 ? 16 : 8;
+  static constexpr uint32_t kPitch = (kChunks + 1) * kChunkBytes; // odd: few pixels share a bank
+  static_assert(kMostBytes - sizeof(Offset) + kChunkBytes <= kChunks * kChunkBytes,
+                "the chunks cover the numbers wherever they begin");
+  static_assert(kPixels * kPitch <= Layout::kAreaBytes, "the numbers fit into the area");
+
+  // Bytes of the numbers of a group before this one, and from a chunk's start to the first number.
+  static MMDCNV4_DEVICE uint32_t group_bytes(const WindowArguments& a) {
+    return uint32_t(3 * a.call.points) * uint32_t(sizeof(Offset));
+  }
+  static MMDCNV4_DEVICE uint32_t lead(const WindowArguments& a, const Row& first) {
+    return uint32_t(first.group) * group_bytes(a) % kChunkBytes;
+  }
+
+  // Copies the numbers of a unit from those of its image; zeros for rows that are none. `first` is
+  // the unit's first row.
+  static MMDCNV4_DEVICE void copy(const WindowArguments& a, const Tile& tile, uint32_t unit,
+                                  uint32_t lane, const Row& first,
+                                  const Offset* __restrict__ packed, unsigned char* area) {
+    const uint32_t chunk = lane % kChunks;
+    const uint32_t groups = kUnitGroups == 2 && first.group + 1 < a.call.groups ? 2 : 1;
+    const bool has_chunk =
+        chunk * kChunkBytes < lead(a, first) + groups * group_bytes(a);
+    const char* from = reinterpret_cast<const char*>(packed) +
+                       uint64_t(uint32_t(first.group)) * group_bytes(a) - lead(a, first) +
+                       chunk * kChunkBytes;
+#pragma unroll
+    for (uint32_t i = 0; i < kPixels * kChunks / kWarp; ++i) {
+      const uint32_t pixel = lane / kChunks + i * (kWarp / kChunks);
+      const Row row = Layout::locate_row(a, tile, unit, pixel);
+      const bool exists = row.is_valid & has_chunk;
+      const uint32_t at = exists ? pixel_of(a, row) : 0;
+      enter_step(SharedPhase::kCopy);
+      copy_async(area + pixel * kPitch + chunk * kChunkBytes,
+                 from + uint64_t(at) * (a.packed_channels * uint32_t(sizeof(Offset))), exists);
+    }
+  }
+
+  static MMDCNV4_DEVICE uint32_t place(const WindowArguments& a, const Row& first, uint32_t lane) {
+    return lane % kPixels * kPitch + lead(a, first) + lane / kPixels * group_bytes(a);
+  }
+};
+
+// Offsets and masks of one row, in registers.
+template <typename Offset>
+struct RowNumbers {
+  uint32_t offset[2 * kTaps], mask[kTaps]; // float32
+
+  MMDCNV4_DEVICE void load(const unsigned char* area, uint32_t at, uint32_t points) {
+    enter_step(SharedPhase::kNumbers);
+#pragma unroll
+    for (int i = 0; i < 2 * kTaps; ++i) offset[i] = read_shared<uint32_t>(area + at + 4 * i);
+#pragma unroll
+    for (int i = 0; i < kTaps; ++i)
+      mask[i] = read_shared<uint32_t>(area + at + 8 * points + 4 * i);
+  }
+  MMDCNV4_DEVICE float dx(int k) const { return __uint_as_float(offset[2 * k]); }
+  MMDCNV4_DEVICE float dy(int k) const { return __uint_as_float(offset[2 * k + 1]); }
+  MMDCNV4_DEVICE float mask_of(int k) const { return __uint_as_float(mask[k]); }
+};
+
+template <typename Offset>
+struct RowNumbersHalf {
+  static constexpr int kMaskPairs = (kTaps + 1) / 2;
+  uint32_t offset[kTaps], mask[kMaskPairs]; // pairs
+
+  // A row may begin in the middle of a word: pairs are cut out of neighbouring words.
+  MMDCNV4_DEVICE void load(const unsigned char* area, uint32_t at, uint32_t points) {
+    const uint32_t shift = at % 4 * 8;
+    const unsigned char* words = area + (at & ~3u);
+    enter_step(SharedPhase::kNumbers);
+    cut(words, shift, offset);
+    cut(words + 4 * points, shift, mask);
+  }
+  MMDCNV4_DEVICE float dx(int k) const { return widen_pair(offset[k], Offset()).x; }
+  MMDCNV4_DEVICE float dy(int k) const { return widen_pair(offset[k], Offset()).y; }
+  MMDCNV4_DEVICE float mask_of(int k) const {
+    const float2 pair = widen_pair(mask[k / 2], Offset());
+    return k % 2 ? pair.y : pair.x;
+  }
+
+ private:
+  template <int kCount>
+  static MMDCNV4_DEVICE void cut(const unsigned char* words, uint32_t shift,
+                                 uint32_t (&pairs)[kCount]) {
+    uint32_t word = read_shared<uint32_t>(words);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const uint32_t next = read_shared<uint32_t>(words + 4 * (i + 1));
+      pairs[i] = funnel_shift_right(word, next, shift);
+      word = next;
+    }
+  }
+};
+template <>
+struct RowNumbers<Half> : RowNumbersHalf<Half> {};
+template <>
+struct RowNumbers<BFloat16> : RowNumbersHalf<BFloat16> {};
+
+// The power of two that brings the largest mask of a row to 2^11 ... 2^12, and its inverse; masks
+// that are not finite stay so. One for types whose range is that of float32.
+struct Scale {
+  float factor, inverse;
+};
+template <typename T, typename Numbers>
+MMDCNV4_DEVICE Scale scale_of_row(const Numbers& numbers, uint32_t points) {
+  if constexpr (std::is_same<T, Half>::value) {
+    float largest = 0;
+#pragma unroll
+    for (int k = 0; k < kTaps; ++k)
+      if (k < int(points)) largest = fmaxf(largest, fabsf(numbers.mask_of(k)));
+    const int32_t wanted = 2 * 127 + 11 - int32_t(__float_as_uint(largest) >> 23);
+    const int32_t factor = wanted < 253 ? wanted : 253; // neither of the two is subnormal
+    return {__uint_as_float(uint32_t(factor) << 23), __uint_as_float(uint32_t(254 - factor) << 23)};
+  } else {
+    return {1.0f, 1.0f};
+  }
+}
+
+// Adds the weights of a row to its column of A; returns the taps outside the window, as bits.
+template <typename Layout, int kReach, typename Numbers>
+MMDCNV4_DEVICE uint32_t add_weights(const WindowArguments& a, uint32_t lane,
+                                    const Numbers& numbers, float factor, unsigned char* area) {
+  // where the row's pixel is in the window
+  const float rest_x = float(lane % kBlockSide + kReach);
+  const float rest_y = float(lane / kBlockSide % kBlockSide + kReach);
+  const bool is_ring = a.call.points < kTaps;
+  constexpr float kLast = float(Layout::kSide - 1);
+  uint32_t far = 0;
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k) {
+    enter_step(SharedPhase::kScatter);
+    // taps go column by column; without the middle one, those after it have moved up
+    const int next = k < kTaps / 2 ? k : k + 1;
+    const float tap_x = float((is_ring ? next : k) / 3 - 1);
+    const float tap_y = float((is_ring ? next : k) % 3 - 1);
+    const float x = rest_x + (tap_x + numbers.dx(k)) * a.call.scale;
+    const float y = rest_y + (tap_y + numbers.dy(k)) * a.call.scale;
+    const bool is_near = (x >= 0) & (x < kLast) & (y >= 0) & (y < kLast); // not so for NaN
+    if (!is_near) {
+      far |= 1u << k;
+    } else if (k < kTaps - 1 || !is_ring) {
+      const uint32_t column = uint32_t(x), line = uint32_t(y);
+      const float fx = x - float(column), fy = y - float(line);
+      const float mask = numbers.mask_of(k) * factor;
+      const float top = mask * (1.0f - fy), bottom = mask * fy;
+      const uint32_t cell = line * Layout::kSide + column;
+      // a line further down, the order of rows is the same or exchanged by halves
+      constexpr uint32_t kDown = Layout::kSide * kWeightBytes, kSwap = (Layout::kSide & 6) << 4;
+      const uint32_t at = Layout::weight_at(cell, lane), beside = Layout::weight_at(cell + 1, lane);
+      unsigned char* left = area + at;
+      unsigned char* right = area + beside;
+      unsigned char* low_left = area + (at ^ kSwap) + kDown;
+      unsigned char* low_right = area + (beside ^ kSwap) + kDown;
+      const float sum[4] = {read_shared<float>(left) + top * (1.0f - fx),
+                            read_shared<float>(right) + top * fx,
+                            read_shared<float>(low_left) + bottom * (1.0f - fx),
+                            read_shared<float>(low_right) + bottom * fx};
+      write_shared(left, sum[0]);
+      write_shared(right, sum[1]);
+      write_shared(low_left, sum[2]);
+      write_shared(low_right, sum[3]);
+    }
+  }
+  return far & ((1u << a.call.points) - 1u);
+}
+
+// Fragment of A: the weights of one matrix for 16 cells. With bfloat16 `low` is what rounding left.
+template <typename T>
+struct WeightFragment {
+  static constexpr bool kIsSplit = std::is_same<T, BFloat16>::value;
+  uint32_t high[4], low[kIsSplit ? 4 : 1];
+
+  // `upper` and `lower`: weights of cell 2t of rows g and g + 8 of the matrix
+  MMDCNV4_DEVICE void load(const unsigned char* upper, const unsigned char* lower) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const unsigned char* from = (i % 2 ? lower : upper) + i / 2 * (8 * kWeightBytes);
+      const float even = read_shared<float>(from), odd = read_shared<float>(from + kWeightBytes);
+      high[i] = narrow_pair(even, odd, T());
+      if constexpr (kIsSplit) {
+        const float2 rounded = widen_pair(high[i], T());
+        low[i] = narrow_pair(even - rounded.x, odd - rounded.y, T());
+      }
+    }
+  }
+};
+
+// A . V of both matrices of a unit; sum[matrix][8 channels][fragment].
+template <typename T, int kDepth, int kReach>
+MMDCNV4_DEVICE void multiply(const WindowArguments& a, uint32_t unit, uint32_t lane,
+                             const unsigned char* area, const unsigned char* cells,
+                             float (&sum)[2][kDepth / 8][4]) {
+  using Layout = DenseWindow<kDepth, kReach>;
+  const uint32_t g = lane / 4, t = lane % 4;
+  const unsigned char* weights_at[2][2]; // rows g and g + 8 of each matrix
+  const unsigned char* pixels_at[2][Layout::kPeriod][Layout::kTeam / 2]; // lane's row for ldmatrix
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    const typename Layout::Matrix matrix = Layout::locate_matrix(a, 2 * unit + m);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      weights_at[m][half] = area + Layout::weight_at(2 * t, m * kMatrixRows + half * 8 + g);
+#pragma unroll
+    for (int i = 0; i < int(Layout::kPeriod); ++i) {
+      const uint32_t cell = 16 * i + lane % 16;
+      const uint32_t at =
+          Layout::chunk_at(matrix.x + cell % Layout::kSide, matrix.y + cell / Layout::kSide,
+                           a.cells_w, matrix.group * Layout::kTeam + lane / 16);
+#pragma unroll
+      for (int pair = 0; pair < int(Layout::kTeam / 2); ++pair)
+        pixels_at[m][i][pair] = cells + (at ^ (2 * pair * kChunkBytes));
+    }
+  }
+  const uint32_t period_bytes = Layout::kPeriodLines * a.cells_w * kCellBytes;
+#pragma unroll
+  for (int step = 0; step < int(Layout::kSteps); ++step) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      WeightFragment<T> weights;
+      enter_step(SharedPhase::kWeights);
+      weights.load(weights_at[m][0] + step * (16 * kWeightBytes),
+                   weights_at[m][1] + step * (16 * kWeightBytes));
+#pragma unroll
+      for (int pair = 0; pair < int(Layout::kTeam / 2); ++pair) { // 16 channels at a time
+        uint32_t pixels[4];
+        enter_step(SharedPhase::kPixels);
+        load_matrices_transposed(
+            pixels_at[m][step % Layout::kPeriod][pair] + step / Layout::kPeriod * period_bytes,
+            pixels);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float(&to)[4] = sum[m][2 * pair + half];
+          multiply_add(to, weights.high, pixels[2 * half], pixels[2 * half + 1], T());
+          if constexpr (WeightFragment<T>::kIsSplit)
+            multiply_add(to, weights.low, pixels[2 * half], pixels[2 * half + 1], T());
+        }
+      }
+    }
+  }
+}
+
+// sum += the taps of a row that are set in `taps`, for 8 channels from `image` on.
+template <typename T, typename Offset>
+MMDCNV4_DEVICE void gather_taps(const WindowArguments& a, const Row& row,
+                                const Offset* __restrict__ packed, const T* __restrict__ image,
+                                uint32_t taps, float (&sum)[kChunkNumbers]) {
+  using Io = VectorIo<T, kChunkNumbers>;
+#pragma unroll 1
+  for (; taps != 0; taps &= taps - 1) {
+    const Sample<float> sample =
+        make_sample<false>(a.call, row, MaskRule<float>{}, packed, __ffs(taps) - 1);
+    if (!sample.bilinear.inside) continue;
+    const Four<float> weights = corner_weights(sample);
+    const uint4 from = corner_pixels(a.call, sample.bilinear);
+    const uint32_t pixel[4] = {from.x, from.y, from.z, from.w};
+    const float weight[4] = {weights.x, weights.y, weights.z, weights.w};
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      float number[kChunkNumbers];
+      Io::widen(Io::load(image + uint64_t(pixel[c]) * a.call.channels), number);
+#pragma unroll
+      for (int i = 0; i < int(kChunkNumbers); ++i) sum[i] += weight[c] * number[i];
+    }
+  }
+}
+
+// Whether all numbers are finite; false also where their sum is not.
+MMDCNV4_DEVICE bool are_finite(const float (&n)[kChunkNumbers]) {
+  const float sum = ((n[0] + n[1]) + (n[2] + n[3])) + ((n[4] + n[5]) + (n[6] + n[7]));
+  return fabsf(sum) <= FLT_MAX;
+}
+
+// Pointers of one image.
+template <typename T, typename Offset>
+struct Image {
+  const T* value;       // [H, W, G, D]
+  const Offset* packed; // [Ho, Wo, P]
+  T* output;            // [Ho, Wo, G, D]
+};
+
+// Brings the sums from fragments to rows: 8 channels of a row per lane, a team per row.
+template <int kDepth, int kReach>
+MMDCNV4_DEVICE void collect(uint32_t lane, const float (&sum)[2][kDepth / 8][4],
+                            unsigned char* area) {
+  using Layout = DenseWindow<kDepth, kReach>;
+  const uint32_t g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < int(Layout::kTeam); ++i) {
+        enter_step(SharedPhase::kCollect);
+        write_shared(area + Layout::result_at(m * kMatrixRows + half * 8 + g, 8 * i + 2 * t),
+                     make_float2(sum[m][i][2 * half], sum[m][i][2 * half + 1]));
+      }
+}
+
+// Undoes the scale of a row, adds its far taps and writes its outputs, for all rows of a unit.
+template <typename T, typename Offset, int kDepth, int kReach>
+MMDCNV4_DEVICE void finish(const WindowArguments& a, const Tile& tile, uint32_t unit, uint32_t lane,
+                           float inverse, uint32_t far, const Image<T, Offset>& image,
+                           const unsigned char* area) {
+  using Layout = DenseWindow<kDepth, kReach>;
+  const uint32_t column = lane % Layout::kTeam * kChunkNumbers;
+#pragma unroll 1
+  for (uint32_t pass = 0; pass < Layout::kTeam; ++pass) {
+    const uint32_t index = pass * (kWarp / Layout::kTeam) + lane / Layout::kTeam;
+    const Row row = Layout::locate_row(a, tile, unit, index);
+    uint32_t taps = __shfl_sync(kAllLanes, far, int(index));
+    float factor = 1.0f;
+    if constexpr (std::is_same<T, Half>::value)
+      factor = __shfl_sync(kAllLanes, inverse, int(index));
+    enter_step(SharedPhase::kFinish);
+    const float4 low = read_shared<float4>(area + Layout::result_at(index, column));
+    const float4 high = read_shared<float4>(area + Layout::result_at(index, column + 4));
+    if (!row.is_valid) continue;
+    float number[kChunkNumbers] = {low.x,  low.y,  low.z,  low.w,
+                                   high.x, high.y, high.z, high.w};
+    const bool is_good = are_finite(number);
+#pragma unroll
+    for (int i = 0; i < int(kChunkNumbers); ++i)
+      number[i] = is_good ? number[i] * factor : 0.0f;
+    if (!is_good) taps = (1u << a.call.points) - 1u;
+    const uint32_t pixel = pixel_of(a, row), channel = uint32_t(row.group) * kDepth + column;
+    if (taps != 0)
+      gather_taps(a, row,
+                  image.packed + uint64_t(pixel) * a.packed_channels +
+                      uint32_t(row.group) * uint32_t(3 * a.call.points),
+                  image.value + channel, taps, number);
+    VectorIo<T, kChunkNumbers>::store(
+        number, image.output + uint64_t(pixel) * a.call.channels + channel);
+  }
+}
+
+template <typename T, typename Offset, int kDepth, int kReach>
+__global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
+                                  kDepth == 64 ? 3 : 2)
+    dcnv4_window_forward_kernel(const WindowArguments a,
+                                const T* __restrict__ value,            // [N, H, W, G, D]
+                                const Offset* __restrict__ offset_mask, // [N, Ho, Wo, P]
+                                T* __restrict__ output) {               // [N, Ho, Wo, G, D]
+  using Layout = DenseWindow<kDepth, kReach>;
+  using Numbers = NumbersLayout<Offset, kDepth, kReach>;
+  MMDCNV4_SHARED_MEMORY(shared);
+  const uint32_t warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const uint32_t points = uint32_t(a.call.points);
+  const Tile tile = Layout::locate_tile(a, blockIdx.x);
+  const uint64_t in_pixels =
+      uint64_t(tile.image) * uint32_t(a.call.height) * uint32_t(a.call.width);
+  const uint64_t out_pixels =
+      uint64_t(tile.image) * uint32_t(a.call.out_height) * uint32_t(a.call.out_width);
+  const Image<T, Offset> image{value + in_pixels * a.call.channels,
+                               offset_mask + out_pixels * a.packed_channels,
+                               output + out_pixels * a.call.channels};
+  unsigned char* area = shared + warp * Layout::kAreaBytes;
+  unsigned char* cells = shared + warps * Layout::kAreaBytes;
+  Numbers::copy(a, tile, warp, threadIdx.x % kWarp, Layout::locate_row(a, tile, warp, 0),
+                image.packed, area);
+  commit_copies();
+  copy_cells<kDepth, kReach>(a, tile, image.value, cells);
+  commit_copies();
+  wait_copies<1>(); // the cells may take until A is there
+#pragma unroll 1
+  for (uint32_t unit = warp; unit < a.units; unit += warps) {
+    // addresses kept from one unit to the next would fill the registers
+    const uint32_t lane = forget(threadIdx.x) % kWarp;
+    const Row first = Layout::locate_row(a, tile, unit, 0);
+    __syncwarp();
+    RowNumbers<Offset> numbers;
+    numbers.load(area, Numbers::place(a, first, lane), points);
+    __syncwarp();
+#pragma unroll
+    for (uint32_t i = 0; i < Layout::kAreaBytes; i += kWarp * 16) {
+      enter_step(SharedPhase::kClear);
+      write_shared(area + i + lane * 16, make_uint4(0, 0, 0, 0));
+    }
+    const Scale scale = scale_of_row<T>(numbers, points);
+    __syncwarp();
+    const uint32_t far = add_weights<Layout, kReach>(a, lane, numbers, scale.factor, area);
+    if (unit == warp) {
+      wait_copies<0>();
+      __syncthreads();
+    }
+    __syncwarp();
+    float sum[2][kDepth / 8][4] = {};
+    multiply<T, kDepth, kReach>(a, unit, lane, area, cells, sum);
+    __syncwarp();
+    collect<kDepth, kReach>(lane, sum, area);
+    __syncwarp();
+    finish<T, Offset, kDepth, kReach>(a, tile, unit, lane, scale.inverse, far, image, area);
+    if (unit + warps >= a.units) break;
+    __syncwarp();
+    Numbers::copy(a, tile, unit + warps, lane, Layout::locate_row(a, tile, unit + warps, 0),
+                  image.packed, area);
+    commit_copies();
+    wait_copies<0>();
+  }
+}
+
+// Returns false, and does nothing, where the device has no code for it.
+template <typename T, typename Offset>
+bool launch_dcnv4_window_forward(const Dcnv4Params& p, const WindowPlan& plan, Stream stream,
+                                 const T* value, const Offset* offset_mask, T* output) {
+  const WindowArguments arguments = make_window_arguments(p, plan);
+  bool is_launched = false;
+  with_window(p.group_channels, plan.reach, [&](auto depth, auto reach) {
+    auto* kernel =
+        &dcnv4_window_forward_kernel<T, Offset, decltype(depth)::value, decltype(reach)::value>;
+    if (!prepare_tensor_core_kernel(kernel, plan.shared_bytes)) return;
+    for_each_launch(p, plan, [&](int64_t image, int64_t blocks) {
+      launch(kernel, blocks, plan.threads, plan.shared_bytes, stream, arguments,
+             value + image * p.height * p.width * p.channels(),
+             offset_mask + image * p.queries() * p.offset_mask_channels,
+             output + image * p.queries() * p.channels());
+    });
+    is_launched = true;
+  });
+  return is_launched;
+}
+
+} // namespace cuda
+} // namespace mmdcnv4

@@ -1,0 +1,15 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dcnv4_window_forward.cuh"
+
+namespace mmdcnv4 {
+namespace cuda {
+
+template bool launch_dcnv4_window_forward(const Dcnv4Params&, const WindowPlan&, Stream,
+                                          const BFloat16*, const BFloat16*, BFloat16*);
+template bool launch_dcnv4_window_forward(const Dcnv4Params&, const WindowPlan&, Stream,
+                                          const BFloat16*, const float*, BFloat16*);
+
+} // namespace cuda
+} // namespace mmdcnv4

@@ -1,0 +1,207 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// warp_words.cpp — see warp_words.h.
+
+#include "../../../csrc/cuda/tensor_core.cuh"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <map>
+#include <vector>
+
+namespace emulator {
+namespace {
+
+constexpr int kLanes = 32, kBanks = 32, kBankBytes = 4, kWavefrontBytes = 128;
+
+struct Access {
+  uint32_t key; // number of the step and of the access within it
+  int phase, lane;
+  uintptr_t word;
+  int words;
+};
+
+struct PerThread {
+  uint32_t block = ~0u;
+  uint32_t step = 0, access = 0;
+  int phase = 0;
+  struct Copy {
+    void* to;
+    const void* from;
+    int bytes;
+    bool exists;
+    int group;
+  };
+  std::vector<Copy> copies;
+  int groups = 0; // committed
+};
+
+struct Count {
+  int64_t instructions = 0, wavefronts = 0;
+};
+
+bool is_counting = false;
+std::vector<PerThread> threads(1024);
+std::map<int, std::vector<Access>> accesses; // of each warp of the current block
+uint32_t counted_block = ~0u;
+std::map<int, Count> counts;
+
+// Wavefronts of one instruction: lanes are served in groups of at most 128 bytes, and in a group a
+// bank gives one word at a time, to all who want it.
+int wavefronts_of(const Access* begin, const Access* end) {
+  const int lanes_at_once = std::min(kLanes, kWavefrontBytes / (begin->words * kBankBytes));
+  int total = 0;
+  for (int first = 0; first < kLanes; first += lanes_at_once) {
+    std::map<int, std::vector<uintptr_t>> banks;
+    for (const Access* access = begin; access != end; ++access)
+      if (access->lane >= first && access->lane < first + lanes_at_once)
+        for (int i = 0; i < access->words; ++i)
+          banks[int((access->word + i) % kBanks)].push_back(access->word + i);
+    size_t most = 0;
+    for (auto& [bank, words] : banks) {
+      std::sort(words.begin(), words.end());
+      most = std::max(most, size_t(std::unique(words.begin(), words.end()) - words.begin()));
+    }
+    total += int(most);
+  }
+  return total;
+}
+
+void count_block() {
+  for (auto& [warp, list] : accesses) {
+    std::stable_sort(list.begin(), list.end(),
+                     [](const Access& a, const Access& b) { return a.key < b.key; });
+    for (size_t begin = 0, end; begin < list.size(); begin = end) {
+      for (end = begin; end < list.size() && list[end].key == list[begin].key;) ++end;
+      Count& count = counts[list[begin].phase];
+      ++count.instructions;
+      count.wavefronts += wavefronts_of(&list[begin], &list[0] + end);
+    }
+  }
+  accesses.clear();
+}
+
+PerThread& own() {
+  PerThread& thread = threads[thread_index.x];
+  if (thread.block != block_index.x) {
+    if (!thread.copies.empty()) {
+      std::fprintf(stderr, "emulator: a thread returned and left copies behind\n");
+      std::abort();
+    }
+    thread = PerThread();
+    thread.block = block_index.x;
+  }
+  return thread;
+}
+
+} // namespace
+
+void set_counting(bool on) { is_counting = on; }
+
+void enter_step(int phase) {
+  PerThread& thread = own();
+  ++thread.step;
+  thread.access = 0;
+  thread.phase = phase;
+}
+
+void note_access(const void* address, int bytes) {
+  PerThread& thread = own();
+  if (!is_counting) return;
+  if (counted_block != block_index.x) count_block();
+  counted_block = block_index.x;
+  const uintptr_t at = uintptr_t(static_cast<const unsigned char*>(address) - shared_memory());
+  const int words = std::max(1, bytes / kBankBytes);
+  const uint32_t key = thread.step << 10 | thread.access++;
+  accesses[int(thread_index.x) / kLanes].push_back(
+      {key, thread.phase, int(thread_index.x) % kLanes, at / kBankBytes, words});
+}
+
+std::string take_counts(const char* const* phases, int count) {
+  count_block();
+  std::string text = "{";
+  for (int phase = 0; phase < count; ++phase) {
+    const Count& of = counts[phase];
+    text += std::string(phase ? ", " : "") + "\"" + phases[phase] + "\": {\"instructions\": " +
+            std::to_string(of.instructions) + ", \"wavefronts\": " +
+            std::to_string(of.wavefronts) + "}";
+  }
+  counts.clear();
+  counted_block = ~0u;
+  return text + "}";
+}
+
+void copy_later(void* to, const void* from, int bytes, bool exists) {
+  PerThread& thread = own();
+  thread.copies.push_back({to, from, bytes, exists, thread.groups});
+}
+
+void commit_copies() { ++own().groups; }
+
+void wait_copies(int pending) {
+  PerThread& thread = own();
+  std::vector<PerThread::Copy> left;
+  for (const auto& copy : thread.copies) {
+    if (copy.group >= thread.groups - pending) {
+      left.push_back(copy);
+    } else if (copy.exists) {
+      std::memcpy(copy.to, copy.from, size_t(copy.bytes));
+    } else {
+      std::memset(copy.to, 0, size_t(copy.bytes));
+    }
+  }
+  thread.copies.swap(left);
+}
+
+// Lane 4i + j gets elements (2j, i) and (2j + 1, i) of each matrix: rows and columns swapped.
+void load_matrices_transposed(void* const* lanes) {
+  const auto at = [&](int lane) { return static_cast<Matrices*>(lanes[lane]); };
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint16_t element[8][8];
+    for (int row = 0; row < 8; ++row) {
+      const void* from = at(8 * matrix + row)->row;
+      if (uintptr_t(from) % 16 != 0) {
+        std::fprintf(stderr, "emulator: a row of a matrix is not aligned to 16 bytes\n");
+        std::abort();
+      }
+      std::memcpy(element[row], from, 16);
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int row = 2 * (lane % 4), column = lane / 4;
+      at(lane)->received[matrix] =
+          element[row][column] | uint32_t(element[row + 1][column]) << 16;
+    }
+  }
+}
+
+// D[16][8] += A[16][16] B[16][8]. Of A a lane holds rows lane / 4 and lane / 4 + 8 and columns
+// 2 (lane % 4) + {0, 1} and the same + 8; of B those numbers of k and column lane / 4; of D columns
+// 2 (lane % 4) + {0, 1} of the two rows.
+void multiply_add(void* const* lanes) {
+  const auto at = [&](int lane) { return static_cast<Product*>(lanes[lane]); };
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const Product& own = *at(lane);
+    const int row = lane / 4, column = 2 * (lane % 4);
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t shift = 16 * i;
+      a[row][column + i] = own.widen(own.a[0] >> shift & 0xffffu);
+      a[row + 8][column + i] = own.widen(own.a[1] >> shift & 0xffffu);
+      a[row][column + 8 + i] = own.widen(own.a[2] >> shift & 0xffffu);
+      a[row + 8][column + 8 + i] = own.widen(own.a[3] >> shift & 0xffffu);
+      b[column + i][row] = own.widen(own.b0 >> shift & 0xffffu);
+      b[column + 8 + i][row] = own.widen(own.b1 >> shift & 0xffffu);
+    }
+  }
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+      float sum = at(lane)->d[i];
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+      at(lane)->d[i] = sum;
+    }
+}
+
+} // namespace emulator

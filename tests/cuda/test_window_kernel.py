@@ -1,0 +1,226 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""The forward kernel on tensor cores, warp by warp on the CPU, against the reference.
+
+Its matrix fragments, background copies and shared memory are those of emulator/warp_words.cpp;
+ASan and UBSan watch. Bank conflicts are compared with what the layouts are designed for.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+
+import pytest
+import torch
+from cuda_cases import BF16, DTYPES, F16, hostile_offsets, make_call, size_name
+from emulate import GPU, ONE_PROCESSOR, ORDERS, emulate_window
+
+from mmdcnv4.ops import dcnv4_reference
+from mmdcnv4.ops.contract import make_geometry
+from mmdcnv4.testing import assert_as_accurate
+
+HALVES = {name: DTYPES[name] for name in ('f16', 'bf16', 'f16-f32', 'bf16-f32')}
+GEOMETRIES = {
+    '3x3': dict(kernel_size=3, padding=1),
+    '3x3-wide': dict(kernel_size=3, padding=1, offset_scale=2.0),
+    '3x3-ring': dict(kernel_size=3, padding=(1, 2), offset_scale=0.5, remove_center=True),
+    '3x3-ring-wide': dict(kernel_size=3, padding=0, offset_scale=-1.5, remove_center=True),
+}
+# N, H, W, G, D: ragged tiles and slices, primes, one pixel, one line, every D, 80 groups
+SIZES = [(3, 5, 7, 3, 16), (2, 13, 1, 5, 16), (3, 1, 1, 3, 32), (1, 11, 19, 3, 32),
+         (2, 9, 11, 1, 64), (1, 6, 17, 3, 64), (2, 3, 2, 80, 16), (5, 2, 3, 1, 16)]
+
+
+def check(emulator, tmp_path, inputs, *, groups, **options):
+    """Compares one call with the reference; returns output, plan and accesses."""
+    geometry = {key: value for key, value in options.items() if key not in ('order', 'device')}
+    actual, plan, accesses = emulate_window(emulator, tmp_path / 'call', inputs, groups=groups,
+                                            **options)
+    reference = dcnv4_reference(*inputs, groups=groups, **geometry)
+    exact = dcnv4_reference(inputs.value.double(), inputs.offset_mask.double(), groups=groups,
+                            **geometry)
+    assert_as_accurate(actual, reference, exact)
+    return actual, plan, accesses
+
+
+@pytest.mark.parametrize('name', GEOMETRIES)
+@pytest.mark.parametrize('dtypes', HALVES)
+@pytest.mark.parametrize('depth', [16, 32, 64])
+def test_geometries(emulator, tmp_path, name, dtypes, depth):
+    """Every kernel that is compiled; samples in windows, far from them and outside the image."""
+    inputs, _ = make_call((2, 5, 9, 3, depth), HALVES[dtypes], GEOMETRIES[name])
+    _, plan, _ = check(emulator, tmp_path, inputs, groups=3, **GEOMETRIES[name])
+    assert plan['reach'] == (4 if 'wide' in name else 2)
+
+
+@pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
+@pytest.mark.parametrize('size', SIZES, ids=size_name)
+def test_sizes(emulator, tmp_path, size, dtypes):
+    inputs, _ = make_call(size, HALVES[dtypes], GEOMETRIES['3x3'])
+    check(emulator, tmp_path, inputs, groups=size[3], device=ONE_PROCESSOR, **GEOMETRIES['3x3'])
+
+
+@pytest.mark.parametrize('shared_bytes', [227 * 1024, 99 * 1024, 64 * 1024, 48 * 1024])
+def test_little_shared_memory(emulator, tmp_path, shared_bytes):
+    """Devices with less of it get smaller tiles and fewer warps."""
+    inputs, _ = make_call((1, 8, 16, 4, 16), HALVES['f16'], GEOMETRIES['3x3-wide'])
+    _, plan, _ = check(emulator, tmp_path, inputs, groups=4,
+                       device=(1, 48 * 1024, shared_bytes, 2**31 - 1), **GEOMETRIES['3x3-wide'])
+    assert plan['shared_bytes'] <= shared_bytes
+
+
+def test_several_launches(emulator, tmp_path):
+    inputs, _ = make_call((5, 3, 5, 2, 16), HALVES['bf16'], GEOMETRIES['3x3'])
+    _, plan, _ = check(emulator, tmp_path, inputs, groups=2,
+                       device=(132, 48 * 1024, 99 * 1024, 2), **GEOMETRIES['3x3'])
+    assert plan['images_per_launch'] == 2
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize('dtypes', HALVES)
+@pytest.mark.parametrize('name', ['3x3', '3x3-ring', '3x3-wide'])
+def test_hostile_offsets(emulator, tmp_path, name, dtypes):
+    """NaN, infinite, huge and whole offsets: nothing but the taps in reach counts."""
+    inputs, _ = make_call((2, 5, 7, 3, 16), HALVES[dtypes], GEOMETRIES[name])
+    inputs = hostile_offsets(inputs, make_geometry(groups=3, **GEOMETRIES[name]).points)
+    actual, _, _ = check(emulator, tmp_path, inputs, groups=3, **GEOMETRIES[name])
+    assert torch.isfinite(actual).all()
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize('dtypes', HALVES)
+@pytest.mark.parametrize('name', ['3x3', '3x3-ring'])
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_pixels_that_are_not_finite(emulator, tmp_path, name, dtypes, bad):
+    """They reach the outputs that sample them, though a product meets them with every row."""
+    options = dict(GEOMETRIES[name], groups=2)
+    inputs, _ = make_call((2, 9, 7, 2, 16), HALVES[dtypes], GEOMETRIES[name])
+    inputs = hostile_offsets(inputs, make_geometry(**options).points)
+    for y, x in ((0, 0), (0, 6), (8, 0), (8, 6), (4, 3)):
+        inputs.value[:, y, x, ::3] = bad
+    expected = dcnv4_reference(*inputs, **options)
+    actual, _, _ = emulate_window(emulator, tmp_path / 'call', inputs, **options)
+    is_bad = ~expected.isfinite()
+    assert is_bad.any() and not is_bad[..., ::3].all() and not is_bad[..., 1::3].any()
+    assert torch.equal(~actual.isfinite(), is_bad)
+    if bad != bad:
+        assert torch.equal(actual.isnan(), expected.isnan())
+    clean = torch.where(is_bad, 0, actual)
+    exact = dcnv4_reference(inputs.value.double(), inputs.offset_mask.double(), **options)
+    assert_as_accurate(clean, torch.where(is_bad, 0, expected), torch.where(is_bad, 0, exact))
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize('dtypes', HALVES)
+def test_masks_of_every_size(emulator, tmp_path, dtypes):
+    """Each row is as accurate as its own masks allow; bad masks outside the image do not count."""
+    options = dict(GEOMETRIES['3x3'], groups=2)
+    inputs, _ = make_call((1, 8, 8, 2, 16), HALVES[dtypes], GEOMETRIES['3x3'])
+    mask = inputs.offset_mask[..., :54].unflatten(-1, (2, 27))[..., 18:]
+    sizes = torch.tensor([0.0, 1e-4, 1.0, 6e4] if inputs.offset_mask.dtype == F16 else
+                         [0.0, 1e-4, 1.0, 1e5, 1e30, 1e-30])
+    if inputs.value.dtype == F16:
+        sizes = sizes.clamp(max=6e4)
+        inputs.value.mul_(1 / 128)
+    rows = sizes[torch.randint(len(sizes), mask.shape[:-1])]
+    mask.copy_(mask.clamp(-1, 1) * rows[..., None])
+    inputs.offset_mask[0, 0, 0, 18] = torch.nan  # of the first tap of the first pixel
+    inputs.offset_mask[0, 0, 0, :2] = -5.0  # far outside
+    inputs.offset_mask[0, 7, 7, 18:27] = torch.inf
+    actual, _, _ = emulate_window(emulator, tmp_path / 'call', inputs, **options)
+    expected = dcnv4_reference(*inputs, **options)
+    exact = dcnv4_reference(inputs.value.double(), inputs.offset_mask.double(), **options)
+    assert torch.equal(actual.isfinite(), expected.isfinite())
+    assert not expected[0, 7, 7].isfinite().all() and expected[0, 0, 0].isfinite().all()
+    unit = torch.finfo(expected.dtype).eps
+    for row_size in sizes:
+        chosen = (rows == row_size)[..., None] & expected.unflatten(-1, (2, 16)).isfinite()
+        errors = [(t.double() - exact).unflatten(-1, (2, 16))[chosen].abs().max()
+                  for t in (actual, expected)]
+        largest = exact.unflatten(-1, (2, 16))[chosen].abs().max()
+        assert errors[0] <= 2 * errors[1] + unit * largest, row_size
+
+
+@pytest.mark.parametrize('dtypes', ['f16', 'bf16'])
+@pytest.mark.parametrize('name', ['3x3', '3x3-wide'])
+def test_order_of_threads(emulator, tmp_path, name, dtypes):
+    """Three orders of threads, bitwise one result: anything else is a race."""
+    options = dict(GEOMETRIES[name], groups=5)
+    inputs, _ = make_call((1, 9, 7, 5, 16), HALVES[dtypes], GEOMETRIES[name])
+    inputs = hostile_offsets(inputs, 9)
+    inputs.value[:, 4, 4] = torch.nan
+    results = [emulate_window(emulator, tmp_path / order, inputs, order=order, **options)
+               for order in ORDERS]
+    for output, _, accesses in results[1:]:
+        torch.testing.assert_close(output, results[0][0], rtol=0, atol=0, equal_nan=True)
+        assert accesses == results[0][2]
+
+
+def accesses_per_unit(emulator, tmp_path, depth, dtype, spread, offset_scale=1.0):
+    """Instructions and wavefronts of shared memory per unit of 32 rows, by phase."""
+    groups = 64 // depth
+    geometry = dict(kernel_size=3, padding=1, offset_scale=offset_scale)
+    inputs, _ = make_call((1, 16, 32, groups, depth), (dtype, dtype), geometry)
+    packed = inputs.offset_mask[..., :27 * groups].unflatten(-1, (groups, 27))
+    packed[..., :18] = torch.randn(packed[..., :18].shape) * spread
+    _, plan, accesses = check(emulator, tmp_path, inputs, groups=groups, device=ONE_PROCESSOR,
+                              **geometry)
+    assert (plan['tile_h'], plan['tile_w']) == (8, 16)
+    units = 16 * 32 * groups / 32
+    return {phase: (count['instructions'] / units, count['wavefronts'] / units)
+            for phase, count in accesses.items()}
+
+
+@pytest.mark.parametrize('dtype', [F16, BF16])
+def test_bank_conflicts(emulator, tmp_path, dtype):
+    """Units of 4x4 pixels, two groups of 32: what the layouts were designed for, no more."""
+    still = accesses_per_unit(emulator, tmp_path, 32, dtype, 0)
+    assert still['clear'] == (16, 64)  # 8 KB by 128 bytes
+    assert still['weights'] == (64, 64)  # 64 cells, 32 rows, a number at a time
+    assert still['pixels'] == (16, 64)  # 64 cells of 128 bytes, once each
+    assert still['collect'] == (16, 32) and still['finish'] == (8, 32)  # 4 KB out and back
+    assert still['numbers'][0] == 16 and still['numbers'][1] <= 32  # two pixels share a bank
+    # nine taps, four cells, read and written; in random places two rows may want the same bank
+    assert still['scatter'] == (72, 72)
+    moved = accesses_per_unit(emulator, tmp_path, 32, dtype, 0.5)
+    assert moved['scatter'][0] == 72 and moved['scatter'][1] <= 150
+    for phase in ('clear', 'weights', 'pixels', 'collect'):
+        assert moved[phase] == still[phase]
+    # units with a far tap read their results again
+    assert still['finish'][1] <= moved['finish'][1] == 4 * moved['finish'][0] <= 64
+
+
+@pytest.mark.parametrize('depth', [16, 32, 64])
+@pytest.mark.parametrize('scale', [1.0, 2.0])
+def test_no_conflicts_but_in_the_scatter(emulator, tmp_path, depth, scale):
+    """Other group widths, and the wide window of 12x12 cells."""
+    counts = accesses_per_unit(emulator, tmp_path, depth, F16, 0.3, offset_scale=scale)
+    cells = 64 if scale == 1 else 144
+    assert counts['clear'] == (cells / 4, cells)
+    assert counts['weights'] == (cells, cells)
+    assert counts['pixels'] == (cells * depth / 128, cells * depth / 32)
+    assert counts['collect'] == (depth / 2, depth)
+    assert depth <= counts['finish'][1] == 4 * counts['finish'][0] <= 2 * depth
+
+
+def test_not_made_for(emulator, tmp_path):
+    """The kernels say which calls are theirs; all others get a plan without reach."""
+    usual = dict(depth=16, kernel=3, stride=1, dilation=1, scale=1.0, softmax=0, dtype=2,
+                 alignment=16)
+    expected = [({}, 2), (dict(depth=32, scale=2.0, dtype=3), 4), (dict(scale=-1.0), 2)]
+    expected += [({name: value}, 0) for name, value in
+                 dict(depth=24, kernel=5, stride=2, dilation=2, scale=4.0, softmax=1, dtype=1,
+                      alignment=8).items()]
+    calls = []
+    for change, _ in expected:
+        c = {**usual, **change}
+        pairs = ' '.join(f'{c[key]} {c[key]}' for key in ('kernel', 'stride'))
+        calls.append(f'{c["alignment"]} {c["dtype"]} 0 {" ".join(map(str, GPU))} 2 9 11 3 '
+                     f'{c["depth"]} {pairs} 1 1 {c["dilation"]} {c["dilation"]} {c["scale"]} 0 '
+                     f'{c["softmax"]}')
+    result = subprocess.run([emulator, 'cover'], input='\n'.join(calls), capture_output=True,
+                            text=True)
+    assert result.returncode == 0, result.stderr
+    reaches = [json.loads(line)[1]['reach'] for line in result.stdout.splitlines()]
+    assert reaches == [reach for _, reach in expected]
