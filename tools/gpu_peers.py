@@ -71,11 +71,17 @@ def make_problem(shape: tuple[int, int, int, int], group_channels: int, dtype: t
     return Problem(value.to(dtype), packed.to(dtype), groups, scale)
 
 
-def ours(p: Problem) -> Call:
-    """The kernels of this package."""
+def ours(p: Problem, fast: bool = False) -> Call:
+    """The kernels of this package; `fast`: those on tensor cores, where they are made for it."""
     value, packed = (t.detach().requires_grad_() for t in (p.value, p.offset_mask))
-    return Call(lambda: dcnv4(value, packed, kernel_size=KERNEL, padding=1, groups=p.groups,
-                              offset_scale=p.offset_scale, backend='native'), (value, packed))
+    choose = getattr(torch.ops.mmdcnv4, '_set_cuda_fast', lambda on: None)  # absent from CPU builds
+
+    def run() -> Tensor:
+        choose(fast)
+        return dcnv4(value, packed, kernel_size=KERNEL, padding=1, groups=p.groups,
+                     offset_scale=p.offset_scale, backend='native')
+
+    return Call(run, (value, packed))
 
 
 def official(p: Problem) -> Call:
@@ -155,6 +161,7 @@ class Peer(NamedTuple):
 
 PEERS = {
     'ours': Peer(ours, is_same=True),
+    'ours fast': Peer(lambda p: ours(p, fast=True), is_same=True),
     'official': Peer(official, 'DCNv4.functions', is_same=True),
     'torchvision': Peer(torchvision, 'torchvision.ops', is_same=True),
     'mmcv': Peer(mmcv, 'mmcv.ops', is_same=True),
