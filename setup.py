@@ -5,6 +5,7 @@
 Environment variables:
     MMDCNV4_CUDA=0/1      never / always compile the CUDA kernels (default: when nvcc is found and
                           torch was built for CUDA; a GPU is never looked for).
+    MMDCNV4_LINEINFO=1    line numbers in the CUDA kernels, for profilers.
     MMDCNV4_NATIVE=0      no extension at all: the PyTorch path.
     MMDCNV4_SANITIZE=1    AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`).
     TORCH_CUDA_ARCH_LIST, MAX_JOBS: as for every torch extension.
@@ -129,7 +130,9 @@ def cuda_flags(cuda_home: str) -> list:
     torch_version = tuple(int(number) for number in torch.__version__.split('.')[:2])
     os.environ.setdefault('TORCH_CUDA_ARCH_LIST', default_architectures(toolkit, torch_version))
     # no fast math: comparisons at borders keep their IEEE meaning
-    flags = ['-O3', '-lineinfo']
+    flags = ['-O3']
+    if os.environ.get('MMDCNV4_LINEINFO') == '1':
+        flags.append('-lineinfo')
     if os.name != 'nt':
         flags += ['-Xcompiler', '-fvisibility=hidden']
     return flags + (['--compress-mode=size'] if toolkit >= (12, 8) else [])
