@@ -33,7 +33,7 @@ from mmdcnv4.datasets.drawn_scenes import CLASSES, PALETTE, write_drawn_scenes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = (REPOSITORY / 'configs/quick_start'
-          / 'mask-rcnn_flash-intern-image-mini_fpn_1xb4-6e_drawn-scenes-160x160.py')
+          / 'mask-rcnn_flash-intern-image-mini_fpn_1xb2-6e_drawn-scenes-160x160.py')
 METRICS = {'coco/bbox_mAP': 'box AP', 'coco/segm_mAP': 'mask AP'}
 SCORE_THRESHOLD = 0.5  # of the predictions that are drawn
 

@@ -11,10 +11,12 @@ load = [
     dict(type='Resize', scale=(160, 160), keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
 ]
+# Small batches: a short training gains from many steps. Read in the main process, in 2 ms, which is
+# less than it takes to receive a batch from a worker.
 train_dataloader = dict(
-    batch_size=4,
-    num_workers=1,
-    persistent_workers=True,
+    batch_size=2,
+    num_workers=0,
+    persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=True),
     dataset=dict(
         **scenes,
@@ -29,8 +31,8 @@ train_dataloader = dict(
         ]))
 val_dataloader = dict(
     batch_size=8,
-    num_workers=1,
-    persistent_workers=True,
+    num_workers=0,
+    persistent_workers=False,
     sampler=dict(type='DefaultSampler', shuffle=False),
     dataset=dict(
         **scenes,

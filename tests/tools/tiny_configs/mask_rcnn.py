@@ -1,6 +1,6 @@
 # The quick start with everything smaller and nothing random but the weights, for tests.
 _base_ = ['../../../configs/quick_start/'
-          'mask-rcnn_flash-intern-image-mini_fpn_1xb4-6e_drawn-scenes-160x160.py']
+          'mask-rcnn_flash-intern-image-mini_fpn_1xb2-6e_drawn-scenes-160x160.py']
 
 everything = 1_000_000  # more samples than there are candidates: samplers choose all, not at random
 model = dict(
