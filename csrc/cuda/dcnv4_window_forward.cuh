@@ -344,41 +344,62 @@ MMDCNV4_DEVICE void collect(uint32_t lane, const float (&sum)[2][kDepth / 8][4],
       }
 }
 
-// Undoes the scale of a row, adds its far taps and writes its outputs, for all rows of a unit.
+// The part of finish() that is one row of each team. Rows with far taps, or without finite sums,
+// wait for kGather; returns whether this lane's does.
+template <bool kGather, typename T, typename Offset, int kDepth, int kReach>
+MMDCNV4_DEVICE bool finish_row(const WindowArguments& a, const Tile& tile, uint32_t unit,
+                               uint32_t pass, uint32_t lane, float inverse, uint32_t far,
+                               const Image<T, Offset>& image, const unsigned char* area) {
+  using Layout = DenseWindow<kDepth, kReach>;
+  const uint32_t index = pass * (kWarp / Layout::kTeam) + lane / Layout::kTeam;
+  const uint32_t column = lane % Layout::kTeam * kChunkNumbers;
+  const Row row = Layout::locate_row(a, tile, unit, index);
+  uint32_t taps = __shfl_sync(kAllLanes, far, int(index));
+  float factor = 1.0f;
+  if constexpr (std::is_same<T, Half>::value)
+    factor = __shfl_sync(kAllLanes, inverse, int(index));
+  enter_step(SharedPhase::kFinish);
+  const float4 low = read_shared<float4>(area + Layout::result_at(index, column));
+  const float4 high = read_shared<float4>(area + Layout::result_at(index, column + 4));
+  float number[kChunkNumbers] = {low.x,  low.y,  low.z,  low.w,
+                                 high.x, high.y, high.z, high.w};
+  const bool is_good = are_finite(number);
+  if (!row.is_valid || (is_good && taps == 0) == kGather) return row.is_valid && !kGather;
+  const uint32_t pixel = pixel_of(a, row), channel = uint32_t(row.group) * kDepth + column;
+#pragma unroll
+  for (int i = 0; i < int(kChunkNumbers); ++i) number[i] *= factor;
+  if constexpr (kGather) {
+    if (!is_good) {
+      taps = (1u << a.call.points) - 1u;
+#pragma unroll
+      for (int i = 0; i < int(kChunkNumbers); ++i) number[i] = 0;
+    }
+    gather_taps(a, row,
+                image.packed + uint64_t(pixel) * a.packed_channels +
+                    uint32_t(row.group) * uint32_t(3 * a.call.points),
+                image.value + channel, taps, number);
+  }
+  VectorIo<T, kChunkNumbers>::store(
+      number, image.output + uint64_t(pixel) * a.call.channels + channel);
+  return false;
+}
+
+// Undoes the scale of the rows, adds far taps and writes the outputs of a unit.
 template <typename T, typename Offset, int kDepth, int kReach>
 MMDCNV4_DEVICE void finish(const WindowArguments& a, const Tile& tile, uint32_t unit, uint32_t lane,
                            float inverse, uint32_t far, const Image<T, Offset>& image,
                            const unsigned char* area) {
-  using Layout = DenseWindow<kDepth, kReach>;
-  const uint32_t column = lane % Layout::kTeam * kChunkNumbers;
-#pragma unroll 1
-  for (uint32_t pass = 0; pass < Layout::kTeam; ++pass) {
-    const uint32_t index = pass * (kWarp / Layout::kTeam) + lane / Layout::kTeam;
-    const Row row = Layout::locate_row(a, tile, unit, index);
-    uint32_t taps = __shfl_sync(kAllLanes, far, int(index));
-    float factor = 1.0f;
-    if constexpr (std::is_same<T, Half>::value)
-      factor = __shfl_sync(kAllLanes, inverse, int(index));
-    enter_step(SharedPhase::kFinish);
-    const float4 low = read_shared<float4>(area + Layout::result_at(index, column));
-    const float4 high = read_shared<float4>(area + Layout::result_at(index, column + 4));
-    if (!row.is_valid) continue;
-    float number[kChunkNumbers] = {low.x,  low.y,  low.z,  low.w,
-                                   high.x, high.y, high.z, high.w};
-    const bool is_good = are_finite(number);
+  constexpr uint32_t kPasses = DenseWindow<kDepth, kReach>::kTeam;
+  bool has_more = false;
 #pragma unroll
-    for (int i = 0; i < int(kChunkNumbers); ++i)
-      number[i] = is_good ? number[i] * factor : 0.0f;
-    if (!is_good) taps = (1u << a.call.points) - 1u;
-    const uint32_t pixel = pixel_of(a, row), channel = uint32_t(row.group) * kDepth + column;
-    if (taps != 0)
-      gather_taps(a, row,
-                  image.packed + uint64_t(pixel) * a.packed_channels +
-                      uint32_t(row.group) * uint32_t(3 * a.call.points),
-                  image.value + channel, taps, number);
-    VectorIo<T, kChunkNumbers>::store(
-        number, image.output + uint64_t(pixel) * a.call.channels + channel);
-  }
+  for (uint32_t pass = 0; pass < kPasses; ++pass)
+    has_more |= finish_row<false, T, Offset, kDepth, kReach>(a, tile, unit, pass, lane, inverse,
+                                                             far, image, area);
+  if (!__any_sync(kAllLanes, has_more)) return;
+#pragma unroll 1
+  for (uint32_t pass = 0; pass < kPasses; ++pass)
+    finish_row<true, T, Offset, kDepth, kReach>(a, tile, unit, pass, lane, inverse, far, image,
+                                                area);
 }
 
 template <typename T, typename Offset, int kDepth, int kReach>
@@ -388,6 +409,7 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
                                 const T* __restrict__ value,            // [N, H, W, G, D]
                                 const Offset* __restrict__ offset_mask, // [N, Ho, Wo, P]
                                 T* __restrict__ output) {               // [N, Ho, Wo, G, D]
+#if MMDCNV4_HAS_TENSOR_CORES
   using Layout = DenseWindow<kDepth, kReach>;
   using Numbers = NumbersLayout<Offset, kDepth, kReach>;
   MMDCNV4_SHARED_MEMORY(shared);
@@ -444,6 +466,7 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
     commit_copies();
     wait_copies<0>();
   }
+#endif
 }
 
 // Returns false, and does nothing, where the device has no code for it.

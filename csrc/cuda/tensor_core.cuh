@@ -23,6 +23,13 @@ enum class SharedPhase { kCopy, kNumbers, kClear, kScatter, kWeights, kPixels, k
 } // namespace cuda
 } // namespace mmdcnv4
 
+// Kernels have no body where this is 0: see prepare_tensor_core_kernel().
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define MMDCNV4_HAS_TENSOR_CORES 0
+#else
+#define MMDCNV4_HAS_TENSOR_CORES 1
+#endif
+
 #if defined(__CUDACC__)
 
 namespace mmdcnv4 {
@@ -41,24 +48,18 @@ MMDCNV4_DEVICE void write_shared(unsigned char* to, const T& data) {
 
 // Global to shared memory, 16 bytes, zeros where there is nothing to copy; done after a wait.
 MMDCNV4_DEVICE void copy_async(unsigned char* to_shared, const void* from, bool exists) {
-#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
                    uint32_t(__cvta_generic_to_shared(to_shared))),
                "l"(from), "r"(exists ? 16 : 0)
                : "memory");
-#endif
 }
 MMDCNV4_DEVICE void commit_copies() {
-#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
 }
 // Waits for all groups of this thread's copies but the last kPending.
 template <int kPending>
 MMDCNV4_DEVICE void wait_copies() {
-#if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-#endif
 }
 
 // Four 8x8 matrices of 16-bit numbers, each transposed: lane 8 m + r brings the address of row r
@@ -73,21 +74,17 @@ MMDCNV4_DEVICE void load_matrices_transposed(const unsigned char* row, uint32_t 
 // D += A B, numbers of type T, sums in float32.
 MMDCNV4_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                  Half) {
-#if __CUDA_ARCH__ >= 800
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
                "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
 }
 MMDCNV4_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                  BFloat16) {
-#if __CUDA_ARCH__ >= 800
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
                "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
 }
 
 // Bits `bits` ... `bits` + 31 of high:low.
@@ -105,7 +102,7 @@ MMDCNV4_DEVICE uint32_t forget(uint32_t number) {
 // have been built for older ones. If so, allows the kernel `shared_bytes` of shared memory.
 template <typename... Parameters>
 bool prepare_tensor_core_kernel(void (*kernel)(Parameters...), int32_t shared_bytes) {
-  constexpr int kOldest = 80;
+  constexpr int kOldest = 80; // MMDCNV4_HAS_TENSOR_CORES
   cudaFuncAttributes attributes{};
   if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess ||
       attributes.ptxVersion < kOldest ||

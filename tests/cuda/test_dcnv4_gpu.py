@@ -76,7 +76,7 @@ WINDOW_GEOMETRIES = {
 HALVES = ('f16', 'bf16', 'f16-f32', 'bf16-f32')
 # every D; prime maps; one pixel; ragged tiles and slices; 80 groups
 WINDOW_SIZES = [(2, 56, 56, 4, 16), (3, 14, 14, 16, 32), (2, 7, 7, 80, 16), (1, 33, 65, 3, 64),
-                (3, 1, 1, 3, 32), (2, 13, 1, 5, 16), (5, 7, 11, 1, 64), (1, 200, 320, 4, 32)]
+                (3, 1, 1, 3, 32), (2, 13, 1, 5, 16), (5, 7, 11, 1, 64), (1, 100, 160, 4, 32)]
 
 
 def took_tensor_cores(run):
