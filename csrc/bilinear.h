@@ -58,7 +58,8 @@ MMDCNV4_HD Bilinear<T> make_bilinear(T x, T y, int32_t height, int32_t width) {
   b.wx1 = b.has_x1 ? b.fx : T(0);
   b.wy0 = b.has_y0 ? T(1) - b.fy : T(0);
   b.wy1 = b.has_y1 ? b.fy : T(0);
-  b.inside = (b.has_x0 | b.has_x1) & (b.has_y0 | b.has_y1);
+  // the same as the flags say, but on a GPU they would stay in registers for it
+  b.inside = (x > T(-1)) & (x < T(width)) & (y > T(-1)) & (y < T(height));
   return b;
 }
 
