@@ -33,6 +33,15 @@ TENSOR_CORE_WORDS = {'copy': r'\bLDGSTS\b|cp\.async\.cg', 'load': r'\bLDSM\b|ldm
                      'multiply': r'\bHMMA\b|mma\.sync'}
 
 
+INTRODUCTION = """# What the compiler makes of the kernels
+
+Written by `tools/check_ptxas.py --write`, with nvcc {nvcc}, for {archs}. One line per kind of
+kernel and dtype of `value`: the largest number among its kernels. Instructions are those in the
+code, and those that a warp executes for 256 outputs where a block of 16x8 pixels has no far tap.
+
+"""
+
+
 @dataclass
 class Kernel:
     """One compiled kernel of one architecture."""
@@ -73,6 +82,8 @@ class Kernel:
         """What breaks a rule, in words."""
         blocks = 4 if self.variant == 'K=9' else 3
         ceiling = REGISTERS[2 if self.dtype == 'float64' or self.is_window else blocks]
+        if self.variant.startswith('D=64'):
+            ceiling = 168  # 128 threads per block, three blocks
         found = []
         if self.registers > ceiling:
             found.append(f'{self.registers} registers, at most {ceiling}')
@@ -254,7 +265,9 @@ def summary(kernels: list[Kernel]) -> str:
                      f'| {cells(group, "registers")} | {max(k.stack for k in group)} '
                      f'| {max(k.spills for k in group)} | {cells(group, "instructions")} '
                      f'| {cells(group, "executed", ".0f")} |')
-    return '\n'.join(lines) + '\n'
+    nvcc = re.search(r'release ([\d.]+)', run('nvcc', '--version'))
+    return INTRODUCTION.format(nvcc=nvcc[1] if nvcc else '?', archs=', '.join(
+        f'sm_{arch}' for arch in archs)) + '\n'.join(lines) + '\n'
 
 
 def main() -> int:
