@@ -31,7 +31,8 @@ TABLE = {
         ('mmdcnv4.ops', 'mmdcnv4.models.layers', 'mmdcnv4.models.checkpoint'),
         ('mmengine', 'mmcv')),
     # backbones only through the registry
-    'mmdcnv4.bevformer_v2': (('mmdcnv4.bevformer_v2',), ('mmengine', 'mmcv', 'mmdet', 'mmdet3d')),
+    'mmdcnv4.bevformer_v2': (('mmdcnv4.bevformer_v2', 'mmdcnv4.ops'),
+                             ('mmengine', 'mmcv', 'mmdet', 'mmdet3d')),
     'mmdcnv4.datasets': (('mmdcnv4.datasets',), ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmdet3d')),
     # the tools' start-up may say which registrations were skipped
     'mmdcnv4.engine': (('mmdcnv4.engine', 'mmdcnv4.registration', 'mmdcnv4.version'),

@@ -261,9 +261,10 @@ def _explain_import(text: str) -> Optional[str]:
 
 def _explain_own(text: str) -> Optional[str]:
     """What classes of this package and a hook of mmdet say of the config and the data."""
-    own = re.findall(rf"\b((?:{'|'.join(_OWN_MESSAGES)}): .+?)['\"]?$", text, re.MULTILINE)
+    # str() of a KeyError has quotes around its message
+    own = re.findall(rf"(['\"]?)\b((?:{'|'.join(_OWN_MESSAGES)}): .+)\1$", text, re.MULTILINE)
     if own:
-        return own[-1]
+        return own[-1][1]
     match = re.search(r'The `num_classes` \((\d+)\) in (\w+) of .* `classes` (\d+)\) in (\w+)',
                       text)
     if match is None:
