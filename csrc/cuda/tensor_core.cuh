@@ -1,7 +1,7 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// tensor_core.cuh — the words of the device that only the tensor-core kernels use (sm_80 and newer):
+// tensor_core.cuh — the words of the device that only tensor-core kernels use (sm_80 and newer):
 // accesses to shared memory, copies in the background, matrix fragments. As with device.cuh, any
 // compiler but nvcc takes them from tests/cuda/emulator, which also counts bank conflicts.
 //

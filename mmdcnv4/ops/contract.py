@@ -76,10 +76,8 @@ def pair(value: IntOrPair, name: str, minimum: int) -> Pair:
         TypeError: not an int and not a pair of ints.
         ValueError: an element is below `minimum` or above `MAX_SIDE`.
     """
-    if isinstance(value, (tuple, list)) or isinstance(value, Sequence):  # quick first
-        items = tuple(value)
-    else:
-        items = (value, value)
+    # tuple and list first: the check against Sequence alone takes longer
+    items = tuple(value) if isinstance(value, (tuple, list, Sequence)) else (value, value)
     if len(items) != 2 or any(isinstance(item, bool) for item in items):
         raise TypeError(f'dcnv4: {name} must be an int or a pair (height, width), got {value!r}')
     try:

@@ -6,11 +6,9 @@ scenes = dict(
     metainfo=dict(
         classes=('disk', 'ring', 'square', 'triangle', 'star'),
         palette=[(230, 70, 60), (70, 130, 240), (60, 180, 90), (240, 180, 40), (170, 90, 220)]))
-load = [
-    dict(type='LoadImageFromFile'),
-    dict(type='Resize', scale=(160, 160), keep_ratio=True),
-    dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-]
+load_image = dict(type='LoadImageFromFile')
+load_annotations = dict(type='LoadAnnotations', with_bbox=True, with_mask=True)
+resize = dict(type='Resize', scale=(160, 160), keep_ratio=True)
 # Small batches: a short training gains from many steps. Read in the main process, in 2 ms, which is
 # less than it takes to receive a batch from a worker.
 train_dataloader = dict(
@@ -24,7 +22,9 @@ train_dataloader = dict(
         data_prefix=dict(img='images/train/'),
         filter_cfg=dict(filter_empty_gt=True),
         pipeline=[
-            *load,
+            load_image,
+            load_annotations,
+            resize,
             dict(type='RandomFlip', prob=[0.25, 0.25, 0.25],
                  direction=['horizontal', 'vertical', 'diagonal']),
             dict(type='PackDetInputs'),
@@ -40,7 +40,9 @@ val_dataloader = dict(
         data_prefix=dict(img='images/val/'),
         test_mode=True,
         pipeline=[
-            *load,
+            load_image,
+            resize,
+            load_annotations,  # stay as they are: predictions are brought to the original size
             dict(type='PackDetInputs',
                  meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
         ]))
