@@ -37,8 +37,10 @@ setup: $(VENV)/.built
 
 build: $(VENV)/.built
 
+# One thread: the tests are many small computations, and threads that wait for each other take many
+# times as long as soon as another program wants a core.
 test: $(VENV)/.built
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),1) $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 demo: $(VENV)/.built
 	$(BIN)/python tools/demo/quick_start.py
