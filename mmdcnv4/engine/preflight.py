@@ -186,7 +186,7 @@ def check_nuscenes_metric(cfg: Config, splits: tuple[str, ...]) -> None:
     """
     for split in splits:
         for path, metric in _walk(cfg.get(f'{split}_evaluator') or {}, f'{split}_evaluator'):
-            root = metric.get('data_root')
+            root = str(metric.get('data_root') or '')
             if str(metric.get('type')).split('.')[-1] != 'NuScenesMetric' \
                     or metric.get('format_only') or not _is_local(root):
                 continue

@@ -122,19 +122,19 @@ def multi_scale_deformable_attention(value: Tensor, sizes: Sizes, locations: Ten
         >>> multi_scale_deformable_attention(value, sizes, locations, weights).shape
         torch.Size([2, 10, 64])
     """
-    backend = get_backend() if backend is None else backend
-    if backend not in ('auto', 'native', 'pytorch'):
+    chosen: str = get_backend() if backend is None else backend
+    if chosen not in ('auto', 'native', 'pytorch'):
         raise ValueError(f"{_NAME}: backend must be 'auto', 'native' or 'pytorch', got "
-                         f'{backend!r}')
+                         f'{chosen!r}')
     sizes = [(int(height), int(width)) for height, width in sizes]
     _check(value, sizes, locations, weights)
-    if backend == 'native' and not _has_kernel(value):
+    if chosen == 'native' and not _has_kernel(value):
         raise NotImplementedError(f"{_NAME}: backend='native' is not possible: "
                                   'it has kernels for the CPU, if the package was built with '
                                   'them (`python -m mmdcnv4.info`)')
     dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
     wide = (value.to(dtype), locations.to(dtype), weights.to(dtype))
-    if backend == 'pytorch' or not _has_kernel(value):
+    if chosen == 'pytorch' or not _has_kernel(value):
         with torch.autocast(value.device.type, enabled=False):
             out = multi_scale_deformable_attention_reference(wide[0], sizes, *wide[1:])
     else:
@@ -151,7 +151,8 @@ def _fake_forward(value: Tensor, locations: Tensor, weights: Tensor,
 
 def _fake_backward(grad_output: Tensor, value: Tensor, locations: Tensor, weights: Tensor,
                    sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(x.new_empty(x.shape) for x in (value, locations, weights))
+    return (value.new_empty(value.shape), locations.new_empty(locations.shape),
+            weights.new_empty(weights.shape))
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
