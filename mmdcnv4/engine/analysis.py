@@ -37,6 +37,22 @@ def dcnv4_multiply_adds(inputs: list, outputs: list) -> int:
 complexity_analysis._DEFAULT_SUPPORTED_FLOP_OPS['mmdcnv4::dcnv4'] = dcnv4_multiply_adds
 
 
+def build_model(cfg: Config) -> nn.Module:
+    """The model of a config of any OpenMMLab library, its backbone without weights.
+
+    Args:
+        cfg: its `default_scope` names the library.
+    """
+    importlib.import_module(f'{cfg.default_scope}.models')
+    if 'data_preprocessor' in cfg:  # as mmengine's runner does
+        cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
+    for name in ('backbone', 'img_backbone'):
+        if name in cfg.model:
+            cfg.model[name].init_cfg = None  # weights do not change the cost
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        return MODELS.build(cfg.model)
+
+
 class ModelPart(nn.Module):
     """A model, or a part of it, as a function of images alone.
 
@@ -55,13 +71,7 @@ class ModelPart(nn.Module):
         if cfg.default_scope not in _SAMPLES:
             raise ValueError(f'analysis: default_scope must be one of {tuple(_SAMPLES)}, '
                              f'got {cfg.default_scope!r}')
-        importlib.import_module(f'{cfg.default_scope}.models')
-        if 'data_preprocessor' in cfg:  # as mmengine's runner does
-            cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-        if 'backbone' in cfg.model:
-            cfg.model.backbone.init_cfg = None  # weights do not change the cost
-        with DefaultScope.overwrite_default_scope(cfg.default_scope):
-            self.model = MODELS.build(cfg.model)
+        self.model: Any = build_model(cfg)
         self.scope, self.part = cfg.default_scope, part
 
     def forward(self, images: Tensor) -> Any:

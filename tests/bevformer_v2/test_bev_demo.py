@@ -4,9 +4,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import mmcv
 import numpy as np
 import pytest
@@ -14,17 +11,13 @@ import torch
 from mmdet3d.registry import MODELS
 from mmengine.config import Config
 from places import TINY
-
-FILE = Path(__file__).parents[2] / 'tools' / 'demo' / 'bev_demo.py'
+from tool_runner import load_tool
 
 
 @pytest.fixture(scope='module')
 def demo():
     pytest.importorskip('matplotlib', reason='matplotlib is not installed')
-    spec = importlib.util.spec_from_file_location('bev_demo', FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool('demo/bev_demo')
 
 
 def test_edges(demo):

@@ -8,7 +8,8 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from places import CONFIGS
+from places import CONFIGS, TINY
+from tool_runner import load_tool
 
 from mmdcnv4.engine.layer_decay import layer_id
 
@@ -110,3 +111,10 @@ def test_the_backbone_of_the_resnet_learns_at_half_the_rate():
     cfg = read('r50_t1-base_16xb1-24e')
     wrapper = build_optim_wrapper(build(cfg), cfg.optim_wrapper)
     assert {group['lr'] for group in wrapper.optimizer.param_groups} == {2e-4, 4e-4}
+
+
+def test_benchmark_of_a_training_step(rig, capsys):
+    load_tool('analysis_tools/benchmark').main([
+        str(TINY), '--training-data', '--repeats', '1', '--warm-up', '0', '--device', 'cpu',
+        '--cfg-options', f'train_dataloader.dataset.data_root={rig}/'])
+    assert '\n12 x 96 x 256: ' in capsys.readouterr().out  # two frames of six cameras

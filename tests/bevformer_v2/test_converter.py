@@ -4,28 +4,23 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 from mmdet3d.registry import MODELS
 from mmengine.config import Config
+from places import CONFIGS
+from tool_runner import load_tool
 
 from mmdcnv4.bevformer_v2.box_code import decode_boxes
 
-FILE = Path(__file__).parents[2] / 'tools' / 'model_converters' / 'bevformer_v2.py'
-CONFIG = Path(__file__).parents[2] / 'configs/bevformer_v2/bevformer-v2_r50_t8_16xb1-24e_nus.py'
+CONFIG = CONFIGS / 'bevformer-v2_r50_t8_16xb1-24e_nus.py'
 C, LAYERS, FRAMES, WIDTH = 256, 6, 8, 512
 MSDA = ('sampling_offsets', 'attention_weights', 'value_proj', 'output_proj')
 
 
 @pytest.fixture(scope='module')
 def converter():
-    spec = importlib.util.spec_from_file_location('convert_bevformer_v2', FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool('model_converters/bevformer_v2')
 
 
 def linear(state, name, out_channels, in_channels):

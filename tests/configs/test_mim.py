@@ -7,18 +7,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import zipfile
+import sysconfig
+import venv
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from mmengine.fileio import load
 from zoo import CONFIGS, LEAVES, ROOT
 
-# Runs with the unpacked wheel first on the path, in a folder outside the repository.
+# Runs in an environment where the wheel is installed, in a folder outside the repository.
 USE = """
-import sys
-sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]
 import mmdcnv4
-assert 'unpacked' in mmdcnv4.__file__, mmdcnv4.__file__
+import sys
+assert mmdcnv4.__file__.startswith(sys.prefix), mmdcnv4.__file__
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, DefaultScope
@@ -43,25 +45,44 @@ optim_wrapper = dict(optimizer=dict(lr=3e-5))
 """
 
 
+class Installed(NamedTuple):
+    """A virtual environment with the wheel; all other packages are those of the tests."""
+
+    python: Path
+    package: Path
+
+    def run(self, *arguments, cwd):
+        """Finished process of the Python of the environment."""
+        return subprocess.run(
+            [str(self.python), *arguments], cwd=cwd, capture_output=True, text=True,
+            env={**os.environ, 'PYTHONPATH': '', 'PYTHONWARNINGS': 'ignore',
+                 'MMDCNV4_BACKEND': 'pytorch', 'OMP_NUM_THREADS': '1'})
+
+
 @pytest.fixture(scope='module')
-def unpacked(tmp_path_factory):
+def installed(tmp_path_factory):
     folder = tmp_path_factory.mktemp('wheel')
     result = subprocess.run(
         [sys.executable, 'setup.py', '-q', 'build', '--build-base', str(folder / 'build'),
          'bdist_wheel', '--dist-dir', str(folder)], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, 'MMDCNV4_NATIVE': '0'})
     assert result.returncode == 0, result.stderr[-2000:]
-    zipfile.ZipFile(next(folder.glob('*.whl'))).extractall(folder / 'unpacked')
-    return folder / 'unpacked'
+    venv.create(folder / 'venv', with_pip=False)
+    python = folder / 'venv' / 'bin' / 'python'
+    result = subprocess.run(
+        [sys.executable, '-m', 'pip', '--python', str(python), 'install', '--no-deps',
+         '--no-index', '--no-compile', str(next(folder.glob('*.whl')))],
+        capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    (site_packages,) = folder.glob('venv/lib/python*/site-packages')
+    # a folder named in a .pth file is searched, but its own .pth files, such as that of an
+    # editable installation, are not read
+    (site_packages / 'dependencies.pth').write_text(sysconfig.get_path('purelib'))
+    return Installed(python, site_packages / 'mmdcnv4')
 
 
-def environment(unpacked):
-    return {**os.environ, 'PYTHONPATH': str(unpacked), 'PYTHONWARNINGS': 'ignore',
-            'MMDCNV4_BACKEND': 'pytorch', 'OMP_NUM_THREADS': '1'}
-
-
-def test_the_wheel_holds_configs_and_tools(unpacked):
-    mim = unpacked / 'mmdcnv4' / '.mim'
+def test_the_wheel_holds_configs_and_tools(installed):
+    mim = installed.package / '.mim'
     assert {path.relative_to(mim / 'configs').as_posix() for path in
             (mim / 'configs').glob('[!_]*/*.py')} == set(LEAVES)
     assert (mim / 'configs' / '_base_' / 'plugin.py').is_file()
@@ -71,22 +92,20 @@ def test_the_wheel_holds_configs_and_tools(unpacked):
     assert not list(mim.rglob('__pycache__'))
 
 
-def test_a_config_elsewhere_inherits_from_the_wheel(unpacked, tmp_path):
+def test_a_config_elsewhere_inherits_from_the_wheel(installed, tmp_path):
     pytest.importorskip('mmdet')
     pytest.importorskip('mmseg')
     (tmp_path / 'detection.py').write_text(
         OUTSIDE.format('mask-rcnn_flash-intern-image-t_fpn_8xb2-1x_coco'))
     (tmp_path / 'segmentation.py').write_text(
         OUTSIDE.format('upernet_flash-intern-image-t_8xb2-160k_ade20k-512x512'))
-    result = subprocess.run([sys.executable, '-c', USE], cwd=tmp_path, capture_output=True,
-                            text=True, env=environment(unpacked))
+    result = installed.run('-c', USE, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def test_tools_of_the_wheel_start(unpacked, tmp_path):
-    result = subprocess.run(
-        [sys.executable, str(unpacked / 'mmdcnv4' / '.mim' / 'tools' / 'train.py'), 'absent.py'],
-        cwd=tmp_path, capture_output=True, text=True, env=environment(unpacked))
+def test_tools_of_the_wheel_start(installed, tmp_path):
+    result = installed.run(str(installed.package / '.mim' / 'tools' / 'train.py'), 'absent.py',
+                           cwd=tmp_path)
     assert 'the config absent.py does not exist' in result.stderr
 
 

@@ -30,7 +30,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 import mmdcnv4  # noqa: F401  registers the classes
-from mmdcnv4.engine.analysis import PARTS, ModelPart
+from mmdcnv4.engine.analysis import PARTS, ModelPart, build_model
 
 
 class Timing(NamedTuple):
@@ -115,7 +115,7 @@ def make_loss_run(model: Any, cfg: Config, device: torch.device, amp_dtype: Opti
     """One forward and backward pass of the loss on the first batch of the training data.
 
     Returns:
-        The run, and the shape of the images (N, 3, H, W).
+        The run, and the shape of the images (N, 3, H, W), N of all cameras and frames.
     """
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
@@ -127,13 +127,16 @@ def make_loss_run(model: Any, cfg: Config, device: torch.device, amp_dtype: Opti
             loss, _ = model.parse_losses(model(**data, mode='loss'))
         loss.backward()
 
-    return run, tuple(data['inputs'].shape)
+    inputs = data['inputs']
+    images = inputs['imgs'] if isinstance(inputs, dict) else inputs  # of mmdet3d; several cameras
+    return run, tuple(images.flatten(0, -4).shape)
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description='Measure latency, throughput and memory.')
-    parser.add_argument('config', help='config of mmdet, mmseg or mmpretrain')
+    parser.add_argument('config', help='config of mmdet, mmseg or mmpretrain; with '
+                        '--training-data of mmdet3d too')
     parser.add_argument('--shape', type=int, nargs='+', default=[224, 224],
                         help='height and width, or one number for both')
     parser.add_argument('--batch', type=int, default=1, help='images per run')
@@ -164,15 +167,15 @@ def main(argv: Optional[Sequence[str]] = None) -> Timing:
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
     device = torch.device(args.device)
-    part = ModelPart(cfg, 'model' if args.training_data else args.part)
-    model: nn.Module = revert_sync_batchnorm(part).to(device)
+    built = build_model(cfg) if args.training_data else ModelPart(cfg, args.part)
+    model: nn.Module = revert_sync_batchnorm(built).to(device)
     train = args.train or args.training_data
     model.train(train)
     amp_dtype = None
     if args.amp:
         amp_dtype = torch.float16 if device.type == 'cuda' else torch.bfloat16
     if args.training_data:
-        run, shape = make_loss_run(model.model, cfg, device, amp_dtype)
+        run, shape = make_loss_run(model, cfg, device, amp_dtype)
     else:
         images = torch.randn(args.batch, 3, args.shape[0], args.shape[-1], device=device)
         if args.channels_last:

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Optional
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 TOOLS = REPOSITORY / 'tools'
-TINY = Path(__file__).parent / 'tiny_configs'
+TINY = Path(__file__).parent / 'tools' / 'tiny_configs'
 
 
 def data_options(root: Path, **entries: object) -> list[str]:
