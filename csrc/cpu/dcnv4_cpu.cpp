@@ -13,71 +13,14 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
-#include <string>
 #include <tuple>
-#include <type_traits>
-#include <vector>
 
 #include "../dcnv4_check.h"
-#include "dcnv4_kernels.h"
+#include "kernel_table.h"
 
 namespace mmdcnv4 {
 namespace cpu {
 namespace {
-
-std::vector<const KernelTable*> supported_tables() {
-  std::vector<const KernelTable*> tables{&generic_kernels()};
-#ifdef MMDCNV4_X86
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2) tables.push_back(&avx2_kernels());
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    tables.push_back(&avx512_kernels());
-#endif
-  return tables;
-}
-
-std::atomic<const KernelTable*>& active_table() {
-  static std::atomic<const KernelTable*> table{supported_tables().back()};
-  return table;
-}
-
-void set_instruction_set(std::string name) {
-  const auto tables = supported_tables();
-  if (name == "auto") name = tables.back()->instruction_set;
-  std::string known;
-  for (const KernelTable* table : tables) {
-    if (name == table->instruction_set) {
-      active_table() = table;
-      return;
-    }
-    known += std::string(" ") + table->instruction_set;
-  }
-  TORCH_CHECK_VALUE(false, "dcnv4: the instruction set must be one of auto", known, ", got ", name);
-}
-
-std::string info() {
-  std::string built = "\"generic\"", supported;
-#ifdef MMDCNV4_X86
-  built += ", \"avx2\", \"avx512\"";
-#endif
-  for (const KernelTable* table : supported_tables())
-    supported += std::string(supported.empty() ? "\"" : ", \"") + table->instruction_set + "\"";
-  return "{\"built\": [" + built + "], \"supported\": [" + supported + "], \"active\": \"" +
-         active_table().load()->instruction_set + "\", \"compiler\": \"" MMDCNV4_COMPILER "\"}";
-}
-
-template <typename T>
-const Kernels<T>& kernels() {
-  const KernelTable& table = *active_table().load();
-  if constexpr (std::is_same_v<T, double>) {
-    return table.f64;
-  } else {
-    return table.f32;
-  }
-}
 
 // The type in which a call is computed: double for double, float for everything else.
 at::ScalarType compute_type(const at::Tensor& value) {
@@ -90,7 +33,7 @@ void run_forward(const Dcnv4Params& p, const at::Tensor& value, const at::Tensor
   // below about 20 microseconds of work a second thread does not pay
   const int64_t row_cost = p.out_width * p.channels() * p.points() * 4;
   const int64_t grain = std::max<int64_t>(1, 300000 / std::max<int64_t>(1, row_cost));
-  const auto run = kernels<T>().forward;
+  const auto run = kernels<T>().dcnv4_forward;
   const T *from = value.const_data_ptr<T>(), *om = offset_mask.const_data_ptr<T>();
   T* to = output.mutable_data_ptr<T>();
   at::parallel_for(0, p.batch * p.out_height, grain, [&](int64_t begin, int64_t end) {
@@ -106,7 +49,7 @@ void run_backward(const Dcnv4Params& p, const at::Tensor& grad_output, const at:
   const int64_t per_thread = p.batch * p.groups / std::max(1, at::get_num_threads());
   const int64_t block = std::clamp<int64_t>(per_thread, 1, 4);
   const int64_t blocks = (p.groups + block - 1) / block;
-  const auto run = kernels<T>().backward;
+  const auto run = kernels<T>().dcnv4_backward;
   const T* grad = grad_output.const_data_ptr<T>();
   const T *from = value.const_data_ptr<T>(), *om = offset_mask.const_data_ptr<T>();
   T *to = grad_value.mutable_data_ptr<T>(), *to_om = grad_offset_mask.mutable_data_ptr<T>();
@@ -159,17 +102,10 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cpu(const at::Tensor& grad_out
 
 } // namespace
 
-const char* active_instruction_set() { return active_table().load()->instruction_set; }
-
 } // namespace cpu
 } // namespace mmdcnv4
 
 TORCH_LIBRARY_IMPL(mmdcnv4, CPU, m) {
   m.impl("dcnv4", mmdcnv4::cpu::dcnv4_forward_cpu);
   m.impl("_dcnv4_backward", mmdcnv4::cpu::dcnv4_backward_cpu);
-}
-
-TORCH_LIBRARY_IMPL(mmdcnv4, CompositeExplicitAutograd, m) {
-  m.impl("_cpu_info", mmdcnv4::cpu::info);
-  m.impl("_set_cpu_instruction_set", mmdcnv4::cpu::set_instruction_set);
 }

@@ -487,17 +487,17 @@ void with_index_and_points(const Dcnv4Params& p, const Visit& visit) {
 }
 
 template <typename T>
-void forward(const Dcnv4Params& p, const T* value, const T* offset_mask, T* output, int64_t begin,
-             int64_t end) {
+void dcnv4_forward(const Dcnv4Params& p, const T* value, const T* offset_mask, T* output,
+                   int64_t begin, int64_t end) {
   with_index_and_points(p, [&](auto index, auto points) {
     forward_rows<points.kCount, T, decltype(index)>(p, value, offset_mask, output, begin, end);
   });
 }
 
 template <typename T>
-void backward(const Dcnv4Params& p, const T* grad_output, const T* value, const T* offset_mask,
-              T* grad_value, T* grad_offset_mask, int64_t image, int64_t group_begin,
-              int64_t group_end) {
+void dcnv4_backward(const Dcnv4Params& p, const T* grad_output, const T* value,
+                    const T* offset_mask, T* grad_value, T* grad_offset_mask, int64_t image,
+                    int64_t group_begin, int64_t group_end) {
   with_index_and_points(p, [&](auto index, auto points) {
     backward_groups<points.kCount, T, decltype(index)>(p, grad_output, value, offset_mask,
                                                        grad_value, grad_offset_mask, image,

@@ -13,7 +13,7 @@
 
 #include "../bilinear.h"
 #include "../dcnv4_params.h"
-#include "dcnv4_kernels.h"
+#include "kernel_table.h"
 
 #if defined(__clang__)
 #define MMDCNV4_VECTORIZE _Pragma("clang loop vectorize(enable)")

@@ -10,13 +10,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstring>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
-#include "dcnv4_kernels.h"
-#include "msda_kernels.h"
+#include "kernel_table.h"
 
 namespace mmdcnv4 {
 namespace cpu {
@@ -88,27 +85,10 @@ Call check_call(const at::Tensor& value, const at::Tensor& locations, const at::
   return call;
 }
 
-const MsdaTable& active_msda() {
-#ifdef MMDCNV4_X86
-  for (const MsdaTable* table : {&avx512_msda(), &avx2_msda()})
-    if (std::strcmp(table->instruction_set, active_instruction_set()) == 0) return *table;
-#endif
-  return generic_msda();
-}
-
-template <typename T>
-const MsdaFunctions<T>& functions() {
-  if constexpr (std::is_same_v<T, double>) {
-    return active_msda().f64;
-  } else {
-    return active_msda().f32;
-  }
-}
-
 template <typename T>
 void run_forward(const MsdaParams& p, const at::Tensor& value, const at::Tensor& locations,
                  const at::Tensor& weights, at::Tensor& output) {
-  const auto run = functions<T>().forward;
+  const auto run = kernels<T>().msda_forward;
   const T *maps = value.const_data_ptr<T>(), *where = locations.const_data_ptr<T>();
   const T* factors = weights.const_data_ptr<T>();
   T* to = output.mutable_data_ptr<T>();
@@ -124,7 +104,7 @@ template <typename T>
 void run_backward(const MsdaParams& p, const at::Tensor& grad_output, const at::Tensor& value,
                   const at::Tensor& locations, const at::Tensor& weights, at::Tensor& grad_value,
                   at::Tensor& grad_locations, at::Tensor& grad_weights) {
-  const auto run = functions<T>().backward;
+  const auto run = kernels<T>().msda_backward;
   const T *grad = grad_output.const_data_ptr<T>(), *maps = value.const_data_ptr<T>();
   const T *where = locations.const_data_ptr<T>(), *factors = weights.const_data_ptr<T>();
   T *to = grad_value.mutable_data_ptr<T>(), *to_where = grad_locations.mutable_data_ptr<T>();

@@ -1,8 +1,8 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// msda_kernels.h — multi-scale deformable attention on the CPU as plain functions on pointers, one
-// table per instruction set. No torch headers.
+// msda_kernels.h — multi-scale deformable attention on the CPU as plain functions on pointers. No
+// torch headers.
 #pragma once
 
 #include <cstdint>
@@ -40,24 +40,6 @@ using MsdaBackward = void (*)(const MsdaParams& p,
                               const T* value, const T* locations, const T* weights,
                               T* grad_value, T* grad_locations, T* grad_weights,
                               int64_t sample, int64_t head);
-
-template <typename T>
-struct MsdaFunctions {
-  MsdaForward<T> forward;
-  MsdaBackward<T> backward;
-};
-
-struct MsdaTable {
-  const char* instruction_set;
-  MsdaFunctions<float> f32;
-  MsdaFunctions<double> f64;
-};
-
-const MsdaTable& generic_msda();
-#ifdef MMDCNV4_X86
-const MsdaTable& avx2_msda();
-const MsdaTable& avx512_msda();
-#endif
 
 } // namespace cpu
 } // namespace mmdcnv4
