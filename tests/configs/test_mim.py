@@ -72,7 +72,7 @@ def installed(tmp_path_factory):
     result = subprocess.run(
         [sys.executable, '-m', 'pip', '--python', str(python), 'install', '--no-deps',
          '--no-index', '--no-compile', str(next(folder.glob('*.whl')))],
-        capture_output=True, text=True)
+        capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': ''})
     assert result.returncode == 0, result.stderr[-2000:]
     (site_packages,) = folder.glob('venv/lib/python*/site-packages')
     # a folder named in a .pth file is searched, but its own .pth files, such as that of an
