@@ -13,6 +13,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <numeric>
 #include <tuple>
 
 #include "../dcnv4_check.h"
@@ -45,9 +46,11 @@ template <typename T>
 void run_backward(const Dcnv4Params& p, const at::Tensor& grad_output, const at::Tensor& value,
                   const at::Tensor& offset_mask, at::Tensor& grad_value,
                   at::Tensor& grad_offset_mask) {
-  // adjacent groups share cache lines and coefficient vectors: as many as leave work for everyone
-  const int64_t per_thread = p.batch * p.groups / std::max(1, at::get_num_threads());
-  const int64_t block = std::clamp<int64_t>(per_thread, 1, 4);
+  // adjacent groups share cache lines and coefficient vectors: as few parts of an image as give
+  // every thread the same work
+  const int64_t threads = std::max(1, at::get_num_threads());
+  const int64_t parts = std::min(p.groups, threads / std::gcd(threads, p.batch));
+  const int64_t block = (p.groups + parts - 1) / parts;
   const int64_t blocks = (p.groups + block - 1) / block;
   const auto run = kernels<T>().dcnv4_backward;
   const T* grad = grad_output.const_data_ptr<T>();

@@ -347,6 +347,29 @@ MMDCNV4_HD void for_channel_rows(int64_t channel, int64_t count, const Visit& vi
   }
 }
 
+// Prefetches `count` numbers. All that prefetches is always inlined: GCC takes a function that does
+// nothing else for one without effect and drops its calls. An address past the end does no harm.
+template <bool kIsWrite, typename T>
+MMDCNV4_INLINE inline void prefetch(const T* from, int64_t count) {
+  constexpr int64_t kLine = 64 / int64_t(sizeof(T));
+  for (int64_t i = 0; i < count; i += kLine) MMDCNV4_PREFETCH(from + i, kIsWrite);
+}
+
+// Prefetches what rows of outputs further down will be the first to sample, in the columns of
+// `positions` outputs: `count` channels from `image` on. A processor foresees reads in order only;
+// in maps beyond its caches the samples would wait for memory one by one.
+template <bool kIsWrite, typename T>
+MMDCNV4_INLINE inline void prefetch_below(const Dcnv4Params& p, const T* image, int64_t row,
+                                          int64_t column, int64_t positions, int64_t count) {
+  constexpr int64_t kRows = 4; // pixels below the resting taps; most learned offsets are shorter
+  const int64_t y = row * p.stride_h - p.pad_h + p.dilation_h * (p.kernel_h - 1) + kRows;
+  const int64_t x = column * p.stride_w - p.pad_w + p.center_w();
+  if (y < 0 || y >= p.height || x < 0) return;
+  const int64_t end = smaller(x + positions * p.stride_w, p.width);
+  for (int64_t i = x; i < end; ++i)
+    prefetch<kIsWrite>(image + (y * p.width + i) * p.channels(), count);
+}
+
 template <int kPoints, typename T, typename Index>
 void forward_rows(const Dcnv4Params& p, const T* value, const T* offset_mask, T* output,
                   int64_t begin, int64_t end) {
@@ -360,6 +383,9 @@ void forward_rows(const Dcnv4Params& p, const T* value, const T* offset_mask, T*
       const int64_t positions = smaller(taps.positions, p.out_width - column);
       const int64_t query = row * p.out_width + column;
       const T base_x = T(column * p.stride_w - p.pad_w + p.center_w());
+      prefetch_below<false>(p, image, row % p.out_height, column, positions, p.channels());
+      prefetch<false>(offset_mask + (query + p.out_width) * p.offset_mask_channels,
+                      positions * p.offset_mask_channels);
       const bool inner =
           rests_inside(row % p.out_height, row % p.out_height + 1, p.stride_h, p.pad_h,
                        p.dilation_h * (p.kernel_h - 1), p.height) &&
@@ -406,11 +432,10 @@ MMDCNV4_HD void write_grad_offset_mask(const Dcnv4Params& p, TapBlock<T, Index>&
     to[2 * points + k] = taps.mask()[first + k] * (to[2 * points + k] - expected);
 }
 
-template <typename T, typename Index>
-void clear_grad_value(const Dcnv4Params& p, T* grad_image, int64_t group_begin, int64_t group_end) {
-  const int64_t bytes = (group_end - group_begin) * p.group_channels * int64_t(sizeof(T));
+template <typename T>
+void clear_channels(const Dcnv4Params& p, T* image, int64_t count) {
   for (int64_t pixel = 0; pixel < p.height * p.width; ++pixel)
-    std::memset(grad_image + pixel * p.channels() + group_begin * p.group_channels, 0, bytes);
+    std::memset(image + pixel * p.channels(), 0, count * sizeof(T));
 }
 
 // The gradients of `positions` neighbouring outputs of one row, for the groups of one TapBlock.
@@ -449,23 +474,34 @@ void backward_groups(const Dcnv4Params& p, const T* grad_output, const T* value,
   TapBlock<T, Index> taps(p, group_end - group_begin, p.out_width);
   const int64_t image_size = p.height * p.width * p.channels();
   const int64_t packed = 3 * taps.points, used = p.groups * packed;
-  clear_grad_value<T, Index>(p, grad_value + image * image_size, group_begin, group_end);
+  const int64_t channel = group_begin * p.group_channels, width = group_end - group_begin;
+  const T* pixels = value + image * image_size;
+  T* grad_pixels = grad_value + image * image_size;
+  clear_channels(p, grad_pixels + channel, width * p.group_channels);
   for (int64_t row = 0; row < p.out_height; ++row) {
     const T base_y = T(row * p.stride_h - p.pad_h + p.center_h());
     for (int64_t column = 0; column < p.out_width; column += taps.positions) {
       const int64_t positions = smaller(taps.positions, p.out_width - column);
       const int64_t query = (image * p.out_height + row) * p.out_width + column;
       const T base_x = T(column * p.stride_w - p.pad_w + p.center_w());
+      const T* grad = grad_output + query * p.channels();
       const T* from = offset_mask + query * p.offset_mask_channels;
       T* to = grad_offset_mask + query * p.offset_mask_channels;
+      prefetch_below<false>(p, pixels + channel, row, column, positions, width * p.group_channels);
+      prefetch_below<true>(p, grad_pixels + channel, row, column, positions,
+                           width * p.group_channels);
+      for (int64_t i = p.out_width; i < p.out_width + positions; ++i) { // in the next row
+        const int64_t first = i * p.offset_mask_channels + group_begin * packed;
+        prefetch<false>(grad + i * p.channels() + channel, width * p.group_channels);
+        prefetch<false>(from + first, width * packed);
+        prefetch<true>(to + first, width * packed);
+      }
       for (int64_t first = group_begin; first < group_end; first += taps.groups) {
         const int64_t groups = smaller(taps.groups, group_end - first);
         for (int64_t i = 0; i < positions; ++i)
           unpack<kPoints>(p, from + i * p.offset_mask_channels + first * packed, i, groups, taps);
         compute_taps<true>(p, base_x, base_y, taps);
-        backward_block<kPoints>(p, grad_output + query * p.channels(), value + image * image_size,
-                                grad_value + image * image_size, to, positions, first, groups,
-                                taps);
+        backward_block<kPoints>(p, grad, pixels, grad_pixels, to, positions, first, groups, taps);
       }
       for (int64_t i = 0; i < positions && group_end == p.groups; ++i)
         std::memset(to + i * p.offset_mask_channels + used, 0,

@@ -32,9 +32,11 @@
 #if defined(__GNUC__)
 #define MMDCNV4_INLINE __attribute__((always_inline))
 #define MMDCNV4_NOINLINE __attribute__((noinline))
+#define MMDCNV4_PREFETCH(address, is_write) __builtin_prefetch(address, is_write, 3)
 #define MMDCNV4_RESTRICT __restrict__
 #else
 #define MMDCNV4_INLINE
 #define MMDCNV4_NOINLINE
+#define MMDCNV4_PREFETCH(address, is_write)
 #define MMDCNV4_RESTRICT
 #endif
