@@ -105,25 +105,69 @@ int32_t choose_reach(const Dcnv4Params& p, const LaunchRequest& request) {
   return scale <= 1 ? 2 : scale <= 3 ? 4 : 0;
 }
 
-// Threads, shared memory and grid for a tile; false where the device does not hold a block.
-bool fill_tile(const Dcnv4Params& p, const DeviceLimits& limits, WindowPlan& plan) {
-  const int32_t side = window_side(plan.reach), halo = 2 * plan.reach;
-  const int32_t cells = (plan.tile_h + halo) * (plan.tile_w + halo);
-  int32_t warps = std::min(kMaxThreads / kWarp, plan.units(p));
-  const auto bytes = [&] {
-    return cells * kWindowSliceChannels * 2 + warps * side * side * kWarp * int32_t(sizeof(float));
-  };
-  while (warps > 1 && bytes() > limits.most_shared_bytes) warps /= 2;
-  plan.threads = warps * kWarp;
-  plan.shared_bytes = bytes();
+// Grid for a tile of known shape and shared memory; false where the device does not hold a block.
+bool fill_grid(const Dcnv4Params& p, const DeviceLimits& limits, WindowPlan& plan) {
   plan.slices = divide_up(p.channels(), kWindowSliceChannels);
-  plan.tiles_h = divide_up(p.out_height, plan.tile_h);
-  plan.tiles_w = divide_up(p.out_width, plan.tile_w);
+  plan.tiles_h = divide_up(plan.is_mirrored ? p.height : p.out_height, plan.tile_h);
+  plan.tiles_w = divide_up(plan.is_mirrored ? p.width : p.out_width, plan.tile_w);
   if (plan.shared_bytes > limits.most_shared_bytes ||
       plan.blocks_per_image() > limits.blocks_per_launch)
     return false;
   plan.images_per_launch = images_that_fit(p, limits, plan.blocks_per_image());
   return true;
+}
+
+int32_t cells_of(const WindowPlan& plan) {
+  return (plan.tile_h + 2 * plan.reach) * (plan.tile_w + 2 * plan.reach);
+}
+
+// Threads and shared memory for a tile of output pixels: its cells, an area for each warp.
+void fill_tile(const Dcnv4Params& p, const DeviceLimits& limits, WindowPlan& plan) {
+  const int32_t side = window_side(plan.reach);
+  int32_t warps = std::min(kMaxThreads / kWarp, plan.units(p));
+  const auto bytes = [&] {
+    return cells_of(plan) * kWindowSliceChannels * 2 +
+           warps * side * side * kWarp * int32_t(sizeof(float));
+  };
+  while (warps > 1 && bytes() > limits.most_shared_bytes) warps /= 2;
+  plan.threads = warps * kWarp;
+  plan.shared_bytes = bytes();
+}
+
+// The same for a tile of input pixels: a warp for each block of 4x4; the output pixels around them,
+// their weights for one group, their numbers.
+void fill_mirrored_tile(int32_t offset_bytes, WindowPlan& plan) {
+  plan.threads = plan.tile_h * plan.tile_w / (kWindowBlock * kWindowBlock) * kWarp;
+  plan.shared_bytes = stencil_pitch(cells_of(plan), plan.reach).bytes +
+                      cells_of(plan) * kWindowSliceChannels * 2 +
+                      plan.threads * window_numbers_pitch(1, offset_bytes);
+}
+
+// The cheapest tile; fill(plan) gives it threads and shared memory.
+template <typename Fill>
+WindowPlan choose_tile(const Dcnv4Params& p, const DeviceLimits& limits, int32_t reach,
+                       bool is_mirrored, const Fill& fill) {
+  WindowPlan best{};
+  double least = 0;
+  for (const auto& [tile_h, tile_w] : {std::pair(8, 16), std::pair(8, 8), std::pair(4, 8)}) {
+    WindowPlan plan{};
+    plan.reach = reach;
+    plan.is_mirrored = is_mirrored;
+    plan.tile_h = tile_h;
+    plan.tile_w = tile_w;
+    if (reach == 0) continue;
+    fill(plan);
+    if (!fill_grid(p, limits, plan)) continue;
+    const double blocks = double(p.batch) * double(plan.blocks_per_image());
+    // a device is busy with two blocks per multiprocessor
+    const double cost = blocks * (4.0 * tile_h * tile_w + cells_of(plan)) /
+                        std::min(blocks, 2.0 * limits.multiprocessors);
+    if (best.reach == 0 || cost < least) {
+      least = cost;
+      best = plan;
+    }
+  }
+  return best;
 }
 
 } // namespace
@@ -157,26 +201,19 @@ LaunchPlan make_launch_plan(const Dcnv4Params& p, const LaunchRequest& request,
 WindowPlan make_window_plan(const Dcnv4Params& p, const LaunchRequest& request,
                             const DeviceLimits& limits) {
   check_sizes(p);
-  WindowPlan best{};
-  const int32_t reach = choose_reach(p, request);
-  double least = 0;
-  for (const auto& [tile_h, tile_w] : {std::pair(8, 16), std::pair(8, 8), std::pair(4, 8)}) {
-    WindowPlan plan{};
-    plan.reach = reach;
-    plan.tile_h = tile_h;
-    plan.tile_w = tile_w;
-    if (reach == 0 || !fill_tile(p, limits, plan)) continue;
-    const double blocks = double(p.batch) * double(plan.blocks_per_image());
-    const double cells = double(tile_h + 2 * reach) * double(tile_w + 2 * reach);
-    // a device is busy with two blocks per multiprocessor
-    const double cost = blocks * (4.0 * tile_h * tile_w + cells) /
-                        std::min(blocks, 2.0 * limits.multiprocessors);
-    if (best.reach == 0 || cost < least) {
-      least = cost;
-      best = plan;
-    }
-  }
-  return best;
+  return choose_tile(p, limits, choose_reach(p, request), false,
+                     [&](WindowPlan& plan) { fill_tile(p, limits, plan); });
+}
+
+WindowBackwardPlan make_window_backward_plan(const Dcnv4Params& p, const LaunchRequest& request,
+                                             int32_t offset_bytes, const DeviceLimits& limits) {
+  WindowBackwardPlan plan{};
+  plan.offset_mask = make_window_plan(p, request, limits);
+  plan.value = choose_tile(p, limits, plan.offset_mask.reach, true,
+                           [&](WindowPlan& of) { fill_mirrored_tile(offset_bytes, of); });
+  if (plan.value.reach == 0) plan.offset_mask.reach = 0;
+  plan.blocks_per_launch = limits.blocks_per_launch;
+  return plan;
 }
 
 namespace {

@@ -69,6 +69,7 @@ constexpr int32_t window_side(int32_t reach) { return kWindowBlock + 2 * reach; 
 
 struct WindowPlan {
   int32_t reach;            // samples this near to their pixel are dense; 0: not a call for them
+  bool is_mirrored;         // tiles of input pixels, not of output pixels: gradient of value
   int32_t tile_h, tile_w;   // output pixels per block, powers of two, at least kWindowBlock
   int32_t threads;          // per block
   int32_t shared_bytes;     // per block, perhaps more than without opting in
@@ -87,6 +88,35 @@ struct WindowPlan {
 // `reach` is 0 where the kernels are not made for the call, or the device is too small for them.
 WindowPlan make_window_plan(const Dcnv4Params& p, const LaunchRequest& request,
                             const DeviceLimits& limits);
+
+// How the gradient of value keeps its weights in shared memory: for each column and line from
+// -reach to reach around a pixel, one float32 for each of `pixels` pixels. Pitches in bytes; by a
+// column the banks shift by 8, by a line by 1, so that a fragment meets every bank once.
+struct StencilPitch {
+  int32_t column, line, bytes;
+};
+inline StencilPitch stencil_pitch(int32_t pixels, int32_t reach) {
+  const int32_t side = 2 * reach + 1;
+  const int32_t column = (pixels + 23) / kWarp * kWarp + 8;
+  const int32_t line = side * column | 1;
+  return {4 * column, 4 * line, (4 * side * line + 15) / 16 * 16};
+}
+
+// Bytes of the chunks of 16 that hold the numbers of `groups` groups of a pixel in offset_mask,
+// wherever they begin; an odd number of chunks, so that few pixels share a bank.
+constexpr int32_t window_numbers_pitch(int32_t groups, int32_t offset_bytes) {
+  const int32_t bytes = groups * 3 * 9 * offset_bytes - offset_bytes + kMaxVectorBytes;
+  return ((bytes + kMaxVectorBytes - 1) / kMaxVectorBytes | 1) * kMaxVectorBytes;
+}
+
+// The gradients on tensor cores take two kernels: of offset_mask, cut as the forward kernel is, and
+// of value, cut into tiles of input pixels. Both reaches are the same, or 0.
+struct WindowBackwardPlan {
+  WindowPlan offset_mask, value;
+  int64_t blocks_per_launch; // of the kernel for what the two leave over
+};
+WindowBackwardPlan make_window_backward_plan(const Dcnv4Params& p, const LaunchRequest& request,
+                                             int32_t offset_bytes, const DeviceLimits& limits);
 
 // Calls visit(first image, blocks) for each launch of a plan.
 template <typename Plan, typename Visit>

@@ -8,8 +8,8 @@
 Device time: the median of replays of a CUDA graph of some calls, divided by their number; the
 candidates take turns. Inputs are cold (several sets, three times the L2 cache together). Host time:
 a loop of calls with one synchronisation at its end. Backward is forward and backward together less
-forward, for everyone. `ours` are the direct kernels, `ours fast` those on tensor cores (forward,
-half types; elsewhere it is the same kernel again). Floors are the bytes that have to be moved, by
+forward, for everyone. `ours` are the direct kernels, `ours fast` those on tensor cores (half
+types; elsewhere they are the same kernels again). Floors are the bytes that have to be moved, by
 the bandwidth of a copy measured in the same run. Whoever computes the same function is first
 compared with the reference in float64; the share of wrong pixels stands beside its time.
 

@@ -26,6 +26,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # bytes per number, wider type first in the name of the kernel
 TYPES = {'d': ('float64', 8), 'f': ('float32', 4), 'Half': ('float16', 2),
          'BFloat16': ('bfloat16', 2)}
+# kernels on tensor cores: how many numbers of `value` or its gradient a load from global memory
+# should move beside the copies in the background
+WINDOW_VECTORS = {'window_forward': 8, 'window_grad_offset': 2, 'window_grad_value': 2}
+DIRECTIONS = {'forward', 'backward', 'window_grad_rest', 'window_clear', *WINDOW_VECTORS}
 # 65536 registers and 256 threads per block: this many blocks have to fit on a multiprocessor
 REGISTERS = {4: 64, 3: 80, 2: 128}
 # in machine code and in PTX: copies in the background, matrices from shared memory, their product
@@ -47,7 +51,7 @@ class Kernel:
     """One compiled kernel of one architecture."""
 
     arch: str
-    direction: str  # 'forward', 'backward' or 'window_forward'
+    direction: str  # 'forward', 'backward', 'window_forward', 'window_grad_offset', ...
     dtype: str
     offset_dtype: str
     vec: int
@@ -71,7 +75,7 @@ class Kernel:
     @property
     def is_window(self) -> bool:
         """Whether it uses tensor cores."""
-        return self.direction.startswith('window')
+        return self.direction in WINDOW_VECTORS
 
     @property
     def vector_bytes(self) -> int:
@@ -82,8 +86,9 @@ class Kernel:
         """What breaks a rule, in words."""
         blocks = 4 if self.variant == 'K=9' else 3
         ceiling = REGISTERS[2 if self.dtype == 'float64' or self.is_window else blocks]
-        if self.variant.startswith('D=64'):
-            ceiling = 168  # 128 threads per block, three blocks
+        if (self.direction == 'window_grad_value' and 'reach 4' in self.variant
+                or self.direction != 'window_grad_value' and self.variant.startswith('D=64')):
+            ceiling = 168  # one block, or blocks of 128 threads
         found = []
         if self.registers > ceiling:
             found.append(f'{self.registers} registers, at most {ceiling}')
@@ -92,7 +97,7 @@ class Kernel:
         if self.widest_load is not None and self.widest_load < self.vector_bytes:
             found.append(f'loads of {self.widest_load} bytes, expected {self.vector_bytes}')
         expected = 4 * min(self.vec, 4) if int(self.arch) >= 90 else 4
-        if self.direction == 'backward' and self.dtype != 'float64' and \
+        if self.direction in ('backward', 'window_grad_rest') and self.dtype != 'float64' and \
                 self.widest_reduction != expected:
             found.append(f'reductions of {self.widest_reduction} bytes, expected {expected}')
         if self.is_window and self.tensor_core_words != set(TENSOR_CORE_WORDS):
@@ -102,16 +107,21 @@ class Kernel:
 
 def parse_name(arch: str, mangled: str) -> Optional[Kernel]:
     """Template arguments from the mangled name of a kernel."""
-    match = re.search(r'dcnv4_(forward|backward|window_forward)_kernelI(.*?)((?:L[ib]\d+E)+)E',
-                      mangled)
-    if match is None:
+    match = re.search(r'dcnv4_(\w+?)_kernelI(.*?)((?:L[ib]\d+E)*)EEv', mangled)
+    if match is None or match[1] not in DIRECTIONS:
         return None
     types = re.findall(r'NS0_\d+(Half|BFloat16)E|S\d?_|([df])', match[2])
     names = [TYPES[long or short][0] for long, short in types if long or short]
     names = names if len(names) == 2 else names * 2  # the second repeats the first
-    first, second = map(int, re.findall(r'\d+', match[3]))
-    if match[1] == 'window_forward':
-        return Kernel(arch, match[1], *names, 8, f'D={first} reach {second}')
+    numbers = [*map(int, re.findall(r'\d+', match[3]))]
+    if match[1] == 'window_clear':
+        return Kernel(arch, match[1], 'float32', 'float32', 1)  # reads nothing but a flag
+    if match[1] == 'window_grad_rest':
+        return Kernel(arch, match[1], *names, 8)
+    first, second = numbers
+    if match[1] in WINDOW_VECTORS:
+        return Kernel(arch, match[1], *names, WINDOW_VECTORS[match[1]],
+                      f'D={first} reach {second}')
     variant = {'forward': 'K=9', 'backward': 'softmax'}[match[1]] if second else ''
     return Kernel(arch, match[1], *names, first, variant)
 
@@ -165,8 +175,7 @@ def add_sass(kernels: dict[str, Kernel], sass: str) -> None:
         kernel = kernels[name.strip()]
         kernel.instructions = len(lines)
         if kernel.is_window:
-            depth = int(re.search(r'D=(\d+)', kernel.variant)[1])
-            kernel.executed = executed_instructions(code_lines, depth)
+            kernel.executed = executed_instructions(code_lines, kernel)
         widths = re.findall(r'\bLDG\.E(?:\.\w+)*', ' '.join(lines))
         kernel.widest_load = max(int((re.findall(r'\.(\d+)\b', load) or ['32'])[0]) // 8
                                  if not re.search(r'\.[US]16', load) else 2 for load in widths)
@@ -186,13 +195,21 @@ def add_ptx(kernels: dict[str, Kernel], ptx: str) -> None:
         kernel.widest_reduction = max((4 * int(count or 1) for count in counts), default=None)
 
 
-def executed_instructions(lines: list[tuple[int, str]], depth: int) -> float:
+def executed_instructions(lines: list[tuple[int, str]], kernel: Kernel) -> float:
     """Instructions per 256 outputs that a warp of a tensor-core kernel executes, all taps near.
 
-    From machine code: straight through, with loops weighed, of a block that covers 16x8 pixels by
-    64 channels. Its threads copy 240 cells of 8 chunks; its warps take 16, 8 or 4 units.
+    From machine code: straight through, both sides of branches included, with loops weighed, of a
+    block that covers 16x8 pixels by 64 channels.
     """
-    warps, units = {16: (8, 2), 32: (8, 1), 64: (4, 1)}[depth]  # units of each warp
+    depth, reach = map(int, re.findall(r'\d+', kernel.variant))
+    cells = (16 + 2 * reach) * (8 + 2 * reach)  # of 8 chunks, copied by all threads
+    # the gradient of value takes group after group, all of its warps together; the others take
+    # units of 32 rows
+    is_value = kernel.direction == 'window_grad_value'
+    warps = 4 if depth == 64 and not is_value else 8
+    turns = 64 // depth if is_value else {16: 2, 32: 1, 64: 1}[depth]  # of each warp
+    side = 2 * reach + 1
+    stencil = side * side * (cells + 23) // 32 * 32 * 4  # about the bytes that are cleared
     last = max(i for i, (_, line) in enumerate(lines) if 'EXIT' in line)  # then: detours
     starts = {address: i for i, (address, _) in enumerate(lines[:last])}
     weights = [1.0] * (last + 1)
@@ -204,14 +221,18 @@ def executed_instructions(lines: list[tuple[int, str]], depth: int) -> float:
         body = ' '.join(text for _, text in lines[begin:i + 1])
         factor = 1.0
         if 'HMMA' in body:
-            factor = units
+            factor = turns
+        elif 'F2I' in body:  # output pixels, a thread each
+            factor = -(-cells // (32 * warps))
         elif 'LDGSTS' in body:
-            factor = 240 * 8 / (32 * warps) / body.count('LDGSTS')
-        elif 'LDG.E.128' in body:  # far taps
+            factor = cells * 8 / (32 * warps) / body.count('LDGSTS')
+        elif 'LDG.E.128' in body or is_value and 'STS' not in body:  # far taps; sums again
             factor = 0.0
+        elif is_value:  # weights cleared
+            factor = stencil / (16 * 32 * warps) / body.count('STS')
         for j in range(begin, i + 1):
             weights[j] *= factor
-    return sum(weights) * 256 / (32 * depth * units)
+    return sum(weights) * 256 / ((16 if is_value else 32) * depth * turns)
 
 
 def compile_kernels(arch: str, source: Path, folder: Path) -> list[Kernel]:

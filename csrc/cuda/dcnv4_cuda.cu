@@ -116,8 +116,57 @@ at::Tensor dcnv4_forward_cuda(const at::Tensor& value, const at::Tensor& offset_
   return output;
 }
 
+// Returns grad_value, or an undefined tensor where it did nothing. Memory to work with comes from
+// the allocator of the current stream, which gives it away again in the order of the stream.
+template <typename T, typename Offset>
+at::Tensor try_window_backward(const Dcnv4Params& p, const at::Tensor& grad_output,
+                               const at::Tensor& value, const at::Tensor& offset_mask,
+                               const at::Tensor& grad_offset_mask, cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (!is_fast()) return {};
+    const int32_t alignment =
+        common_alignment({&grad_output, &value, &offset_mask, &grad_offset_mask});
+    const WindowBackwardPlan plan =
+        make_window_backward_plan(p, {int32_t(sizeof(T)), 4, alignment, true},
+                                  int32_t(sizeof(Offset)), current_device_limits());
+    if (plan.value.reach == 0) return {};
+    at::Tensor grad_value = at::empty(value.sizes(), value.options());
+    const at::Tensor sum = at::empty(value.sizes(), value.options().dtype(at::kFloat));
+    const at::Tensor rest = at::empty({p.batch, p.queries(), p.groups},
+                                      value.options().dtype(at::kShort));
+    const at::Tensor has_rest = at::zeros({1}, value.options().dtype(at::kInt));
+    const WindowScratch scratch{static_cast<float*>(sum.mutable_data_ptr()),
+                                static_cast<uint16_t*>(rest.mutable_data_ptr()),
+                                static_cast<uint32_t*>(has_rest.mutable_data_ptr())};
+    if (launch_dcnv4_window_backward(p, plan, stream,
+                                     static_cast<const T*>(grad_output.const_data_ptr()),
+                                     static_cast<const T*>(value.const_data_ptr()),
+                                     static_cast<const Offset*>(offset_mask.const_data_ptr()),
+                                     scratch, static_cast<T*>(grad_value.mutable_data_ptr()),
+                                     static_cast<Offset*>(grad_offset_mask.mutable_data_ptr())))
+      return grad_value;
+  }
+  return {};
+}
+
 // grad_value is summed in float32 (float64 for float64) and rounded once: sums of halves would lose
 // what is small beside them.
+template <typename T, typename Offset>
+at::Tensor direct_backward(const Dcnv4Params& p, const at::Tensor& grad_output,
+                           const at::Tensor& value, const at::Tensor& offset_mask,
+                           const at::Tensor& grad_offset_mask, cudaStream_t stream) {
+  const auto sum_type = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor grad_value = at::zeros(value.sizes(), value.options().dtype(sum_type));
+  const LaunchPlan plan =
+      plan_for(p, value, common_alignment({&value, &grad_output, &grad_value}), true);
+  launch_dcnv4_backward(p, plan, stream, static_cast<const T*>(grad_output.const_data_ptr()),
+                        static_cast<const T*>(value.const_data_ptr()),
+                        static_cast<const Offset*>(offset_mask.const_data_ptr()),
+                        static_cast<wide_t<T>*>(grad_value.mutable_data_ptr()),
+                        static_cast<Offset*>(grad_offset_mask.mutable_data_ptr()));
+  return grad_value.to(value.scalar_type());
+}
+
 std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(const at::Tensor& grad_output,
                                                        const at::Tensor& value,
                                                        const at::Tensor& offset_mask,
@@ -126,25 +175,22 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(const at::Tensor& grad_ou
   check_grad_output(grad_output, value, p);
   at::globalContext().alertNotDeterministic("dcnv4_backward_cuda");
   const c10::cuda::CUDAGuard guard(value.device());
-  const auto sum_type = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  at::Tensor grad_value = at::zeros(value.sizes(), value.options().dtype(sum_type));
   at::Tensor grad_offset_mask = at::empty(offset_mask.sizes(), offset_mask.options());
-  if (grad_output.numel() == 0) return {grad_value.to(value.scalar_type()), grad_offset_mask};
+  if (grad_output.numel() == 0)
+    return {at::zeros(value.sizes(), value.options()), grad_offset_mask};
   const at::Tensor from = value.contiguous(), packed = offset_mask.contiguous();
   const at::Tensor grad = grad_output.contiguous();
-  const LaunchPlan plan = plan_for(p, from, common_alignment({&from, &grad, &grad_value}), true);
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
+  at::Tensor grad_value;
   with_types(dtype_of(value), dtype_of(offset_mask), [&](auto type, auto offset_type) {
     using T = typename decltype(type)::type;
     using Offset = typename decltype(offset_type)::type;
-    launch_dcnv4_backward(p, plan, stream.stream(), static_cast<const T*>(grad.const_data_ptr()),
-                          static_cast<const T*>(from.const_data_ptr()),
-                          static_cast<const Offset*>(packed.const_data_ptr()),
-                          static_cast<wide_t<T>*>(grad_value.mutable_data_ptr()),
-                          static_cast<Offset*>(grad_offset_mask.mutable_data_ptr()));
+    grad_value = try_window_backward<T, Offset>(p, grad, from, packed, grad_offset_mask, stream);
+    if (!grad_value.defined())
+      grad_value = direct_backward<T, Offset>(p, grad, from, packed, grad_offset_mask, stream);
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
-  return {grad_value.to(value.scalar_type()), grad_offset_mask};
+  return {grad_value, grad_offset_mask};
 }
 
 #define MMDCNV4_TEXT_OF(...) #__VA_ARGS__

@@ -30,6 +30,7 @@
 #include "dispatch.h"
 #include "launch.h"
 #include "window_numbers.cuh"
+#include "window_taps.cuh"
 
 namespace mmdcnv4 {
 namespace cuda {
@@ -47,12 +48,8 @@ MMDCNV4_DEVICE uint32_t add_weights(const WindowArguments& a, uint32_t lane,
 #pragma unroll
   for (int k = 0; k < kTaps; ++k) {
     enter_step(SharedPhase::kScatter);
-    // taps go column by column; without the middle one, those after it have moved up
-    const int next = k < kTaps / 2 ? k : k + 1;
-    const float tap_x = float((is_ring ? next : k) / 3 - 1);
-    const float tap_y = float((is_ring ? next : k) % 3 - 1);
-    const float x = rest_x + (tap_x + numbers.dx(k)) * a.call.scale;
-    const float y = rest_y + (tap_y + numbers.dy(k)) * a.call.scale;
+    const Place moved = move_of_tap(a, k, numbers.dx(k), numbers.dy(k));
+    const float x = rest_x + moved.x, y = rest_y + moved.y;
     const bool is_near = (x >= 0) & (x < kLast) & (y >= 0) & (y < kLast); // not so for NaN
     if (!is_near) {
       far |= 1u << k;
@@ -62,21 +59,14 @@ MMDCNV4_DEVICE uint32_t add_weights(const WindowArguments& a, uint32_t lane,
       const float mask = numbers.mask_of(k) * factor;
       const float top = mask * (1.0f - fy), bottom = mask * fy;
       const uint32_t cell = line * Layout::kSide + column;
-      // a line further down, the order of rows is the same or exchanged by halves
-      constexpr uint32_t kDown = Layout::kSide * kWeightBytes, kSwap = (Layout::kSide & 6) << 4;
-      const uint32_t at = Layout::weight_at(cell, lane), beside = Layout::weight_at(cell + 1, lane);
-      unsigned char* left = area + at;
-      unsigned char* right = area + beside;
-      unsigned char* low_left = area + (at ^ kSwap) + kDown;
-      unsigned char* low_right = area + (beside ^ kSwap) + kDown;
-      const float sum[4] = {read_shared<float>(left) + top * (1.0f - fx),
-                            read_shared<float>(right) + top * fx,
-                            read_shared<float>(low_left) + bottom * (1.0f - fx),
-                            read_shared<float>(low_right) + bottom * fx};
-      write_shared(left, sum[0]);
-      write_shared(right, sum[1]);
-      write_shared(low_left, sum[2]);
-      write_shared(low_right, sum[3]);
+      const float weight[4] = {top * (1.0f - fx), top * fx, bottom * (1.0f - fx), bottom * fx};
+      uint32_t at[4];
+      Layout::corners_at(cell, lane, at);
+      float sum[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sum[c] = read_shared<float>(area + at[c]) + weight[c];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) write_shared(area + at[c], sum[c]);
     }
   }
   return far & ((1u << a.call.points) - 1u);
@@ -281,7 +271,7 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
                                 T* __restrict__ output) {               // [N, Ho, Wo, G, D]
 #if MMDCNV4_HAS_TENSOR_CORES
   using Layout = DenseWindow<kDepth, kReach>;
-  using Numbers = NumbersLayout<Offset, kDepth, kReach>;
+  using Numbers = UnitNumbers<Offset, kDepth, kReach>;
   MMDCNV4_SHARED_MEMORY(shared);
   const uint32_t warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const uint32_t points = uint32_t(a.call.points);
@@ -295,8 +285,7 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
                                output + out_pixels * a.call.channels};
   unsigned char* area = shared + warp * Layout::kAreaBytes;
   unsigned char* cells = shared + warps * Layout::kAreaBytes;
-  Numbers::copy(a, tile, warp, threadIdx.x % kWarp, Layout::locate_row(a, tile, warp, 0),
-                image.packed, area);
+  Numbers::copy(a, tile, warp, threadIdx.x % kWarp, image.packed, area);
   commit_copies();
   copy_cells<kDepth, kReach>(a, tile, image.value, cells);
   commit_copies();
@@ -305,10 +294,10 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
   for (uint32_t unit = warp; unit < a.units; unit += warps) {
     // addresses kept from one unit to the next would fill the registers
     const uint32_t lane = forget(threadIdx.x) % kWarp;
-    const Row first = Layout::locate_row(a, tile, unit, 0);
+    const uint32_t first_group = tile.first_group + Layout::locate_matrix(a, 2 * unit).group;
     __syncwarp();
     RowNumbers<Offset> numbers;
-    numbers.load(area, Numbers::place(a, first, lane), points);
+    numbers.load(area, Numbers::place(a, first_group, lane), points);
     __syncwarp();
 #pragma unroll
     for (uint32_t i = 0; i < Layout::kAreaBytes; i += kWarp * 16) {
@@ -331,8 +320,7 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
     finish<T, Offset, kDepth, kReach>(a, tile, unit, lane, scale.inverse, far, image, area);
     if (unit + warps >= a.units) break;
     __syncwarp();
-    Numbers::copy(a, tile, unit + warps, lane, Layout::locate_row(a, tile, unit + warps, 0),
-                  image.packed, area);
+    Numbers::copy(a, tile, unit + warps, lane, image.packed, area);
     commit_copies();
     wait_copies<0>();
   }

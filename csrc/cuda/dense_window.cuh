@@ -38,13 +38,17 @@ constexpr uint32_t kCellBytes = kWindowSliceChannels * 2; // of the channels of 
 constexpr uint32_t kChunkBytes = 16;
 constexpr uint32_t kChunkNumbers = 8; // 16-bit numbers of a chunk
 
+// Rows belong to the pixels of one map, cells to those of another: output and input, except for the
+// gradient of value, where it is the other way round.
 struct WindowArguments {
   KernelArguments<float> call; // its division of work is not used
+  int32_t rows_w, rows_h, map_w, map_h; // the two maps: of rows, of cells
+  int32_t shift_x, shift_y; // from a pixel of the rows to the same place among the cells
   uint32_t tile_w_log2, tile_h_log2;
   uint32_t cells_w, cells; // of a tile: per line, in all
   uint32_t units; // of a tile
   uint32_t packed_channels; // P
-  int32_t shift_x, shift_y; // from output pixels to input pixels
+  StencilPitch stencil; // gradient of value only
   Divisor slices, tiles_w, tiles_h, cell_lines;
 };
 
@@ -57,8 +61,14 @@ inline WindowArguments make_window_arguments(const Dcnv4Params& p, const WindowP
   a.cells = a.cells_w * uint32_t(plan.tile_h + 2 * plan.reach);
   a.units = uint32_t(plan.units(p));
   a.packed_channels = uint32_t(p.offset_mask_channels);
-  a.shift_x = int32_t(p.center_w() - p.pad_w);
-  a.shift_y = int32_t(p.center_h() - p.pad_h);
+  const int32_t sign = plan.is_mirrored ? -1 : 1;
+  a.shift_x = sign * int32_t(p.center_w() - p.pad_w);
+  a.shift_y = sign * int32_t(p.center_h() - p.pad_h);
+  a.rows_w = int32_t(plan.is_mirrored ? p.width : p.out_width);
+  a.rows_h = int32_t(plan.is_mirrored ? p.height : p.out_height);
+  a.map_w = int32_t(plan.is_mirrored ? p.out_width : p.width);
+  a.map_h = int32_t(plan.is_mirrored ? p.out_height : p.height);
+  a.stencil = stencil_pitch(int32_t(a.cells), plan.reach);
   a.slices = Divisor(uint32_t(plan.slices));
   a.tiles_w = Divisor(uint32_t(plan.tiles_w));
   a.tiles_h = Divisor(uint32_t(plan.tiles_h));
@@ -113,14 +123,24 @@ struct DenseWindow {
     row.image = tile.image;
     row.lane = 0;
     row.index = int32_t(index);
-    row.is_valid =
-        row.group < a.call.groups && row.x < a.call.out_width && row.y < a.call.out_height;
+    row.is_valid = row.group < a.call.groups && row.x < a.rows_w && row.y < a.rows_h;
     return row;
   }
 
   // Where the weight of `row` for `cell` is in a warp's area.
   static MMDCNV4_HD uint32_t weight_at(uint32_t cell, uint32_t row) {
     return cell * kWeightBytes + ((row * kRowBytes) ^ ((cell & 6) << 4));
+  }
+
+  // Where the weights of `row` for the four cells of a sample are, `cell` being the upper left one:
+  // right of it, below it, below on the right.
+  static MMDCNV4_HD void corners_at(uint32_t cell, uint32_t row, uint32_t (&at)[4]) {
+    // a line further down, the order of rows is the same or exchanged by halves
+    constexpr uint32_t kDown = kSide * kWeightBytes, kSwap = (kSide & 6) << 4;
+    at[0] = weight_at(cell, row);
+    at[1] = weight_at(cell + 1, row);
+    at[2] = (at[0] ^ kSwap) + kDown;
+    at[3] = (at[1] ^ kSwap) + kDown;
   }
 
   // Where chunk `chunk` of cell (x, y) of the tile is among the cells.
@@ -138,9 +158,9 @@ struct DenseWindow {
   }
 };
 
-// Number of a row's output pixel within its image.
+// Number of a row's pixel within its image.
 MMDCNV4_HD uint32_t pixel_of(const WindowArguments& a, const Row& row) {
-  return uint32_t(row.y) * uint32_t(a.call.out_width) + uint32_t(row.x);
+  return uint32_t(row.y) * uint32_t(a.rows_w) + uint32_t(row.x);
 }
 
 // Copies the cells of a tile into shared memory, 16 bytes at a time, by all threads of the block.
@@ -157,9 +177,9 @@ MMDCNV4_DEVICE void copy_cells(const WindowArguments& a, const Tile& tile,
   for (uint32_t cell = threadIdx.x / 8; cell < a.cells; cell += blockDim.x / 8) {
     uint32_t x = cell;
     const uint32_t y = a.cell_lines.split(x);
-    const bool exists = has_channel & (in_x + x < uint32_t(a.call.width)) &
-                        (in_y + y < uint32_t(a.call.height));
-    const uint32_t pixel = exists ? (in_y + y) * uint32_t(a.call.width) + in_x + x : 0;
+    const bool exists =
+        has_channel & (in_x + x < uint32_t(a.map_w)) & (in_y + y < uint32_t(a.map_h));
+    const uint32_t pixel = exists ? (in_y + y) * uint32_t(a.map_w) + in_x + x : 0;
     enter_step(SharedPhase::kCopy);
     copy_async(cells + DenseWindow<kDepth, kReach>::chunk_at(x, y, a.cells_w, chunk),
                from + uint64_t(pixel) * (a.call.channels * uint32_t(sizeof(T))), exists);

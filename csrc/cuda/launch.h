@@ -31,5 +31,20 @@ void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream 
                            wide_t<T>* grad_value,      // [N, H, W, G, D], added to
                            Offset* grad_offset_mask);  // [N, Ho, Wo, P], written whole
 
+// Memory that launch_dcnv4_window_backward() works with.
+struct WindowScratch {
+  float* sum;         // [N, H, W, G, D], aligned to 16 bytes, of any content
+  uint16_t* rest;     // [N, Ho, Wo, G], of any content
+  uint32_t* has_rest; // one number, zero
+};
+
+// The same on tensor cores, as launch_dcnv4_window_forward().
+template <typename T, typename Offset>
+bool launch_dcnv4_window_backward(const Dcnv4Params& p, const WindowBackwardPlan& plan,
+                                  Stream stream, const T* grad_output, const T* value,
+                                  const Offset* offset_mask, const WindowScratch& scratch,
+                                  T* grad_value,              // [N, H, W, G, D], written whole
+                                  Offset* grad_offset_mask);  // [N, Ho, Wo, P], written whole
+
 } // namespace cuda
 } // namespace mmdcnv4

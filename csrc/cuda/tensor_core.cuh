@@ -10,6 +10,9 @@
 //               a1: row g + 8, columns 2t 2t+1    a3: row g + 8, columns 2t+8 2t+9
 //     B 16x8    b0: rows 2t 2t+1, column g        b1: rows 2t+8 2t+9, column g
 //     D 16x8    d0 d1: row g, columns 2t 2t+1     d2 d3: row g + 8, columns 2t 2t+1
+// With TF32 (mma.m16n8k8) the product has 8 columns of A, and a register holds one number:
+//     A 16x8    a0: row g, column t     a1: row g + 8, column t     a2 a3: the same, column t + 4
+//     B 8x8     b0: row t, column g     b1: row t + 4, column g
 #pragma once
 
 #include "vector_io.cuh"
@@ -18,7 +21,9 @@ namespace mmdcnv4 {
 namespace cuda {
 
 // What a kernel is doing with shared memory; the emulator counts wavefronts by it.
-enum class SharedPhase { kCopy, kNumbers, kClear, kScatter, kWeights, kPixels, kCollect, kFinish };
+enum class SharedPhase {
+  kCopy, kNumbers, kClear, kScatter, kWeights, kPixels, kCollect, kTaps, kFinish
+};
 
 } // namespace cuda
 } // namespace mmdcnv4
@@ -71,6 +76,14 @@ MMDCNV4_DEVICE void load_matrices_transposed(const unsigned char* row, uint32_t 
                : "memory");
 }
 
+// The same, not transposed: as columns of B, matrices 0 and 1 give b0 and b1.
+MMDCNV4_DEVICE void load_matrices(const unsigned char* row, uint32_t (&to)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(uint32_t(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
 // D += A B, numbers of type T, sums in float32.
 MMDCNV4_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                  Half) {
@@ -85,6 +98,20 @@ MMDCNV4_DEVICE void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t
                "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// TF32 has the range of float32 and 11 significant bits: float16 and bfloat16 fit in exactly.
+MMDCNV4_DEVICE uint32_t round_to_tf32(float number) {
+  uint32_t rounded;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(number));
+  return rounded;
+}
+MMDCNV4_DEVICE void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], float b0, float b1) {
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(__float_as_uint(b0)),
+                 "r"(__float_as_uint(b1)));
 }
 
 // Bits `bits` ... `bits` + 31 of high:low.

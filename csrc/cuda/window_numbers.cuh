@@ -13,54 +13,79 @@ namespace cuda {
 
 constexpr int32_t kTaps = 9;
 
-// How the numbers of a unit lie in its warp's area before A does: pixel by pixel, all bytes of the
-// unit's groups, in the chunks of 16 bytes that cover them.
-template <typename Offset, int kDepth, int kReach>
-struct NumbersLayout {
-  using Layout = DenseWindow<kDepth, kReach>;
-  static constexpr uint32_t kUnitGroups = Layout::kGroups > 1 ? 2 : 1;
-  static constexpr uint32_t kPixels = kWarp / kUnitGroups;
-  static constexpr uint32_t kMostBytes = kUnitGroups * 3 * kTaps * sizeof(Offset);
-  static constexpr uint32_t kChunks = kMostBytes / kChunkBytes >= 8 ? 16 : 8;
-  static constexpr uint32_t kPitch = (kChunks + 1) * kChunkBytes; // odd: few pixels share a bank
-  static_assert(kMostBytes - sizeof(Offset) + kChunkBytes <= kChunks * kChunkBytes,
-                "the chunks cover the numbers wherever they begin");
-  static_assert(kPixels * kPitch <= Layout::kAreaBytes, "the numbers fit into the area");
+struct PixelNumber {
+  bool exists;
+  uint32_t number; // within its image
+};
 
-  // Bytes of the numbers of a group before this one, and from a chunk's start to the first number.
+// How the numbers of 32 rows lie in shared memory: pixel by pixel, all bytes of kUnitGroups groups,
+// in the chunks of 16 bytes that cover them.
+template <typename Offset, int kUnitGroups>
+struct NumbersLayout {
+  static constexpr uint32_t kPixels = kWarp / kUnitGroups;
+  static constexpr uint32_t kPitch = window_numbers_pitch(kUnitGroups, sizeof(Offset));
+  static constexpr uint32_t kChunks = kPitch > 8 * kChunkBytes + kChunkBytes ? 16 : 8; // of copies
+  static constexpr uint32_t kBytes = kPixels * kPitch;
+  static_assert(kUnitGroups * 3 * kTaps * sizeof(Offset) - sizeof(Offset) + kChunkBytes <=
+                    kChunks * kChunkBytes,
+                "the chunks cover the numbers wherever they begin");
+
+  // Bytes of the numbers of a group, and from a chunk's start to the first number.
   static MMDCNV4_DEVICE uint32_t group_bytes(const WindowArguments& a) {
     return uint32_t(3 * a.call.points) * uint32_t(sizeof(Offset));
   }
-  static MMDCNV4_DEVICE uint32_t lead(const WindowArguments& a, const Row& first) {
-    return uint32_t(first.group) * group_bytes(a) % kChunkBytes;
+  static MMDCNV4_DEVICE uint32_t lead(const WindowArguments& a, uint32_t first_group) {
+    return first_group * group_bytes(a) % kChunkBytes;
   }
 
-  // Copies the numbers of a unit from those of its image; zeros for rows that are none. `first` is
-  // the unit's first row.
-  static MMDCNV4_DEVICE void copy(const WindowArguments& a, const Tile& tile, uint32_t unit,
-                                  uint32_t lane, const Row& first,
-                                  const Offset* __restrict__ packed, unsigned char* area) {
+  // Copies the numbers of groups from `first_group` on, which must exist, from those of an image;
+  // zeros where there is no pixel. locate(i) returns whether pixel i exists, and its number.
+  template <typename Locate>
+  static MMDCNV4_DEVICE void copy(const WindowArguments& a, uint32_t lane, uint32_t first_group,
+                                  const Offset* __restrict__ packed, unsigned char* to,
+                                  const Locate& locate) {
     const uint32_t chunk = lane % kChunks;
-    const uint32_t groups = kUnitGroups == 2 && first.group + 1 < a.call.groups ? 2 : 1;
-    const bool has_chunk =
-        chunk * kChunkBytes < lead(a, first) + groups * group_bytes(a);
+    const uint32_t groups =
+        kUnitGroups == 2 && first_group + 1 < uint32_t(a.call.groups) ? 2 : 1;
+    const bool has_chunk = chunk * kChunkBytes < lead(a, first_group) + groups * group_bytes(a);
     const char* from = reinterpret_cast<const char*>(packed) +
-                       uint64_t(uint32_t(first.group)) * group_bytes(a) - lead(a, first) +
+                       uint64_t(first_group) * group_bytes(a) - lead(a, first_group) +
                        chunk * kChunkBytes;
 #pragma unroll
     for (uint32_t i = 0; i < kPixels * kChunks / kWarp; ++i) {
-      const uint32_t pixel = lane / kChunks + i * (kWarp / kChunks);
-      const Row row = Layout::locate_row(a, tile, unit, pixel);
-      const bool exists = row.is_valid & has_chunk;
-      const uint32_t at = exists ? pixel_of(a, row) : 0;
+      const uint32_t index = lane / kChunks + i * (kWarp / kChunks);
+      const PixelNumber pixel = locate(index);
+      const bool exists = pixel.exists & has_chunk;
+      const uint32_t at = exists ? pixel.number : 0;
       enter_step(SharedPhase::kCopy);
-      copy_async(area + pixel * kPitch + chunk * kChunkBytes,
+      if (chunk * kChunkBytes >= kPitch) continue;
+      copy_async(to + index * kPitch + chunk * kChunkBytes,
                  from + uint64_t(at) * (a.packed_channels * uint32_t(sizeof(Offset))), exists);
     }
   }
 
-  static MMDCNV4_DEVICE uint32_t place(const WindowArguments& a, const Row& first, uint32_t lane) {
-    return lane % kPixels * kPitch + lead(a, first) + lane / kPixels * group_bytes(a);
+  // Where the numbers of a lane's row begin: its pixel first, then its group.
+  static MMDCNV4_DEVICE uint32_t place(const WindowArguments& a, uint32_t first_group,
+                                       uint32_t lane) {
+    return lane % kPixels * kPitch + lead(a, first_group) + lane / kPixels * group_bytes(a);
+  }
+};
+
+// Those of a unit, in its warp's area.
+template <typename Offset, int kDepth, int kReach>
+struct UnitNumbers : NumbersLayout<Offset, (DenseWindow<kDepth, kReach>::kGroups > 1 ? 2 : 1)> {
+  using Layout = DenseWindow<kDepth, kReach>;
+  using Base = NumbersLayout<Offset, (Layout::kGroups > 1 ? 2 : 1)>;
+  static_assert(Base::kBytes <= Layout::kAreaBytes, "the numbers fit into the area");
+
+  static MMDCNV4_DEVICE void copy(const WindowArguments& a, const Tile& tile, uint32_t unit,
+                                  uint32_t lane, const Offset* __restrict__ packed,
+                                  unsigned char* area) {
+    const Row first = Layout::locate_row(a, tile, unit, 0);
+    Base::copy(a, lane, uint32_t(first.group), packed, area, [&](uint32_t index) {
+      const Row row = Layout::locate_row(a, tile, unit, index);
+      return PixelNumber{row.is_valid, row.is_valid ? pixel_of(a, row) : 0};
+    });
   }
 };
 

@@ -34,7 +34,8 @@ SIZES = [(3, 5, 7, 3, 16), (2, 13, 1, 5, 16), (3, 1, 1, 3, 32), (1, 11, 19, 3, 3
 
 def check(emulator, tmp_path, inputs, *, groups, **options):
     """Compares one call with the reference; returns output, plan and accesses."""
-    geometry = {key: value for key, value in options.items() if key not in ('order', 'device')}
+    geometry = {key: value for key, value in options.items()
+                if key not in ('order', 'device', 'count')}
     actual, plan, accesses = emulate_window(emulator, tmp_path / 'call', inputs, groups=groups,
                                             **options)
     reference = dcnv4_reference(*inputs, groups=groups, **geometry)
@@ -150,7 +151,8 @@ def test_order_of_threads(emulator, tmp_path, name, dtypes):
     inputs, _ = make_call((1, 9, 7, 5, 16), HALVES[dtypes], GEOMETRIES[name])
     inputs = hostile_offsets(inputs, 9)
     inputs.value[:, 4, 4] = torch.nan
-    results = [emulate_window(emulator, tmp_path / order, inputs, order=order, **options)
+    results = [emulate_window(emulator, tmp_path / order, inputs, order=order, count=True,
+                              **options)
                for order in ORDERS]
     for output, _, accesses in results[1:]:
         torch.testing.assert_close(output, results[0][0], rtol=0, atol=0, equal_nan=True)
@@ -165,7 +167,7 @@ def accesses_per_unit(emulator, tmp_path, depth, dtype, spread, offset_scale=1.0
     packed = inputs.offset_mask[..., :27 * groups].unflatten(-1, (groups, 27))
     packed[..., :18] = torch.randn(packed[..., :18].shape) * spread
     _, plan, accesses = check(emulator, tmp_path, inputs, groups=groups, device=ONE_PROCESSOR,
-                              **geometry)
+                              count=True, **geometry)
     assert (plan['tile_h'], plan['tile_w']) == (8, 16)
     units = 16 * 32 * groups / 32
     return {phase: (count['instructions'] / units, count['wavefronts'] / units)

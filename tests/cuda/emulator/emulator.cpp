@@ -26,7 +26,7 @@ Index3 thread_index, block_index, block_size;
 namespace {
 
 constexpr int kWarp = 32;
-constexpr size_t kStackBytes = 256 * 1024;
+constexpr size_t kStackBytes = 64 * 1024;
 
 [[noreturn]] void fail(const char* message, int thread) {
   std::fprintf(stderr, "emulator: %s (block %u, thread %d)\n", message, block_index.x, thread);

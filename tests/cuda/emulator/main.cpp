@@ -5,6 +5,7 @@
 //
 //     emulator run < calls     <file> <order> <alignment> <dtype> <offset dtype> <device> <sizes>
 //     emulator window < calls  the same; the forward kernel on tensor cores alone
+//     emulator window_backward < calls  the same; the backward kernels on tensor cores alone
 //     emulator cover < calls   <alignment> <dtype> <backward> <device> <sizes>
 //
 // One line is one call. <device>: multiprocessors, shared bytes without and with opting in, blocks
@@ -12,7 +13,8 @@
 // W, G, D, then kernel, stride, padding and dilation as pairs (height, width), offset_scale,
 // remove_center, softmax. <file> holds value, offset_mask and grad_output; output, grad_value (in
 // the type in which it is summed) and grad_offset_mask are appended; with window, the output alone.
-// The plans go to standard output, as JSON; with window, [plan, accesses to shared memory].
+// The plans go to standard output, as JSON; with window, [plan, accesses to shared memory], which
+// are counted where the program has `count` as a second argument: it takes its time.
 
 #include <algorithm>
 #include <cstdlib>
@@ -107,12 +109,13 @@ void run(const Dcnv4Params& p, const DeviceLimits& limits, int alignment, std::f
   std::cout << "[" << to_json(forward) << ", " << to_json(backward) << "]\n";
 }
 
-// The tensor-core kernel, with its accesses to shared memory counted.
+const char* const kPhases[] = {"copy",   "numbers", "clear", "scatter", "weights",
+                               "pixels", "collect", "taps",  "finish"};
+
+// The forward kernel on tensor cores, with its accesses to shared memory counted.
 template <typename T, typename Offset>
 void run_window(const Dcnv4Params& p, const DeviceLimits& limits, int alignment,
                 std::fstream& file) {
-  static const char* const kPhases[] = {"copy",    "numbers", "clear",   "scatter",
-                                        "weights", "pixels",  "collect", "finish"};
   Buffer<T> value(p.batch * p.height * p.width * p.channels(), alignment, 0);
   Buffer<Offset> packed(p.batch * p.queries() * p.offset_mask_channels, alignment, 0);
   Buffer<T> output(p.batch * p.queries() * p.channels(), alignment, 0xff);
@@ -121,15 +124,45 @@ void run_window(const Dcnv4Params& p, const DeviceLimits& limits, int alignment,
   if (!file) throw std::invalid_argument("emulator: the file is too short");
   const WindowPlan plan = make_window_plan(p, {int32_t(sizeof(T)), 4, alignment, false}, limits);
   if (plan.reach == 0) throw std::invalid_argument("emulator: not a call for tensor cores");
-  emulator::set_counting(true);
   launch_dcnv4_window_forward(p, plan, Stream(), static_cast<const T*>(value.data()),
                               static_cast<const Offset*>(packed.data()), output.data());
   file.seekp(0, std::ios::end);
   output.write(file);
-  std::cout << "[" << to_json(plan) << ", " << emulator::take_counts(kPhases, 8) << "]\n";
+  std::cout << "[" << to_json(plan) << ", " << emulator::take_counts(kPhases, 9) << "]\n";
 }
 
-void run_call(std::istream& line, bool is_window) {
+// The backward kernels on tensor cores; scratch memory holds NaN before.
+template <typename T, typename Offset>
+void run_window_backward(const Dcnv4Params& p, const DeviceLimits& limits, int alignment,
+                         std::fstream& file) {
+  const int64_t in = p.batch * p.height * p.width * p.channels(), rows = p.batch * p.queries();
+  Buffer<T> value(in, alignment, 0), grad_value(in, alignment, 0xff);
+  Buffer<T> grad_output(rows * p.channels(), alignment, 0);
+  Buffer<Offset> packed(rows * p.offset_mask_channels, alignment, 0);
+  Buffer<Offset> grad_packed(rows * p.offset_mask_channels, alignment, 0xff);
+  Buffer<float> sum(in, 16, 0xff);
+  Buffer<uint16_t> rest(rows * p.groups, 2, 0xff);
+  uint32_t has_rest = 0;
+  value.read(file);
+  packed.read(file);
+  grad_output.read(file);
+  if (!file) throw std::invalid_argument("emulator: the file is too short");
+  const WindowBackwardPlan plan = make_window_backward_plan(
+      p, {int32_t(sizeof(T)), 4, alignment, true}, int32_t(sizeof(Offset)), limits);
+  if (plan.value.reach == 0) throw std::invalid_argument("emulator: not a call for tensor cores");
+  launch_dcnv4_window_backward(p, plan, Stream(), static_cast<const T*>(grad_output.data()),
+                               static_cast<const T*>(value.data()),
+                               static_cast<const Offset*>(packed.data()),
+                               WindowScratch{sum.data(), rest.data(), &has_rest},
+                               grad_value.data(), grad_packed.data());
+  file.seekp(0, std::ios::end);
+  grad_value.write(file);
+  grad_packed.write(file);
+  std::cout << "[" << to_json(plan.offset_mask) << ", " << to_json(plan.value) << ", "
+            << emulator::take_counts(kPhases, 9) << ", " << has_rest << "]\n";
+}
+
+void run_call(std::istream& line, const std::string& mode) {
   std::string name;
   int order, alignment, dtype, offset_dtype;
   line >> name >> order >> alignment >> dtype >> offset_dtype;
@@ -140,8 +173,11 @@ void run_call(std::istream& line, bool is_window) {
   with_types(Dtype(dtype), Dtype(offset_dtype), [&](auto type, auto offset_type) {
     using T = typename decltype(type)::type;
     using Offset = typename decltype(offset_type)::type;
-    if (!is_window) return run<T, Offset>(p, limits, alignment, file);
-    if constexpr (sizeof(T) == 2) return run_window<T, Offset>(p, limits, alignment, file);
+    if (mode == "run") return run<T, Offset>(p, limits, alignment, file);
+    if constexpr (sizeof(T) == 2) {
+      if (mode == "window") return run_window<T, Offset>(p, limits, alignment, file);
+      return run_window_backward<T, Offset>(p, limits, alignment, file);
+    }
     throw std::invalid_argument("emulator: tensor cores want 16-bit numbers");
   });
 }
@@ -226,16 +262,18 @@ void cover_call(std::istream& line) {
 } // namespace
 
 int main(int count, char** arguments) {
-  const std::string mode = count == 2 ? arguments[1] : "";
-  if (mode != "run" && mode != "window" && mode != "cover") {
-    std::cerr << "emulator: the argument must be run, window or cover, got '" << mode << "'\n";
+  const std::string mode = count >= 2 ? arguments[1] : "";
+  emulator::set_counting(count == 3 && std::string(arguments[2]) == "count");
+  if (mode != "run" && mode != "window" && mode != "window_backward" && mode != "cover") {
+    std::cerr << "emulator: the argument must be run, window, window_backward or cover, got '"
+              << mode << "'\n";
     return 2;
   }
   std::string text;
   while (std::getline(std::cin, text)) {
     try {
       std::istringstream line(text);
-      mode == "cover" ? cover_call(line) : run_call(line, mode == "window");
+      mode == "cover" ? cover_call(line) : run_call(line, mode);
     } catch (const std::exception& error) {
       std::cerr << error.what() << "\nin: " << text << "\n";
       return 1;

@@ -155,11 +155,16 @@ void wait_copies(int pending) {
   thread.copies.swap(left);
 }
 
-// Lane 4i + j gets elements (2j, i) and (2j + 1, i) of each matrix: rows and columns swapped.
-void load_matrices_transposed(void* const* lanes) {
+namespace {
+
+using Elements = uint16_t[8][8];
+
+// Calls give(element, lane) -> the lane's two elements of each matrix.
+template <typename Give>
+void load_four_matrices(void* const* lanes, const Give& give) {
   const auto at = [&](int lane) { return static_cast<Matrices*>(lanes[lane]); };
   for (int matrix = 0; matrix < 4; ++matrix) {
-    uint16_t element[8][8];
+    Elements element;
     for (int row = 0; row < 8; ++row) {
       const void* from = at(8 * matrix + row)->row;
       if (uintptr_t(from) % 16 != 0) {
@@ -168,12 +173,26 @@ void load_matrices_transposed(void* const* lanes) {
       }
       std::memcpy(element[row], from, 16);
     }
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int row = 2 * (lane % 4), column = lane / 4;
-      at(lane)->received[matrix] =
-          element[row][column] | uint32_t(element[row + 1][column]) << 16;
-    }
+    for (int lane = 0; lane < kLanes; ++lane) at(lane)->received[matrix] = give(element, lane);
   }
+}
+
+} // namespace
+
+// Lane 4i + j gets elements (i, 2j) and (i, 2j + 1) of each matrix.
+void load_matrices(void* const* lanes) {
+  load_four_matrices(lanes, [](const Elements& element, int lane) {
+    const int row = lane / 4, column = 2 * (lane % 4);
+    return element[row][column] | uint32_t(element[row][column + 1]) << 16;
+  });
+}
+
+// Lane 4i + j gets elements (2j, i) and (2j + 1, i): rows and columns swapped.
+void load_matrices_transposed(void* const* lanes) {
+  load_four_matrices(lanes, [](const Elements& element, int lane) {
+    const int row = 2 * (lane % 4), column = lane / 4;
+    return element[row][column] | uint32_t(element[row + 1][column]) << 16;
+  });
 }
 
 // D[16][8] += A[16][16] B[16][8]. Of A a lane holds rows lane / 4 and lane / 4 + 8 and columns
@@ -200,6 +219,45 @@ void multiply_add(void* const* lanes) {
       const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
       float sum = at(lane)->d[i];
       for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+      at(lane)->d[i] = sum;
+    }
+}
+
+// 10 bits of the fraction are left; the rest is rounded to nearest, ties away from zero.
+float round_to_tf32(float number) {
+  uint32_t bits;
+  std::memcpy(&bits, &number, sizeof(bits));
+  if ((bits >> 23 & 0xffu) != 0xffu) bits = (bits + 0x1000u) & ~0x1fffu;
+  std::memcpy(&number, &bits, sizeof(number));
+  return number;
+}
+
+// D[16][8] += A[16][8] B[8][8]. Of A a lane holds rows lane / 4 and lane / 4 + 8 and columns
+// lane % 4 and lane % 4 + 4; of B these rows and column lane / 4.
+void multiply_add_tf32(void* const* lanes) {
+  const auto at = [&](int lane) { return static_cast<Product*>(lanes[lane]); };
+  float a[16][8], b[8][8];
+  const auto read = [](uint32_t bits) {
+    float number;
+    std::memcpy(&number, &bits, sizeof(number));
+    if (number == number && round_to_tf32(number) != number) {
+      std::fprintf(stderr, "emulator: a factor has more digits than TF32\n");
+      std::abort();
+    }
+    return number;
+  };
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const Product& own = *at(lane);
+    const int row = lane / 4, column = lane % 4;
+    for (int i = 0; i < 4; ++i) a[row + i % 2 * 8][column + i / 2 * 4] = read(own.a[i]);
+    b[column][row] = read(own.b0);
+    b[column + 4][row] = read(own.b1);
+  }
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+      float sum = at(lane)->d[i];
+      for (int k = 0; k < 8; ++k) sum += a[row][k] * b[k][column];
       at(lane)->d[i] = sum;
     }
 }

@@ -33,6 +33,7 @@ struct Matrices {
   const void* row; // of matrix lane / 8, row lane % 8: 16 bytes
   uint32_t received[4];
 };
+void load_matrices(void* const* lanes);
 void load_matrices_transposed(void* const* lanes);
 
 struct Product {
@@ -42,6 +43,8 @@ struct Product {
   float (*widen)(uint32_t bits);
 };
 void multiply_add(void* const* lanes);
+void multiply_add_tf32(void* const* lanes); // `widen` is not used
+float round_to_tf32(float number);
 
 } // namespace emulator
 
@@ -71,6 +74,12 @@ inline void wait_copies() {
   emulator::wait_copies(kPending);
 }
 
+inline void load_matrices(const unsigned char* row, uint32_t (&to)[4]) {
+  emulator::note_access(row, 16);
+  emulator::Matrices own{row, {}};
+  emulator::meet(&emulator::load_matrices, 0xffffffffu, &own);
+  std::memcpy(to, own.received, sizeof(to));
+}
 inline void load_matrices_transposed(const unsigned char* row, uint32_t (&to)[4]) {
   emulator::note_access(row, 16);
   emulator::Matrices own{row, {}};
@@ -82,6 +91,14 @@ template <typename T>
 inline void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
   emulator::Product own{d, a, b0, b1, [](uint32_t bits) { return widen_pair(bits, T()).x; }};
   emulator::meet(&emulator::multiply_add, 0xffffffffu, &own);
+}
+
+inline uint32_t round_to_tf32(float number) {
+  return __float_as_uint(emulator::round_to_tf32(number));
+}
+inline void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], float b0, float b1) {
+  emulator::Product own{d, a, __float_as_uint(b0), __float_as_uint(b1), nullptr};
+  emulator::meet(&emulator::multiply_add_tf32, 0xffffffffu, &own);
 }
 
 inline uint32_t funnel_shift_right(uint32_t low, uint32_t high, uint32_t bits) {

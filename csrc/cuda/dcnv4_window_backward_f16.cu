@@ -1,0 +1,17 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+
+#include "dcnv4_window_backward.cuh"
+
+namespace mmdcnv4 {
+namespace cuda {
+
+template bool launch_dcnv4_window_backward(const Dcnv4Params&, const WindowBackwardPlan&, Stream,
+                                           const Half*, const Half*, const Half*,
+                                           const WindowScratch&, Half*, Half*);
+template bool launch_dcnv4_window_backward(const Dcnv4Params&, const WindowBackwardPlan&, Stream,
+                                           const Half*, const Half*, const float*,
+                                           const WindowScratch&, Half*, float*);
+
+} // namespace cuda
+} // namespace mmdcnv4

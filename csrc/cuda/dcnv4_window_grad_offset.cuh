@@ -1,0 +1,255 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// dcnv4_window_grad_offset.cuh — gradients of offsets and masks on tensor cores: the first of the
+// kernels of dcnv4_window_backward.cuh.
+//
+// Computes    as dcnv4_backward.cuh: grad_mask = h_k,
+//             grad_offset = offset_scale * m_k * d h_k / d(x, y)
+// Idea        h_k needs the dot products of grad_output with the four cells of a sample. Tensor
+//             cores compute them for all cells of a window at once, Y . V^T [16 pixels x cells]
+//             (dense_window.cuh); then each tap of a row reads its four. Nothing is summed over
+//             channels by shuffles any more
+// Work split  as dcnv4_window_forward.cuh; lane = row while taps are read
+// Left over   taps whose cells are not all in reach, or whose gradients are not finite (a product
+//             with a cell outside the image may be 0 * NaN): noted in `rest`, a bit per tap of a
+//             row, for dcnv4_window_grad_rest.cuh, which writes their gradients
+// Memory      results go through shared memory and are written once, the padding included
+// Numerics    products of 16-bit numbers are exact, sums in float32; bitwise repeatable
+// Source      arXiv:2401.06197, section 3, differentiated by hand
+#pragma once
+
+#include <cfloat>
+
+#include "window_numbers.cuh"
+#include "window_taps.cuh"
+
+namespace mmdcnv4 {
+namespace cuda {
+
+// Y . V^T of both matrices of a unit, in float32, to the places of the weights of the forward
+// kernel. grad_output is that of the image.
+template <typename T, int kDepth, int kReach>
+MMDCNV4_DEVICE void dot_cells(const WindowArguments& a, const Tile& tile, uint32_t unit,
+                              uint32_t lane, const T* __restrict__ grad_output,
+                              const unsigned char* cells, unsigned char* area) {
+  using Layout = DenseWindow<kDepth, kReach>;
+  constexpr int kTeam = Layout::kTeam, kLoads = kTeam / 2; // of four 8x8 matrices per 16 cells
+  const uint32_t g = lane / 4, t = lane % 4;
+  const uint32_t period_bytes = Layout::kPeriodLines * a.cells_w * kCellBytes;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    uint32_t grads[kDepth / 16][4]; // fragments of Y
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Row row = Layout::locate_row(a, tile, unit, m * kMatrixRows + half * 8 + g);
+      const T* from = grad_output +
+                      uint64_t(row.is_valid ? pixel_of(a, row) : 0) * a.call.channels +
+                      (row.is_valid ? uint32_t(row.group) * kDepth : 0) + 2 * t;
+#pragma unroll
+      for (int i = 0; i < kTeam; ++i)
+        grads[i / 2][half + i % 2 * 2] = row.is_valid ? VectorIo<T, 2>::load(from + 8 * i) : 0;
+    }
+    const typename Layout::Matrix matrix = Layout::locate_matrix(a, 2 * unit + m);
+    const unsigned char* cells_at[Layout::kPeriod][kLoads]; // lane's row for ldmatrix
+#pragma unroll
+    for (int i = 0; i < int(Layout::kPeriod); ++i)
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        const uint32_t of = 4 * j + lane / 8; // the 8x8 matrix: 8 cells, then chunks, fastest
+        const uint32_t cell = 16 * i + of / kTeam * 8 + lane % 8;
+        cells_at[i][j] = cells + Layout::chunk_at(matrix.x + cell % Layout::kSide,
+                                                  matrix.y + cell / Layout::kSide, a.cells_w,
+                                                  matrix.group * kTeam + of % kTeam);
+      }
+    unsigned char* dots_at[2] = {area + Layout::weight_at(2 * t, m * kMatrixRows + g),
+                                 area + Layout::weight_at(2 * t, m * kMatrixRows + 8 + g)};
+#pragma unroll
+    for (int step = 0; step < int(Layout::kSteps); ++step) {
+      float dot[2][4] = {}; // of 8 cells each
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j) {
+        uint32_t pixels[4];
+        enter_step(SharedPhase::kPixels);
+        load_matrices(cells_at[step % Layout::kPeriod][j] + step / Layout::kPeriod * period_bytes,
+                      pixels);
+#pragma unroll
+        for (int pair = 0; pair < 2; ++pair) // 16 channels
+          multiply_add(dot[(4 * j + 2 * pair) / kTeam], grads[(4 * j + 2 * pair) % kTeam / 2],
+                       pixels[2 * pair], pixels[2 * pair + 1], T());
+      }
+      enter_step(SharedPhase::kCollect);
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        write_shared(dots_at[i / 2 % 2] + (step * 16 + i / 4 * 8 + i % 2) * kWeightBytes,
+                     dot[i / 4][i % 4]);
+    }
+  }
+}
+
+// Gradients of the taps of a row as they lie in memory: offsets, then, from 2 K on, masks.
+struct RowGradients {
+  float offset[2 * kTaps], mask[kTaps];
+  uint32_t rest; // taps that are left over, as bits
+};
+
+template <typename Layout, int kReach, typename Numbers>
+MMDCNV4_DEVICE RowGradients read_taps(const WindowArguments& a, uint32_t lane, const Row& row,
+                                      const Numbers& numbers, const unsigned char* area) {
+  const uint32_t x = lane % kBlockSide + kReach, y = lane / kBlockSide % kBlockSide + kReach;
+  const Place edge = edge_of_image(row.x + a.shift_x, row.y + a.shift_y);
+  RowGradients grad{};
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k) {
+    enter_step(SharedPhase::kTaps);
+    const Place move = move_of_tap(a, k, numbers.dx(k), numbers.dy(k));
+    bool is_done = false;
+    if (is_near(move, edge, kReach) && (k < kTaps - 1 || a.call.points == kTaps)) {
+      const NearSample sample = near_sample(move);
+      uint32_t at[4];
+      Layout::corners_at((y + sample.line) * Layout::kSide + x + sample.column, lane, at);
+      float dot[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) dot[c] = read_shared<float>(area + at[c]);
+      const BilinearGrad<float> of =
+          bilinear_grad(dot[0], dot[1], dot[2], dot[3], sample.fx, sample.fy);
+      const float scale = a.call.scale * numbers.mask_of(k);
+      grad.offset[2 * k] = scale * of.x;
+      grad.offset[2 * k + 1] = scale * of.y;
+      grad.mask[k] = of.mask;
+      is_done = fabsf((grad.offset[2 * k] + grad.offset[2 * k + 1]) + of.mask) <= FLT_MAX;
+    }
+    if (!is_done) grad.rest |= 1u << k;
+  }
+  grad.rest &= (1u << a.call.points) - 1u;
+  return grad;
+}
+
+template <typename Offset>
+MMDCNV4_DEVICE void write_number(unsigned char* to, float number) {
+  if constexpr (sizeof(Offset) == 4) {
+    write_shared(to, number);
+  } else {
+    write_shared(to, uint16_t(narrow_pair(number, 0.0f, Offset())));
+  }
+}
+
+// To the places where the numbers of the row were.
+template <typename Offset>
+MMDCNV4_DEVICE void write_row(const RowGradients& grad, int32_t points, unsigned char* to) {
+  enter_step(SharedPhase::kFinish);
+#pragma unroll
+  for (int i = 0; i < 2 * kTaps; ++i)
+    if (i < 2 * points) write_number<Offset>(to + i * sizeof(Offset), grad.offset[i]);
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k)
+    if (k < points) write_number<Offset>(to + (2 * points + k) * sizeof(Offset), grad.mask[k]);
+}
+
+// From there to grad_offset_mask of the image; after the last group the padding, zero.
+template <typename Offset, int kDepth, int kReach>
+MMDCNV4_DEVICE void write_unit(const WindowArguments& a, const Tile& tile, uint32_t unit,
+                               uint32_t lane, const unsigned char* area,
+                               Offset* __restrict__ grad_packed) {
+  using Layout = DenseWindow<kDepth, kReach>;
+  using Numbers = UnitNumbers<Offset, kDepth, kReach>;
+  // units of two groups begin with an even one, so that pairs of halves are aligned; where the
+  // last group stands alone an odd number of them is followed by padding
+  constexpr int32_t kTogether = sizeof(Offset) == 2 && Numbers::kPixels < kWarp ? 2 : 1;
+  using Word = typename Words<kTogether * int(sizeof(Offset))>::type;
+  const uint32_t first_group = tile.first_group + Layout::locate_matrix(a, 2 * unit).group;
+  const int32_t left = a.call.groups - int32_t(first_group);
+  const int32_t groups = left < kWarp / int32_t(Numbers::kPixels) ? left
+                                                                  : kWarp / Numbers::kPixels;
+  const int32_t used = groups * 3 * a.call.points;
+  const int32_t count = groups < left ? used
+                                      : int32_t(a.packed_channels) -
+                                            int32_t(first_group) * 3 * a.call.points;
+  constexpr int32_t kMost = kWarp / int32_t(Numbers::kPixels) * 3 * kTaps + 7; // with padding
+  area += Numbers::lead(a, first_group) + lane * sizeof(Word);
+  grad_packed += first_group * uint32_t(3 * a.call.points) + lane * kTogether;
+#pragma unroll
+  for (uint32_t i = 0; i < Numbers::kPixels; ++i) {
+    const Row row = Layout::locate_row(a, tile, unit, i);
+    enter_step(SharedPhase::kFinish);
+    if (!row.is_valid) continue;
+    Offset* to = grad_packed + uint64_t(pixel_of(a, row)) * a.packed_channels;
+#pragma unroll
+    for (int32_t j = 0; j < kMost; j += kWarp * kTogether) {
+      const int32_t number = int32_t(lane) * kTogether + j;
+      if (number >= count) continue;
+      Word word = 0;
+      if (number < used)
+        word = read_shared<Word>(area + i * Numbers::kPitch + j * int32_t(sizeof(Offset)));
+      if (kTogether == 2 && number + 1 == used) word &= Word(0xffff);
+      *reinterpret_cast<Word*>(to + j) = word;
+    }
+  }
+}
+
+template <typename T, typename Offset, int kDepth, int kReach>
+__global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
+                                  kDepth == 64 ? 3 : 2)
+    dcnv4_window_grad_offset_kernel(const WindowArguments a,
+                                    const T* __restrict__ grad_output,      // [N, Ho, Wo, G, D]
+                                    const T* __restrict__ value,            // [N, H, W, G, D]
+                                    const Offset* __restrict__ offset_mask, // [N, Ho, Wo, P]
+                                    Offset* __restrict__ grad_offset_mask,  // [N, Ho, Wo, P]
+                                    uint16_t* __restrict__ rest,            // [N, Ho, Wo, G]
+                                    uint32_t* __restrict__ has_rest) {      // set, never cleared
+#if MMDCNV4_HAS_TENSOR_CORES
+  using Layout = DenseWindow<kDepth, kReach>;
+  using Numbers = UnitNumbers<Offset, kDepth, kReach>;
+  MMDCNV4_SHARED_MEMORY(shared);
+  const uint32_t warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const Tile tile = Layout::locate_tile(a, blockIdx.x);
+  const uint64_t in_pixels =
+      uint64_t(tile.image) * uint32_t(a.call.height) * uint32_t(a.call.width);
+  const uint64_t out_pixels =
+      uint64_t(tile.image) * uint32_t(a.call.out_height) * uint32_t(a.call.out_width);
+  grad_output += out_pixels * a.call.channels;
+  offset_mask += out_pixels * a.packed_channels;
+  grad_offset_mask += out_pixels * a.packed_channels;
+  rest += out_pixels * uint32_t(a.call.groups);
+  unsigned char* area = shared + warp * Layout::kAreaBytes;
+  unsigned char* cells = shared + warps * Layout::kAreaBytes;
+  Numbers::copy(a, tile, warp, threadIdx.x % kWarp, offset_mask, area);
+  commit_copies();
+  copy_cells<kDepth, kReach>(a, tile, value + in_pixels * a.call.channels, cells);
+  commit_copies();
+  wait_copies<0>();
+  __syncthreads();
+#pragma unroll 1
+  for (uint32_t unit = warp; unit < a.units; unit += warps) {
+    // addresses kept from one unit to the next would fill the registers
+    const uint32_t lane = forget(threadIdx.x) % kWarp;
+    const Row row = Layout::locate_row(a, tile, unit, lane);
+    const uint32_t place =
+        Numbers::place(a, tile.first_group + Layout::locate_matrix(a, 2 * unit).group, lane);
+    __syncwarp();
+    RowNumbers<Offset> numbers;
+    numbers.load(area, place, uint32_t(a.call.points));
+    __syncwarp();
+    dot_cells<T, kDepth, kReach>(a, tile, unit, lane, grad_output, cells, area);
+    __syncwarp();
+    const RowGradients grad = read_taps<Layout, kReach>(a, lane, row, numbers, area);
+    if (row.is_valid) {
+      rest[uint64_t(pixel_of(a, row)) * uint32_t(a.call.groups) + uint32_t(row.group)] =
+          uint16_t(grad.rest);
+      if (grad.rest != 0) *has_rest = 1;
+    }
+    __syncwarp();
+    write_row<Offset>(grad, a.call.points, area + place);
+    __syncwarp();
+    write_unit<Offset, kDepth, kReach>(a, tile, unit, lane, area, grad_offset_mask);
+    if (unit + warps >= a.units) break;
+    __syncwarp();
+    Numbers::copy(a, tile, unit + warps, lane, offset_mask, area);
+    commit_copies();
+    wait_copies<0>();
+  }
+#endif
+}
+
+} // namespace cuda
+} // namespace mmdcnv4

@@ -1,0 +1,316 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// dcnv4_window_grad_value.cuh — gradient of value on tensor cores: the last of the kernels of
+// dcnv4_window_backward.cuh.
+//
+// Computes    as dcnv4_backward.cuh: grad_value[cell] = sum of m_k * weight(cell) * grad_output
+// Idea        the forward product the other way round: who owns cells gathers from pixels. The
+//             samples of the output pixels within reach of 4x4 input pixels fill a matrix A^T
+//             [16 input pixels x S*S output pixels], S = 4 + 2 * reach, and tensor cores compute
+//             A^T . Y for all channels of a group. Each gradient is written once, in its own type,
+//             without atomics or a zeroed tensor
+// Work split  block = a tile of input pixels and the output pixels around it, group after group;
+//             thread = output pixel while weights are added up; warp = 4x4 input pixels while they
+//             are multiplied
+// Layout      weights in float32 [line][column][output pixel], line and column from -reach to reach
+//             around the pixel (stencil_pitch()): a sample adds to four neighbouring planes at its
+//             thread's place, and only its thread does. Output pixels as the cells of
+//             dense_window.cuh
+// Left over   taps that are not near, see window_taps.cuh: dcnv4_window_grad_rest.cuh has summed
+//             them in float32, which is added here
+// NaN         A^T . Y multiplies every pixel of a window with every cell, and 0 * NaN is NaN. Sums
+//             that are not finite are thrown away and taken again over the pixels that sample the
+//             cell: places that no sample has added to hold -0.0, and no sum makes -0.0
+// Numerics    weights are rounded to TF32 (11 bits, the range of float32), grad_output is exact in
+//             it, sums in float32; bitwise repeatable
+// Source      arXiv:2401.06197, section 3, differentiated by hand
+#pragma once
+
+#include <cfloat>
+
+#include "window_numbers.cuh"
+#include "window_taps.cuh"
+
+namespace mmdcnv4 {
+namespace cuda {
+
+constexpr uint32_t kUntouched = 0x80000000u; // -0.0
+
+// Adds the weights of one row, if it exists; `at` is the place of its pixel in line 0, column 0.
+template <int kReach, typename Numbers>
+MMDCNV4_DEVICE void add_stencil(const WindowArguments& a, bool exists, const Place& edge,
+                                const Numbers& numbers, unsigned char* at) {
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k) {
+    enter_step(SharedPhase::kScatter);
+    const Place move = move_of_tap(a, k, numbers.dx(k), numbers.dy(k));
+    if (!exists || !is_near(move, edge, kReach) || (k == kTaps - 1 && a.call.points < kTaps))
+      continue;
+    const NearSample sample = near_sample(move);
+    unsigned char* corner[4];
+    corner[0] = at + (sample.line * a.stencil.line + sample.column * a.stencil.column);
+    corner[1] = corner[0] + a.stencil.column;
+    corner[2] = corner[0] + a.stencil.line;
+    corner[3] = corner[1] + a.stencil.line;
+    const float mask = numbers.mask_of(k);
+    const float top = mask * (1.0f - sample.fy), bottom = mask * sample.fy;
+    const float left = 1.0f - sample.fx, right = sample.fx;
+    // + 0.0f: of what is -0.0 it makes 0.0
+    const float weight[4] = {top * left + 0.0f, top * right + 0.0f, bottom * left + 0.0f,
+                             bottom * right + 0.0f};
+    float sum[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) sum[c] = read_shared<float>(corner[c]) + weight[c];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) write_shared(corner[c], sum[c]);
+  }
+}
+
+// A warp's 4x4 input pixels, as rows of A^T, and a lane's part of it.
+struct OwnedBlock {
+  uint32_t x, y;   // of the first cell in the tile, also of the first pixel of its window
+  uint32_t cx, cy; // lane's first row: cell (cx, cy) of the block; the other: two lines below it
+
+  MMDCNV4_DEVICE OwnedBlock(const WindowArguments& a, uint32_t warp, uint32_t lane) {
+    const uint32_t blocks_w_log2 = a.tile_w_log2 - 2, line = warp >> blocks_w_log2;
+    x = (warp - (line << blocks_w_log2)) * kBlockSide;
+    y = line * kBlockSide;
+    cx = lane / 4 % kBlockSide;
+    cy = lane / 4 / kBlockSide;
+  }
+
+  // Where the weight of pixel (wx, wy) of the window for a lane's row is among the weights; may lie
+  // outside of them, see has_weight().
+  template <int kReach>
+  MMDCNV4_DEVICE int32_t weight_at(const WindowArguments& a, uint32_t wx, uint32_t wy) const {
+    return (2 * kReach + int32_t(cy) - int32_t(wy)) * a.stencil.line +
+           (2 * kReach + int32_t(cx) - int32_t(wx)) * a.stencil.column +
+           int32_t(((y + wy) * a.cells_w + x + wx) * sizeof(float));
+  }
+};
+
+// Along one axis: whether cell `cell` of a block is within reach of pixel `pixel` of its window.
+template <int kReach>
+MMDCNV4_DEVICE bool has_weight(uint32_t pixel, uint32_t cell) {
+  return pixel - cell <= 2 * kReach; // wraps
+}
+
+// A^T . Y for a warp's block; `group` within the slice.
+template <typename T, int kDepth, int kReach>
+MMDCNV4_DEVICE void multiply_stencil(const WindowArguments& a, const OwnedBlock& block,
+                                     uint32_t group, uint32_t lane, const unsigned char* weights,
+                                     const unsigned char* pixels, float (&sum)[kDepth / 8][4]) {
+  using Layout = DenseWindow<kDepth, kReach>;
+  constexpr uint32_t kSide = Layout::kSide;
+  // eight pixels at a time: after kEights of them a line begins again
+  constexpr int kEights = kSide == 8 ? 1 : 3, kLines = kEights * 8 / kSide;
+  const uint32_t t = lane % 4;
+  int32_t weight_at[kEights];
+  uint32_t wx[kEights], wy[kEights];
+#pragma unroll
+  for (int i = 0; i < kEights; ++i) {
+    wx[i] = (8 * i + 2 * t) % kSide;
+    wy[i] = (8 * i + 2 * t) / kSide;
+    weight_at[i] = block.weight_at<kReach>(a, wx[i], wy[i]);
+  }
+  const unsigned char* pixels_at[Layout::kPeriod][Layout::kTeam / 2]; // lane's row for ldmatrix
+#pragma unroll
+  for (int i = 0; i < int(Layout::kPeriod); ++i) {
+    const uint32_t pixel = 16 * i + lane % 16;
+    const uint32_t at = Layout::chunk_at(block.x + pixel % kSide, block.y + pixel / kSide,
+                                         a.cells_w, group * Layout::kTeam + lane / 16);
+#pragma unroll
+    for (int pair = 0; pair < int(Layout::kTeam / 2); ++pair)
+      pixels_at[i][pair] = pixels + (at ^ (2 * pair * kChunkBytes));
+  }
+  const int32_t down = kLines * (int32_t(a.cells_w * sizeof(float)) - a.stencil.line);
+  const int32_t beside = int32_t(sizeof(float)) - a.stencil.column; // the next pixel of the line
+  const uint32_t period_bytes = Layout::kPeriodLines * a.cells_w * kCellBytes;
+#pragma unroll
+  for (int step = 0; step < int(Layout::kSteps); ++step) {
+    uint32_t fragment[2][4];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) { // eight, pixel, row
+      const int eight = 2 * step + i / 4, part = eight % kEights, lines = eight / kEights * kLines;
+      const int odd = i / 2 % 2, half = i % 2;
+      enter_step(SharedPhase::kWeights);
+      float weight = 0;
+      // lines that no row of this half reaches need no test
+      if (lines + kLines > 2 * half && lines <= 2 * half + 1 + 2 * kReach &&
+          has_weight<kReach>(wx[part] + odd, block.cx) &&
+          has_weight<kReach>(wy[part] + lines, block.cy + 2 * half))
+        weight = read_shared<float>(weights + weight_at[part] + eight / kEights * down +
+                                    odd * beside + half * 2 * a.stencil.line);
+      fragment[i / 4][i % 4] = round_to_tf32(weight);
+    }
+#pragma unroll
+    for (int pair = 0; pair < int(Layout::kTeam / 2); ++pair) { // 16 channels at a time
+      uint32_t grads[4];
+      enter_step(SharedPhase::kPixels);
+      load_matrices_transposed(
+          pixels_at[step % Layout::kPeriod][pair] + step / Layout::kPeriod * period_bytes, grads);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) { // 8 channels, 8 pixels: two of each fall to a lane
+        const float2 two = widen_pair(grads[i], T());
+        multiply_add_tf32(sum[2 * pair + i / 2], fragment[i % 2], two.x, two.y);
+      }
+    }
+  }
+}
+
+// The same, over the pixels that sample a cell and no others.
+template <typename T, int kDepth, int kReach>
+MMDCNV4_DEVICE void sum_exactly(const WindowArguments& a, const OwnedBlock& block, uint32_t group,
+                                uint32_t lane, const unsigned char* weights,
+                                const unsigned char* pixels, float (&sum)[kDepth / 8][4]) {
+  using Layout = DenseWindow<kDepth, kReach>;
+#pragma unroll
+  for (int i = 0; i < kDepth / 2; ++i) sum[i / 4][i % 4] = 0;
+#pragma unroll 1
+  for (uint32_t pixel = 0; pixel < Layout::kCells; ++pixel) {
+    const uint32_t wx = pixel % Layout::kSide, wy = pixel / Layout::kSide;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      enter_step(SharedPhase::kWeights);
+      if (!has_weight<kReach>(wx, block.cx) || !has_weight<kReach>(wy, block.cy + 2 * half))
+        continue;
+      const uint32_t weight = read_shared<uint32_t>(
+          weights + block.weight_at<kReach>(a, wx, wy) + half * 2 * a.stencil.line);
+      if (weight == kUntouched) continue;
+#pragma unroll
+      for (int i = 0; i < int(Layout::kTeam); ++i) {
+        const float2 grad = widen_pair(
+            read_shared<uint32_t>(pixels +
+                                  Layout::chunk_at(block.x + wx, block.y + wy, a.cells_w,
+                                                   group * Layout::kTeam + i) +
+                                  lane % 4 * 4),
+            T());
+        sum[i][2 * half] += __uint_as_float(weight) * grad.x;
+        sum[i][2 * half + 1] += __uint_as_float(weight) * grad.y;
+      }
+    }
+  }
+}
+
+// Writes the gradients of a warp's block; `more`, if not null, is added to them. Both point to the
+// first channel of the group in the image.
+template <typename T, int kDepth>
+MMDCNV4_DEVICE void write_block(const WindowArguments& a, const Tile& tile,
+                                const OwnedBlock& block, uint32_t lane,
+                                const float (&sum)[kDepth / 8][4], const float* __restrict__ more,
+                                T* __restrict__ grad_value) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint32_t x = tile.x + block.x + block.cx, y = tile.y + block.y + block.cy + 2 * half;
+    if (x >= uint32_t(a.rows_w) || y >= uint32_t(a.rows_h)) continue;
+    const uint64_t first = (uint64_t(y) * uint32_t(a.rows_w) + x) * a.call.channels + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < kDepth / 8; ++i) {
+      float two[2] = {sum[i][2 * half], sum[i][2 * half + 1]};
+      if (more != nullptr) {
+        float rest[2];
+        VectorIo<float, 2>::widen(VectorIo<float, 2>::load(more + first + 8 * i), rest);
+        two[0] += rest[0];
+        two[1] += rest[1];
+      }
+      VectorIo<T, 2>::store(two, grad_value + first + 8 * i);
+    }
+  }
+}
+
+// with reach 4 there is shared memory for one block
+template <typename T, typename Offset, int kDepth, int kReach>
+__global__ void __launch_bounds__(kMaxThreads, kReach == 2 ? 2 : 1)
+    dcnv4_window_grad_value_kernel(const WindowArguments a,
+                                   const T* __restrict__ grad_output,      // [N, Ho, Wo, G, D]
+                                   const Offset* __restrict__ offset_mask, // [N, Ho, Wo, P]
+                                   const uint32_t* __restrict__ has_rest,
+                                   const float* __restrict__ rest_sum, // [N, H, W, G, D]
+                                   T* __restrict__ grad_value) {       // [N, H, W, G, D]
+#if MMDCNV4_HAS_TENSOR_CORES
+  using Layout = DenseWindow<kDepth, kReach>;
+  using Numbers = NumbersLayout<Offset, 1>;
+  MMDCNV4_SHARED_MEMORY(weights);
+  const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  unsigned char* pixels = weights + a.stencil.bytes;
+  unsigned char* staged = pixels + a.cells * kCellBytes + warp * Numbers::kBytes;
+  const Tile tile = Layout::locate_tile(a, blockIdx.x);
+  const uint64_t in_pixels = uint64_t(tile.image) * uint32_t(a.rows_h) * uint32_t(a.rows_w);
+  const uint64_t out_pixels = uint64_t(tile.image) * uint32_t(a.map_h) * uint32_t(a.map_w);
+  // pixel `index` of those around the tile: where it is, where it rests in the image
+  const auto locate = [&](uint32_t index, uint32_t& x, uint32_t& y) {
+    x = index;
+    y = a.cell_lines.split(x);
+    x += tile.x - kReach;
+    y += tile.y - kReach;
+    const uint32_t out_x = x + uint32_t(a.shift_x), out_y = y + uint32_t(a.shift_y);
+    const bool exists =
+        index < a.cells && out_x < uint32_t(a.map_w) && out_y < uint32_t(a.map_h);
+    return PixelNumber{exists, exists ? out_y * uint32_t(a.map_w) + out_x : 0};
+  };
+  const auto fetch_numbers = [&](uint32_t group, uint32_t first) {
+    Numbers::copy(a, lane, group, offset_mask + out_pixels * a.packed_channels, staged,
+                  [&](uint32_t index) {
+                    uint32_t x, y;
+                    return locate(first + warp * kWarp + index, x, y);
+                  });
+    commit_copies();
+  };
+  fetch_numbers(tile.first_group, 0);
+  copy_cells<kDepth, kReach>(a, tile, grad_output + out_pixels * a.call.channels, pixels);
+  commit_copies();
+  wait_copies<1>(); // pixels may take until the weights are there
+#pragma unroll 1
+  for (uint32_t pass = 0; pass < Layout::kGroups; ++pass) {
+    const uint32_t group = tile.first_group + pass;
+    if (group >= uint32_t(a.call.groups)) break;
+    const bool is_last = pass + 1 == Layout::kGroups || group + 1 == uint32_t(a.call.groups);
+#pragma unroll 1
+    for (uint32_t first = 0; first < uint32_t(a.stencil.bytes); first += blockDim.x * 16) {
+      enter_step(SharedPhase::kClear);
+      if (first + threadIdx.x * 16 < uint32_t(a.stencil.bytes))
+        write_shared(weights + first + threadIdx.x * 16,
+                     make_uint4(kUntouched, kUntouched, kUntouched, kUntouched));
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (uint32_t first = 0; first < a.cells; first += blockDim.x) {
+      if (first + pass != 0) wait_copies<0>();
+      __syncwarp();
+      RowNumbers<Offset> numbers;
+      numbers.load(staged, Numbers::place(a, group, lane), uint32_t(a.call.points));
+      __syncwarp();
+      const bool is_done = first + blockDim.x >= a.cells;
+      if (!is_done || !is_last)
+        fetch_numbers(is_done ? group + 1 : group, is_done ? 0 : first + blockDim.x);
+      const uint32_t index = first + threadIdx.x;
+      uint32_t x, y;
+      const bool exists = locate(index, x, y).exists;
+      add_stencil<kReach>(a, exists, edge_of_image(int32_t(x), int32_t(y)), numbers,
+                          weights + kReach * (a.stencil.line + a.stencil.column) +
+                              index * sizeof(float));
+    }
+    wait_copies<0>();
+    __syncthreads();
+    // addresses kept from one pass to the next would fill the registers
+    const uint32_t thread = forget(threadIdx.x), own_lane = thread % kWarp;
+    const OwnedBlock block(a, thread / kWarp, own_lane);
+    float sum[kDepth / 8][4] = {};
+    multiply_stencil<T, kDepth, kReach>(a, block, pass, own_lane, weights, pixels, sum);
+    float total = 0;
+#pragma unroll
+    for (int i = 0; i < kDepth / 2; ++i) total += sum[i / 4][i % 4];
+    if (__any_sync(kAllLanes, !(fabsf(total) <= FLT_MAX)))
+      sum_exactly<T, kDepth, kReach>(a, block, pass, own_lane, weights, pixels, sum);
+    const uint64_t channel = in_pixels * a.call.channels + group * kDepth;
+    write_block<T, kDepth>(a, tile, block, own_lane, sum,
+                           *has_rest != 0 ? rest_sum + channel : nullptr, grad_value + channel);
+    if (is_last) break;
+    __syncthreads();
+  }
+#endif
+}
+
+} // namespace cuda
+} // namespace mmdcnv4

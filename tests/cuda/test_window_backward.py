@@ -1,0 +1,257 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""The backward kernels on tensor cores, warp by warp on the CPU, against the reference.
+
+As test_window_kernel.py, for all gradients.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_cases import BF16, DTYPES, F16, F64, hostile_offsets, make_call, size_name
+from emulate import ONE_PROCESSOR, ORDERS, emulate_window_backward
+
+from mmdcnv4.ops import dcnv4_reference
+from mmdcnv4.ops.contract import make_geometry
+from mmdcnv4.testing import assert_as_accurate, forward_backward
+
+HALVES = {name: DTYPES[name] for name in ('f16', 'bf16', 'f16-f32', 'bf16-f32')}
+GEOMETRIES = {
+    '3x3': dict(kernel_size=3, padding=1),
+    '3x3-wide': dict(kernel_size=3, padding=1, offset_scale=2.0),
+    '3x3-ring': dict(kernel_size=3, padding=(1, 2), offset_scale=0.5, remove_center=True),
+    '3x3-ring-wide': dict(kernel_size=3, padding=0, offset_scale=-1.5, remove_center=True),
+}
+# N, H, W, G, D: ragged tiles and slices, primes, one pixel, one line, every D, 80 groups
+SIZES = [(3, 5, 7, 3, 16), (2, 13, 1, 5, 16), (3, 1, 1, 3, 32), (1, 11, 19, 3, 32),
+         (2, 9, 11, 1, 64), (1, 6, 17, 3, 64), (2, 3, 2, 80, 16), (5, 2, 3, 1, 16)]
+NAMES = ('grad_value', 'grad_offset_mask')
+
+
+def check(emulator, tmp_path, inputs, grad_output, **options):
+    """Compares one call with the reference; returns gradients and what was printed."""
+    geometry = {key: value for key, value in options.items()
+                if key not in ('order', 'device', 'count')}
+    actual, run = emulate_window_backward(emulator, tmp_path / 'call', inputs, grad_output,
+                                          **options)
+    reference = forward_backward(dcnv4_reference, inputs, grad_output, **geometry)[1:]
+    exact = forward_backward(dcnv4_reference, inputs.leaves(F64, F64), grad_output, **geometry)[1:]
+    for name, *tensors in zip(NAMES, actual, reference, exact):
+        assert torch.isfinite(tensors[0]).all(), name
+        assert_as_accurate(*tensors, name=name)
+    used = 3 * make_geometry(**geometry).points * geometry['groups']
+    assert not actual[1][..., used:].any()
+    return actual, run
+
+
+def near_offsets(inputs, groups, spread):
+    """Offsets that keep most samples in reach."""
+    used = inputs.offset_mask[..., :27 * groups].unflatten(-1, (groups, 27))
+    used[..., :18] = torch.randn(used[..., :18].shape) * spread
+    return inputs
+
+
+@pytest.mark.parametrize('name', GEOMETRIES)
+@pytest.mark.parametrize('dtypes', HALVES)
+@pytest.mark.parametrize('depth', [16, 32, 64])
+def test_geometries(emulator, tmp_path, name, dtypes, depth):
+    """Every kernel that is compiled; samples in reach, far away and outside the image."""
+    inputs, grad_output = make_call((1, 5, 9, 3, depth), HALVES[dtypes], GEOMETRIES[name])
+    _, run = check(emulator, tmp_path, inputs, grad_output, groups=3, **GEOMETRIES[name])
+    reach = 4 if 'wide' in name else 2
+    assert run.offset_mask_plan['reach'] == run.value_plan['reach'] == reach
+    assert run.has_rest == (reach == 2)  # samples lie up to three pixels away
+
+
+@pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
+@pytest.mark.parametrize('size', SIZES, ids=size_name)
+def test_sizes(emulator, tmp_path, size, dtypes):
+    inputs, grad_output = make_call(size, HALVES[dtypes], GEOMETRIES['3x3'])
+    check(emulator, tmp_path, inputs, grad_output, groups=size[3], device=ONE_PROCESSOR,
+          **GEOMETRIES['3x3'])
+
+
+@pytest.mark.parametrize('shared_bytes', [227, 163, 99])
+@pytest.mark.parametrize('dtypes', ['f16', 'f16-f32'])
+def test_little_shared_memory(emulator, tmp_path, shared_bytes, dtypes):
+    """Devices with less of it get smaller tiles: sm_90, sm_80, sm_86 with kernels of reach 4."""
+    inputs, grad_output = make_call((1, 8, 16, 5, 16), HALVES[dtypes], GEOMETRIES['3x3-wide'])
+    _, run = check(emulator, tmp_path, inputs, grad_output, groups=5,
+                   device=(1, 48 * 1024, shared_bytes * 1024, 2**31 - 1), **GEOMETRIES['3x3-wide'])
+    assert run.value_plan['shared_bytes'] <= shared_bytes * 1024
+    tile = {227: (8, 16), 163: (8, 8), 99: (4, 8)}[shared_bytes]
+    assert (run.value_plan['tile_h'], run.value_plan['tile_w']) == tile
+
+
+def test_several_launches(emulator, tmp_path):
+    """A grid that holds two blocks: every kernel is launched many times."""
+    inputs, grad_output = make_call((5, 3, 5, 2, 16), HALVES['bf16'], GEOMETRIES['3x3'])
+    _, run = check(emulator, tmp_path, inputs, grad_output, groups=2,
+                   device=(132, 48 * 1024, 227 * 1024, 2), **GEOMETRIES['3x3'])
+    assert run.offset_mask_plan['images_per_launch'] == run.value_plan['images_per_launch'] == 2
+    assert run.has_rest
+
+
+@pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
+def test_nothing_left_over(emulator, tmp_path, dtypes):
+    """Small offsets: the gradient of value is that of its own kernel alone, in any order."""
+    inputs, grad_output = make_call((2, 9, 17, 3, 32), HALVES[dtypes], GEOMETRIES['3x3'])
+    inputs = near_offsets(inputs, 3, 0.2)
+    results = []
+    for order in ORDERS:
+        actual, run = check(emulator, tmp_path, inputs, grad_output, groups=3, order=order,
+                            **GEOMETRIES['3x3'])
+        assert not run.has_rest
+        results.append(actual)
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize('dtypes', HALVES)
+@pytest.mark.parametrize('name', ['3x3', '3x3-ring', '3x3-wide'])
+def test_hostile_offsets(emulator, tmp_path, name, dtypes):
+    """NaN, infinite, huge and whole offsets: nothing but the taps in reach counts."""
+    inputs, grad_output = make_call((2, 5, 7, 3, 16), HALVES[dtypes], GEOMETRIES[name])
+    inputs = hostile_offsets(inputs, make_geometry(groups=3, **GEOMETRIES[name]).points)
+    _, run = check(emulator, tmp_path, inputs, grad_output, groups=3, **GEOMETRIES[name])
+    assert run.has_rest
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
+@pytest.mark.parametrize('name', ['3x3', '3x3-wide'])
+@pytest.mark.parametrize('where', ['value', 'grad_output', 'mask'])
+def test_numbers_that_are_nan(emulator, tmp_path, name, dtypes, where):
+    """NaN goes as far as in the reference, though products meet it with every row and cell."""
+    options = dict(GEOMETRIES[name], groups=2)
+    inputs, grad_output = make_call((2, 9, 7, 2, 16), HALVES[dtypes], GEOMETRIES[name])
+    inputs = hostile_offsets(inputs, make_geometry(**options).points)
+    mask = inputs.offset_mask[..., :54].unflatten(-1, (2, 27))[..., 18:]
+    for y, x in ((0, 6), (8, 0), (8, 6), (4, 3)):
+        if where == 'value':
+            inputs.value[:, y, x] = torch.nan
+        elif where == 'grad_output':
+            grad_output[:, y, x, ::3] = torch.nan
+        else:
+            mask[:, y, x, 0, ::2] = torch.nan
+    actual, _ = emulate_window_backward(emulator, tmp_path / 'call', inputs, grad_output,
+                                        **options)
+    expected = forward_backward(dcnv4_reference, inputs, grad_output, **options)[1:]
+    exact = forward_backward(dcnv4_reference, inputs.leaves(F64, F64), grad_output, **options)[1:]
+    assert any(tensor.isnan().any() for tensor in expected)
+    for name, *tensors in zip(NAMES, actual, expected, exact):
+        is_bad = tensors[1].isnan()
+        assert not is_bad.all() and torch.equal(tensors[0].isnan(), is_bad), name
+        assert_as_accurate(*(torch.where(is_bad, 0, tensor) for tensor in tensors), name=name)
+
+
+@pytest.mark.hostile
+def test_numbers_that_are_infinite(emulator, tmp_path):
+    """They make gradients that are not finite where they meet, and leave all others alone."""
+    options = dict(GEOMETRIES['3x3'], groups=2)
+    inputs, grad_output = make_call((1, 9, 7, 2, 16), HALVES['bf16'], GEOMETRIES['3x3'])
+    inputs = near_offsets(inputs, 2, 0.4)
+    inputs.value[0, 1, 5], grad_output[0, 6, 2] = torch.inf, -torch.inf
+    actual, _ = emulate_window_backward(emulator, tmp_path / 'call', inputs, grad_output,
+                                        **options)
+    expected = forward_backward(dcnv4_reference, inputs, grad_output, **options)[1:]
+    for name, one, other in zip(NAMES, actual, expected):
+        is_bad = ~other.isfinite()
+        assert is_bad.any() and not is_bad.all() and torch.equal(~one.isfinite(), is_bad), name
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize('dtypes', HALVES)
+def test_masks_of_every_size(emulator, tmp_path, dtypes):
+    """Weights have the range of float32: each pixel's gradient is as accurate as its own masks
+    allow."""
+    options = dict(GEOMETRIES['3x3'], groups=2)
+    inputs, grad_output = make_call((1, 32, 8, 2, 16), HALVES[dtypes], GEOMETRIES['3x3'])
+    inputs = near_offsets(inputs, 2, 0.1)
+    sizes = [1e-4, 1.0, 6e4, 1e-2] if inputs.value.dtype == F16 else [1e-30, 1.0, 1e30, 1e-5]
+    if inputs.value.dtype == F16:
+        grad_output.mul_(1 / 32)
+    mask = inputs.offset_mask[..., :54].unflatten(-1, (2, 27))[..., 18:]
+    for i, size in enumerate(sizes):
+        mask[:, 8 * i:8 * i + 8] = mask[:, 8 * i:8 * i + 8].clamp(-1, 1) * size
+    (actual, _), _ = emulate_window_backward(emulator, tmp_path / 'call', inputs, grad_output,
+                                             **options)
+    expected = forward_backward(dcnv4_reference, inputs, grad_output, **options)[1]
+    exact = forward_backward(dcnv4_reference, inputs.leaves(F64, F64), grad_output, **options)[1]
+    for i in range(4):  # lines that no other size reaches
+        assert_as_accurate(*(tensor[:, 8 * i + 3:8 * i + 5] for tensor in
+                             (actual, expected, exact)), name=str(sizes[i]))
+
+
+@pytest.mark.parametrize('dtypes', ['f16', 'bf16'])
+@pytest.mark.parametrize('name', ['3x3', '3x3-wide'])
+def test_order_of_threads(emulator, tmp_path, name, dtypes):
+    """Three orders of threads: one result, but for the order of additions of what is left over."""
+    options = dict(GEOMETRIES[name], groups=5)
+    inputs, grad_output = make_call((1, 9, 7, 5, 16), HALVES[dtypes], GEOMETRIES[name])
+    inputs = hostile_offsets(inputs, 9)
+    grad_output[:, 4, 4] = torch.nan
+    results = [emulate_window_backward(emulator, tmp_path / order, inputs, grad_output,
+                                       order=order, count=True, **options) for order in ORDERS]
+    (grad_value, grad_packed), run = results[0]
+    assert run.has_rest and grad_value.isnan().any() and not grad_value.isnan().all()
+    for (other_value, other_packed), other_run in results[1:]:
+        torch.testing.assert_close(other_packed, grad_packed, rtol=0, atol=0, equal_nan=True)
+        eps = torch.finfo(grad_value.dtype).eps
+        torch.testing.assert_close(other_value, grad_value, rtol=eps, atol=eps, equal_nan=True)
+        assert other_run.accesses == run.accesses
+
+
+def accesses_per_unit(emulator, tmp_path, depth, dtype, spread, offset_scale=1.0):
+    """Instructions and wavefronts of shared memory per unit of 32 rows, by phase."""
+    groups = 64 // depth
+    geometry = dict(kernel_size=3, padding=1, offset_scale=offset_scale)
+    inputs, grad_output = make_call((1, 16, 32, groups, depth), (dtype, dtype), geometry)
+    inputs = near_offsets(inputs, groups, spread)
+    _, run = check(emulator, tmp_path, inputs, grad_output, groups=groups, device=ONE_PROCESSOR,
+                   count=True, **geometry)
+    for plan in run[:2]:
+        assert (plan['tile_h'], plan['tile_w']) == (8, 16)
+    units = 16 * 32 * groups / 32
+    return {phase: (count['instructions'] / units, count['wavefronts'] / units)
+            for phase, count in run.accesses.items()}
+
+
+def test_bank_conflicts(emulator, tmp_path):
+    """Units of 4x4 pixels, two groups of 32: what the layouts were designed for, no more."""
+    still = accesses_per_unit(emulator, tmp_path, 32, F16, 0)
+    # 64 cells, 32 rows, a number at a time; cells of both kernels, 128 bytes each, once
+    assert still['collect'] == (64, 64) and still['pixels'] == (32, 128)
+    assert still['taps'] == (36, 36)  # nine taps, four cells
+    # nine taps, four cells, read and written, by 15 lanes in 16: 240 output pixels for a tile of
+    # 128 input pixels; 26 KB of weights for it
+    assert still['scatter'] == (126, 126) and still['clear'] == (13, 51.75)
+    # 12 of 16 lines of weights are in reach of either half of a block, two blocks
+    assert still['weights'] == (48, 48)
+    # 15 words for each row: two of 32 pixels share a bank; of 256, four
+    assert still['numbers'][0] == 16 + 2 * 16 and still['numbers'][1] <= 2 * 16 + 4 * 32
+    # 27 numbers out, row by row, and back, pixel by pixel
+    assert still['finish'][0] == 27 + 16 and still['finish'][1] <= 80
+    # in random places two rows may want the same bank
+    moved = accesses_per_unit(emulator, tmp_path, 32, F16, 0.5)
+    assert moved['taps'][0] == 36 and moved['taps'][1] <= 75
+    assert moved['scatter'][0] == 126 and moved['scatter'][1] <= 350
+    for phase in ('copy', 'numbers', 'clear', 'weights', 'pixels', 'collect', 'finish'):
+        assert moved[phase] == still[phase]
+
+
+@pytest.mark.parametrize(('depth', 'scale'), [(16, 1.0), (64, 2.0)])
+def test_no_conflicts_but_in_the_scatter(emulator, tmp_path, depth, scale):
+    """Other group widths, and the wide window of 12x12 cells."""
+    counts = accesses_per_unit(emulator, tmp_path, depth, BF16, 0.0, offset_scale=scale)
+    cells = 64 if scale == 1 else 144
+    assert counts['collect'] == (cells, cells)
+    assert counts['pixels'] == (cells * depth / 64, cells * depth / 16)
+    assert counts['taps'] == (36, 36) and counts['scatter'][0] == counts['scatter'][1]
+    # eight pixels of a window of 12 may lie on two lines, which meet in a bank
+    if scale == 1:
+        assert counts['weights'] == (48, 48)
+    else:
+        assert counts['weights'][1] <= 1.4 * counts['weights'][0]
