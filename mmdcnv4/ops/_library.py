@@ -22,8 +22,9 @@ _SCALARS = ('kernel_size', 'groups', 'stride', 'padding', 'dilation', 'offset_sc
 
 def is_autocast_on(device_type: str) -> bool:
     """Whether an autocast region for this kind of device is open."""
-    return (torch.amp.is_autocast_available(device_type)
-            and torch.is_autocast_enabled(device_type))
+    # torch.compile of torch 2.4 cannot trace through the question whether a device has autocast
+    has_autocast = device_type in ('cpu', 'cuda') or torch.amp.is_autocast_available(device_type)
+    return has_autocast and torch.is_autocast_enabled(device_type)
 
 
 def cast_to_autocast(value: Tensor, offset_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,8 @@ from .reference import evaluate_reference
 
 Backend = Literal['auto', 'native', 'pytorch']
 _BACKENDS = ('auto', 'native', 'pytorch')
+# read once: torch.compile of torch 2.4 cannot trace through os.environ
+_from_environment: str = os.environ.get('MMDCNV4_BACKEND', 'auto')
 _override: Optional[str] = None
 
 
@@ -36,10 +38,10 @@ def _checked_backend(backend: str, source: str) -> str:
 
 
 def get_backend() -> str:
-    """The backend in force: of `use_backend`, else of `MMDCNV4_BACKEND`, else 'auto'."""
+    """The backend in force: of `use_backend`, else of `MMDCNV4_BACKEND` at import, else 'auto'."""
     if _override is not None:
         return _override
-    return _checked_backend(os.environ.get('MMDCNV4_BACKEND', 'auto'), 'MMDCNV4_BACKEND')
+    return _checked_backend(_from_environment, 'MMDCNV4_BACKEND')
 
 
 @contextmanager

@@ -58,9 +58,10 @@ def _check(value: Tensor, sizes: Sizes, locations: Tensor, weights: Tensor) -> N
 
 def multi_scale_deformable_attention_reference(value: Tensor, sizes: Sizes, locations: Tensor,
                                                weights: Tensor) -> Tensor:
-    """The PyTorch form, differentiable twice; arguments as in the function without `_reference`.
+    """The PyTorch form; arguments as in the function without `_reference`.
 
-    It keeps what it sampled, B * heads * D * Q * L * P numbers, for the backward pass.
+    It keeps what it sampled, B * heads * D * Q * L * P numbers, for the backward pass. It is
+    differentiable as often as `grid_sample` is.
     """
     heads = value.shape[2]
     # where a location is not finite or far away it is outside, whatever the size of the map

@@ -91,7 +91,7 @@ def sampling_positions(offset: Tensor, geometry: Geometry, out_h: int,
         x and y, each (N, Ho, Wo, G, K).
     """
     center_y, center_x = geometry.center
-    taps = offset.new_tensor(geometry.taps())  # (K, 2) in (y, x)
+    taps = torch.tensor(geometry.taps(), dtype=offset.dtype, device=offset.device)  # (K, 2): y, x
     rows = torch.arange(out_h, dtype=offset.dtype, device=offset.device)
     columns = torch.arange(out_w, dtype=offset.dtype, device=offset.device)
     tap_y = taps[:, 0] * geometry.dilation[0] - center_y

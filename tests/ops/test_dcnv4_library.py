@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from mmdcnv4.ops import DCNv4, dcnv4, dcnv4_reference, get_backend, use_backend
+from mmdcnv4.ops import DCNv4, dcnv4, dcnv4_reference, functional, get_backend, use_backend
 from mmdcnv4.testing import GEOMETRIES, make_inputs
 
 SAME = dict(kernel_size=3, padding=1, groups=2)
@@ -173,6 +173,8 @@ def test_compile_of_the_pytorch_backend():
     torch.testing.assert_close(compiled(*inputs), run_pytorch(*inputs))
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 5),
+                    reason='the exporter of torch 2.4 fails on inequalities between sizes')
 def test_export_with_dynamic_height_and_width():
     model = Layer().eval()
     nn.init.normal_(model.layer.offset_mask.weight, std=0.3)
@@ -227,7 +229,7 @@ def calls_native(function):
 
 def test_backend_argument_and_context(monkeypatch):
     inputs = strided_inputs()
-    monkeypatch.delenv('MMDCNV4_BACKEND', raising=False)
+    monkeypatch.setattr(functional, '_from_environment', 'auto')
 
     def call(backend=None):
         return run_function(*inputs, backend=backend)
@@ -245,7 +247,7 @@ def test_backend_argument_and_context(monkeypatch):
     with pytest.raises(KeyError), use_backend('pytorch'):
         raise KeyError
     assert get_backend() == 'auto'
-    monkeypatch.setenv('MMDCNV4_BACKEND', 'pytorch')
+    monkeypatch.setattr(functional, '_from_environment', 'pytorch')
     assert not calls_native(call)
     with use_backend('native'):
         assert calls_native(call)
@@ -257,7 +259,7 @@ def test_unknown_backends(monkeypatch):
     with pytest.raises(ValueError, match="backend must be one of .* got 'fast'"), \
             use_backend('fast'):
         pass
-    monkeypatch.setenv('MMDCNV4_BACKEND', 'fast')
+    monkeypatch.setattr(functional, '_from_environment', 'fast')
     with pytest.raises(ValueError, match="MMDCNV4_BACKEND must be one of .* got 'fast'"):
         run_function(*strided_inputs(), backend=None)
 
