@@ -342,6 +342,19 @@ def assert_start_state(model):
             assert module.bias is None or not module.bias.any()
 
 
+def test_start_of_the_masks():
+    model = FlashInternImage(mask_init=1 / 9, **TINY)
+    model.init_weights()
+    for layer in (module for module in model.modules() if isinstance(module, DCNv4)):
+        groups = layer.channels // 16
+        bias = layer.offset_mask.bias[:27 * groups].view(groups, 27)
+        assert not bias[:, :18].any() and (bias[:, 18:] == 1 / 9).all()
+        assert not layer.offset_mask.weight.any()
+        x = torch.ones(1, 4, 5, layer.channels)  # inside, the mean of nine equal pixels
+        expected = layer.output_proj(layer.value_proj(x))[:, 1:-1, 1:-1]
+        torch.testing.assert_close(layer(x)[:, 1:-1, 1:-1], expected)
+
+
 def test_start_state():
     model = FlashInternImage(**TINY, layer_scale=1e-5)
     assert_start_state(model)

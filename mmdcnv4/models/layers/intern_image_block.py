@@ -42,6 +42,7 @@ class BlockOptions:
     dcn_output_bias: bool
     mlp_fc2_bias: bool
     center_feature_scale: bool
+    mask_init: float
     with_cp: bool
 
 
@@ -139,7 +140,7 @@ def _core(channels: int, group: int, options: BlockOptions) -> Union[DCNv4, DCNv
         channels, kernel_size=3, stride=1, pad=1, dilation=1, group=group,
         offset_scale=options.offset_scale, dw_kernel_size=options.dw_kernel_size,
         center_feature_scale=options.center_feature_scale,
-        output_bias=options.dcn_output_bias)
+        output_bias=options.dcn_output_bias, mask_init=options.mask_init)
 
 
 class InternImageBlock(nn.Module):
