@@ -14,12 +14,17 @@ import pickle
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
 from mmengine.config import Config
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.runner.checkpoint import CheckpointLoader
+from torch import Size, Tensor, nn
+
+from .progress import close_bar
 
 OUR_TYPES = ('ChannelLN', 'DCNv4', 'FlashInternImage', 'InternImage')
 # classes whose errors name what the config or the data set holds
@@ -36,19 +41,36 @@ class UserError(RuntimeError):
 # -------------------------------------------------------------------------- checks before a run
 
 
-def check_work_dir(work_dir: str) -> None:
-    """Creates `work_dir` and writes a file into it.
+def check_folder(folder: str, option: str) -> None:
+    """Creates `folder` and writes a file into it.
+
+    Args:
+        folder: where results go.
+        option: of the command line, which names it.
 
     Raises:
         UserError: one of the two is not possible.
     """
     try:
-        os.makedirs(work_dir, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=work_dir, prefix='.write-test-'):
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix='.write-test-'):
             pass
     except OSError as error:
-        raise UserError(f'cannot write to the work directory {work_dir}: {error.strerror}. '
-                        'Choose another one with --work-dir.') from error
+        raise UserError(f'cannot write to the folder {folder}: {error.strerror}. '
+                        f'Choose another one with {option}.') from error
+
+
+def check_file(file: str, option: str, endings: Iterable[str]) -> None:
+    """Refuses a file to write that has a wrong ending, is a folder, or lies where none can be.
+
+    Raises:
+        UserError: names the option.
+    """
+    if not file.lower().endswith(tuple(endings)):
+        raise UserError(f'{option} must end in {", ".join(endings)}, got {file}')
+    if os.path.isdir(file):
+        raise UserError(f'{option} must be a file, got the folder {file}')
+    check_folder(os.path.dirname(file) or '.', option)
 
 
 def _is_local(path: object) -> bool:
@@ -74,6 +96,47 @@ def check_checkpoint(path: Optional[str], source: str) -> None:
         is_zip = stream.read(4) == b'PK\x03\x04'
     if is_zip and not zipfile.is_zipfile(path):
         raise UserError(f'{source}: the checkpoint {path} is truncated; its end is missing.')
+
+
+def read_shapes(path: str) -> dict[str, Size]:
+    """Name and shape of the weights in a checkpoint, the prefix `module.` taken off.
+
+    Args:
+        path: as mmengine's loader takes it.
+
+    Raises:
+        UserError: the file holds something else.
+    """
+    content = CheckpointLoader.load_checkpoint(path, map_location='cpu')
+    weights = content.get('state_dict', content) if isinstance(content, dict) else content
+    if not isinstance(weights, dict):
+        raise UserError(f'the checkpoint {path} must hold a dict of weights, got a '
+                        f'{type(weights).__name__}.')
+    return {re.sub(r'^module\.', '', str(name)): value.shape for name, value in weights.items()
+            if isinstance(value, Tensor)}
+
+
+def check_weights(model: nn.Module, shapes: dict[str, Size], path: str) -> None:
+    """Refuses a checkpoint of another model, where mmengine goes on with random weights.
+
+    Args:
+        model: built, also inside a wrapper.
+        shapes: of :func:`read_shapes`.
+        path: of the checkpoint, for the message.
+
+    Raises:
+        UserError: under a tenth of the weights of the model are in the file, in their shape.
+    """
+    inner: Any = model
+    while is_model_wrapper(inner) or isinstance(inner, BaseTTAModel):
+        inner = inner.module
+    own = inner.state_dict()
+    matching = sum(shapes.get(name) == value.shape for name, value in own.items())
+    if 10 * matching < len(own):
+        raise UserError(
+            f'the checkpoint {path} is not of this model: of the {len(own)} weights of the model '
+            f'{matching} are in the file, which holds {len(shapes)}. Published weights are '
+            'converted by tools/model_converters/convert_checkpoint.py.')
 
 
 def _walk(node: Any, path: str = '') -> Iterator[tuple[str, dict]]:
@@ -163,9 +226,14 @@ def check_datasets(cfg: Config, splits: tuple[str, ...]) -> None:
     """
     for entry, file in _annotation_files(cfg):
         split = entry.split('_')[0]
-        if split not in splits or not _is_local(file) or os.path.exists(file):
+        if split not in splits or not _is_local(file):
             continue
-        what = 'annotation file' if entry.endswith('ann_file') else 'data folder'
+        is_annotation = entry.endswith('ann_file')
+        if is_annotation and os.path.isdir(file):
+            raise UserError(f'{entry}: the annotation file {file} is a folder.')
+        if os.path.exists(file):
+            continue
+        what = 'annotation file' if is_annotation else 'data folder'
         hint = (' Draw it with: python tools/dataset_converters/drawn_scenes.py '
                 'data/drawn_scenes.' if 'drawn_scenes' in file else
                 ' Put the data set there, or set data_root and the paths below it with '
@@ -242,7 +310,7 @@ def _unreadable_image(cfg: Config) -> Optional[str]:
             budget -= 1
             if budget < 0:
                 return None
-            if cv2.imread(str(file), cv2.IMREAD_REDUCED_GRAYSCALE_8) is None:
+            if cv2.imread(str(file), cv2.IMREAD_GRAYSCALE) is None:
                 return str(file)
     return None
 
@@ -294,7 +362,7 @@ def translate(error: BaseException, cfg: Optional[Config] = None) -> Optional[st
                 'metainfo.classes are the category names of its annotation file.')
     match = re.search(r"No such file or directory: ['\"](.+?)['\"]", text)
     if match:
-        return f'the file {match[1]} does not exist, but an annotation or the config names it.'
+        return f'the file {match[1]} does not exist.'
     if re.search(r'No space left on device', text):
         return 'the disk is full; free some space and continue with --resume.'
     if cfg is None:
@@ -341,3 +409,5 @@ def explain(cfg: Optional[Config] = None, debug: bool = False) -> Iterator[None]
         if message is None:
             raise
         raise SystemExit(f'error: {message}') from None
+    finally:
+        close_bar()

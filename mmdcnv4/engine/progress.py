@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
@@ -20,6 +20,12 @@ _PLAIN_PROGRESS = re.compile(r'(Iter|Epoch)\((train|val|test)\) .*\beta:|Exp nam
 def _is_not_plain_progress(record: logging.LogRecord) -> bool:
     """Lets through everything but MMEngine's own progress lines, which the bar replaces."""
     return _PLAIN_PROGRESS.match(record.getMessage()) is None
+
+
+def close_bar() -> None:
+    """Takes away the bar that an exception left open, and shows the cursor again."""
+    if ProgressBarHook.shown is not None:
+        ProgressBarHook.shown._stop()
 
 
 @HOOKS.register_module()
@@ -35,6 +41,7 @@ class ProgressBarHook(Hook):
     """
 
     priority = 'VERY_LOW'
+    shown: ClassVar[Optional[ProgressBarHook]] = None  # a terminal has room for one
 
     def __init__(self, refresh_per_second: float = 4.0) -> None:
         self.refresh_per_second = refresh_per_second
@@ -64,6 +71,7 @@ class ProgressBarHook(Hook):
             TextColumn('{task.fields[values]}'), refresh_per_second=self.refresh_per_second,
             expand=True)  # the bar takes the room that the numbers leave
         self._progress.start()
+        ProgressBarHook.shown = self
         # log lines go through the bar's console from now on, which prints them above the bar
         for handler in runner.logger.handlers:
             if type(handler) is logging.StreamHandler:
@@ -79,7 +87,7 @@ class ProgressBarHook(Hook):
             if stream is not None:
                 handler.setStream(stream)
         self._handlers.clear()
-        self._progress = self._task = self._train_task = None
+        self._progress = self._task = self._train_task = ProgressBarHook.shown = None
 
     @staticmethod
     def _train_values(runner: Any) -> str:

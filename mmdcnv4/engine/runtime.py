@@ -33,6 +33,7 @@ from mmengine.logging import HistoryBuffer, print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import distributed as dist
+from torch import nn
 
 from . import preflight, progress  # noqa: F401  (registers the progress bar)
 from .inheritance import forget_scope
@@ -290,6 +291,7 @@ def apply_show(cfg: Config, show: bool, show_dir: Optional[str], wait_time: floa
         hook.show, hook.wait_time = True, wait_time
     if show_dir is None:
         return
+    preflight.check_folder(show_dir, '--show-dir')
     show_dir = os.path.abspath(show_dir)
     if folder is None:
         cfg.visualizer.save_dir = show_dir
@@ -318,10 +320,9 @@ def dump_metric(cfg: Config, out: str) -> dict:
     """The metric that writes predictions to a pickle file (`--out`).
 
     Raises:
-        UserError: the name of the file has another ending.
+        UserError: the file has another ending, or cannot be written.
     """
-    if not out.endswith(('.pkl', '.pickle')):
-        raise UserError(f'--out must end in .pkl or .pickle, got {out}')
+    preflight.check_file(out, '--out', ('.pkl', '.pickle'))
     kind = 'DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
     return dict(type=kind, out_file_path=out)
 
@@ -350,7 +351,7 @@ def build_runner(cfg: Config, splits: tuple[str, ...]) -> Runner:
     hint = preflight.missing_import(cfg)
     if hint:
         print_log(hint, level=30)
-    preflight.check_work_dir(cfg.work_dir)
+    preflight.check_folder(cfg.work_dir, '--work-dir')
     preflight.check_checkpoint(cfg.get('load_from'), 'load_from')
     preflight.check_datasets(cfg, splits)
     preflight.check_nuscenes_metric(cfg, splits)
@@ -359,6 +360,8 @@ def build_runner(cfg: Config, splits: tuple[str, ...]) -> Runner:
     allow_mmengine_checkpoints()
     prepare_distributed(cfg)
     _add_progress_bar(cfg)
-    if 'runner_type' in cfg:
-        return RUNNERS.build(cfg)
-    return Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    file = cfg.get('load_from')
+    if file is not None and isinstance(runner.model, nn.Module):  # some runners build it later
+        preflight.check_weights(runner.model, preflight.read_shapes(file), file)
+    return runner

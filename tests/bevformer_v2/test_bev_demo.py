@@ -54,9 +54,16 @@ def test_tool(demo, rig, tmp_path, capsys):
 
 @pytest.mark.parametrize('options, message', [
     (['--index', '99'], '--index must be 0 ... 5, got 99'),
-    (['no_such.pth'], 'no_such.pth')])
+    (['no_such.pth'], 'no_such.pth'),
+    (['--out', 'p.foo'], '--out must end in .png')])
 def test_errors(demo, rig, tmp_path, options, message, capsys):
     with pytest.raises(SystemExit) as caught:
-        demo.main([str(TINY), *options, '--data-root', str(rig), '--out',
-                   str(tmp_path / 'x.png')])
+        demo.main([str(TINY), '--data-root', str(rig), '--out', str(tmp_path / 'x.png'), *options])
     assert message in str(caught.value) + capsys.readouterr().err
+
+
+def test_weights_of_another_model(demo, rig, tmp_path):
+    torch.save(dict(state_dict={'foo.bar': torch.zeros(2)}), tmp_path / 'foo.pth')
+    with pytest.raises(SystemExit, match='foo.pth is not of this model'):
+        demo.main([str(TINY), str(tmp_path / 'foo.pth'), '--data-root', str(rig), '--device', 'cpu',
+                   '--out', str(tmp_path / 'x.png')])

@@ -17,7 +17,10 @@ from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
 
 from mmdcnv4.engine import progress
+from mmdcnv4.engine.preflight import UserError, explain
 from mmdcnv4.engine.progress import ProgressBarHook
+
+HIDE_CURSOR, SHOW_CURSOR = '\x1b[?25l', '\x1b[?25h'
 
 
 class Terminal(io.StringIO):
@@ -102,6 +105,20 @@ def test_bar_of_a_test_alone(runner: SimpleNamespace, monkeypatch: pytest.Monkey
         hook.after_test_iter(runner, index)
     hook.after_test_epoch(runner)
     assert '2/2' in terminal.getvalue() and sys.stdout is terminal
+
+
+def test_an_error_closes_the_bar(runner: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip('rich', reason='rich is not installed')
+    terminal = Terminal()
+    monkeypatch.setattr(sys, 'stdout', terminal)
+    monkeypatch.setenv('TERM', 'xterm')
+    for error in (UserError, KeyboardInterrupt, ZeroDivisionError):
+        with pytest.raises(BaseException, match=r'^(error: )?x$'), explain():
+            ProgressBarHook().before_train(runner)
+            raise error('x')
+        text = terminal.getvalue()
+        assert text.rfind(SHOW_CURSOR) > text.rfind(HIDE_CURSOR) >= 0
+        assert not runner.logger.handlers[0].filters
 
 
 @pytest.mark.parametrize(('line', 'is_shown'), [

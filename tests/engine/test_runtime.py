@@ -192,19 +192,21 @@ def test_resume_argument(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(('scope', 'expected'), [
-    ('mmdet', dict(draw=True, interval=1, test_out_dir='/pictures')),
-    ('mmdet3d', dict(draw=True, interval=1, test_out_dir='/pictures')),
-    ('mmpretrain', dict(enable=True, interval=1, out_dir='/pictures')),
+    ('mmdet', dict(draw=True, interval=1, test_out_dir='...')),
+    ('mmdet3d', dict(draw=True, interval=1, test_out_dir='...')),
+    ('mmpretrain', dict(enable=True, interval=1, out_dir='...')),
     ('mmseg', dict(draw=True, interval=1)),
 ])
-def test_show_dir_of_each_library(scope: str, expected: dict) -> None:
+def test_show_dir_of_each_library(tmp_path: Path, scope: str, expected: dict) -> None:
+    folder = str(tmp_path / 'pictures')
+    expected = {key: folder if value == '...' else value for key, value in expected.items()}
     cfg = base_config(default_hooks=dict(visualization=dict(type='V')), visualizer=dict(type='W'))
     cfg.default_scope = scope
-    runtime.apply_show(cfg, False, '/pictures', 0)
+    runtime.apply_show(cfg, False, folder, 0)
     assert cfg.default_hooks.visualization == dict(type='V', **expected)
-    assert cfg.visualizer.get('save_dir') == ('/pictures' if scope == 'mmseg' else None)
+    assert cfg.visualizer.get('save_dir') == (folder if scope == 'mmseg' else None)
     with pytest.raises(UserError, match='visualization hook'):
-        runtime.apply_show(base_config(), False, '/pictures', 0)
+        runtime.apply_show(base_config(), False, folder, 0)
 
 
 def test_tta() -> None:

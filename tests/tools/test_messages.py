@@ -9,10 +9,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from tool_runner import TINY, data_options, load_tool
+from torch import nn
+
+from mmdcnv4.engine import preflight
 
 train, test, demo = (load_tool(name) for name in ('train', 'test', 'demo/image_demo'))
 CONFIG = str(TINY / 'mask_rcnn.py')
@@ -101,9 +106,10 @@ def test_missing_image(data: Path, tmp_path: Path) -> None:
 def test_work_dir_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
     (tmp_path / 'file').touch()
     message = train_message(data, tmp_path / 'file' / 'work')
-    assert f'cannot write to the work directory {tmp_path}/file/work: Not a directory' in message
+    assert f'cannot write to the folder {tmp_path}/file/work: Not a directory' in message
+    assert '--work-dir' in message
     if Path('/proc').is_dir():  # as good as a read-only disk, for root too
-        assert 'cannot write to the work directory /proc/work' in train_message(
+        assert 'cannot write to the folder /proc/work' in train_message(
             data, Path('/proc/work'))
 
 
@@ -132,11 +138,17 @@ def test_missing_checkpoint(data: Path, tmp_path: Path) -> None:
     (b'no zip file', 'is no checkpoint'),
     ('half', 'is truncated'),
     ('code', 'could run code, so it is refused'),
+    ('list', 'must hold a dict of weights, got a list'),
+    ('foreign', '0 are in the file, which holds 1. '),
 ])
 def test_bad_checkpoint(data: Path, tmp_path: Path, content: object, expected: str) -> None:
     file = tmp_path / 'bad.pth'
     if content == 'code':
         torch.save(dict(state_dict={}, extra=np.random.default_rng(0)), file)
+    elif content == 'list':
+        torch.save([1, 2], file)
+    elif content == 'foreign':
+        torch.save(dict(state_dict={'foo.bar': torch.zeros(2)}), file)
     elif content == 'half':
         torch.save(dict(state_dict={'weight': torch.zeros(10_000)}), file)
         file.write_bytes(file.read_bytes()[:20_000])
@@ -147,11 +159,52 @@ def test_bad_checkpoint(data: Path, tmp_path: Path, content: object, expected: s
     assert f'the checkpoint {file}' in message and expected in message
 
 
+def test_weights_of_another_model(data: Path, tmp_path: Path) -> None:
+    """The names are right and the shapes are not; a wrapper and new classes change nothing."""
+    model, file = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6)), tmp_path / 'a.pth'
+    weights = {f'module.{name}': value for name, value in model.state_dict().items()}
+    torch.save(weights, file)
+    shapes = preflight.read_shapes(str(file))
+    preflight.check_weights(nn.DataParallel(model), shapes, str(file))
+    preflight.check_weights(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 7)), shapes, str(file))
+    with pytest.raises(preflight.UserError, match=f'{file} .* of the 4 .* 0 are .* holds 4.*conv'):
+        preflight.check_weights(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), shapes, str(file))
+    assert 'of this model' in train_message(data, tmp_path / 'work', load_from=file)
+
+
+def test_targets_that_cannot_be_written(data: Path, tmp_path: Path) -> None:
+    (tmp_path / 'file').touch()
+    (tmp_path / 'folder.pkl').mkdir()
+    torch.save({}, tmp_path / 'a.pth')
+    command = [CONFIG, tmp_path / 'a.pth', '--work-dir', tmp_path / 'work', *data_options(data)]
+    for option, target in (('--out', 'file/a.pkl'), ('--out', 'folder.pkl'),
+                           ('--show-dir', 'file/pictures')):
+        message = message_of(test.main, *command, option, tmp_path / target)
+        assert option in message and str((tmp_path / target).parent) in message
+
+
+def test_annotation_file_that_is_a_folder(data: Path, tmp_path: Path) -> None:
+    message = train_message(data, tmp_path / 'work', **{
+        'train_dataloader.dataset.ann_file': 'annotations'})
+    assert f'dataset.ann_file: the annotation file {data}/coco/annotations is a folder' in message
+
+
+def test_search_for_a_broken_image_passes_small_ones(data: Path) -> None:
+    folder = data / 'coco/images/train'
+    cv2.imwrite(str(folder / '000000.png'), np.zeros((4, 4, 3), np.uint8))
+    cfg = Config(dict(train_dataloader=dict(dataset=dict(data_prefix=dict(img=str(folder))))))
+    assert preflight._unreadable_image(cfg) is None
+    (folder / '000001.png').touch()
+    assert preflight._unreadable_image(cfg) == str(folder / '000001.png')
+
+
 def test_image_demo(data: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / 'a.pth'
     torch.save({}, checkpoint)
     command = [CONFIG, checkpoint, '--out-dir', tmp_path / 'out', '--device', 'cpu']
     assert 'absent.jpg does not exist' in message_of(demo.main, tmp_path / 'absent.jpg', *command)
+    image = data / 'coco/images/train/000003.jpg'
+    assert '0 are in the file, which holds 0' in message_of(demo.main, image, *command)
     (tmp_path / 'empty').mkdir()
     assert 'holds no images' in message_of(demo.main, tmp_path / 'empty', *command)
 

@@ -31,6 +31,7 @@ EDGES = ((0, 3), (3, 7), (7, 4), (4, 0), (1, 2), (2, 6), (6, 5), (5, 1), (0, 1),
          (4, 5))
 WHITE = (255, 255, 255)
 NEAR = 0.2  # metres; what is nearer to the camera is cut off
+PICTURES = ('.png', '.jpg', '.jpeg', '.pdf', '.svg')
 # left to right as the scene lies around the car
 ROWS = (('CAM_FRONT_LEFT', 'CAM_FRONT', 'CAM_FRONT_RIGHT'),
         ('CAM_BACK_RIGHT', 'CAM_BACK', 'CAM_BACK_LEFT'))
@@ -83,6 +84,7 @@ def build_model(cfg: Config, args: argparse.Namespace) -> Any:
     from mmengine.runner import load_checkpoint
     runtime.allow_mmengine_checkpoints()
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    preflight.check_weights(model, preflight.read_shapes(args.checkpoint), args.checkpoint)
     load_checkpoint(model, args.checkpoint, map_location='cpu')
     return model.to(args.device).eval()
 
@@ -200,9 +202,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Draws one sample."""
     args = parse_args(argv)
     with explain(debug=args.debug):
+        preflight.check_file(args.out, '--out', PICTURES)
         cfg = runtime.load_config(args)
-        if args.checkpoint is not None:
-            preflight.check_checkpoint(args.checkpoint, 'checkpoint')
+        cfg.load_from = args.checkpoint
+        preflight.check_checkpoint(args.checkpoint, 'checkpoint')
         if cfg.get('default_scope') != 'mmdet3d':
             raise UserError('bev_demo.py draws for default_scope mmdet3d, '
                             f'got {cfg.get("default_scope")}.')

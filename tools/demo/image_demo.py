@@ -66,7 +66,9 @@ def make_detector(cfg: Config, args: argparse.Namespace) -> Draw:
     """A function that draws detections."""
     from mmdet.apis import inference_detector, init_detector
     from mmdet.registry import VISUALIZERS
+    shapes = preflight.read_shapes(args.checkpoint)
     model = init_detector(cfg, args.checkpoint, palette=args.palette, device=args.device)
+    preflight.check_weights(model, shapes, args.checkpoint)
     visualizer: Any = VISUALIZERS.build(cfg.visualizer)
     visualizer.dataset_meta = model.dataset_meta
 
@@ -84,7 +86,9 @@ def make_segmentor(cfg: Config, args: argparse.Namespace) -> Draw:
     from mmseg.registry import VISUALIZERS
     if 'test_pipeline' not in cfg:  # where mmseg looks for it
         cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
+    shapes = preflight.read_shapes(args.checkpoint)
     model = init_model(cfg, args.checkpoint, device=args.device)
+    preflight.check_weights(model, shapes, args.checkpoint)
     visualizer: Any = VISUALIZERS.build(cfg.visualizer)
     visualizer.dataset_meta = model.dataset_meta
     visualizer.alpha = args.opacity
@@ -106,7 +110,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         files = find_images(Path(args.image))
         cfg = runtime.load_config(args)
         preflight.check_checkpoint(args.checkpoint, 'checkpoint')
-        preflight.check_work_dir(args.out_dir)
+        preflight.check_folder(args.out_dir, '--out-dir')
         scope = cfg.get('default_scope')
         if scope not in MAKERS:
             raise UserError(f'image_demo.py draws for default_scope {" or ".join(MAKERS)}, '
