@@ -61,6 +61,14 @@ constexpr int32_t tap_bytes(int32_t accumulate_bytes, bool backward) {
 LaunchPlan make_launch_plan(const Dcnv4Params& p, const LaunchRequest& request,
                             const DeviceLimits& limits);
 
+// Bits that one addition to an element of grad_value may have in fixed point, so that 63 hold the
+// sum: each tap of each query adds to it at most once.
+inline int32_t fixed_sum_bits(const Dcnv4Params& p) {
+  int32_t bits = 62;
+  for (int64_t most = p.queries() * p.points(); most > 1; most = (most + 1) / 2) --bits;
+  return bits;
+}
+
 // The same for the tensor-core kernels (cuda/dense_window.cuh): a block covers a tile of output
 // pixels of one image and a slice of kWindowSliceChannels channels.
 constexpr int32_t kWindowBlock = 4;          // output pixels that share a window, along each axis

@@ -107,7 +107,8 @@ class Kernel:
 
 def parse_name(arch: str, mangled: str) -> Optional[Kernel]:
     """Template arguments from the mangled name of a kernel."""
-    match = re.search(r'dcnv4_(\w+?)_kernelI(.*?)((?:L[ib]\d+E)*)EEv', mangled)
+    match = re.search(r'dcnv4_(\w+?)_kernelI(.*?)((?:L[ib]\d+E)*)'
+                      r'(?:NS0_8(Float|Fixed)Sum\w+?EE)?EEv', mangled)
     if match is None or match[1] not in DIRECTIONS:
         return None
     types = re.findall(r'NS0_\d+(Half|BFloat16)E|S\d?_|([df])', match[2])
@@ -123,6 +124,8 @@ def parse_name(arch: str, mangled: str) -> Optional[Kernel]:
         return Kernel(arch, match[1], *names, WINDOW_VECTORS[match[1]],
                       f'D={first} reach {second}')
     variant = {'forward': 'K=9', 'backward': 'softmax'}[match[1]] if second else ''
+    if match[4] == 'Fixed':
+        variant = f'{variant} fixed point'.strip()
     return Kernel(arch, match[1], *names, first, variant)
 
 
@@ -222,12 +225,12 @@ def executed_instructions(lines: list[tuple[int, str]], kernel: Kernel) -> float
         factor = 1.0
         if 'HMMA' in body:
             factor = turns
-        elif 'F2I' in body:  # output pixels, a thread each
+        elif 'LDG.E.128' in body or is_value and 'STS' not in body:  # far taps; sums again
+            factor = 0.0
+        elif is_value and 'F2I' in body:  # output pixels, a thread each
             factor = -(-cells // (32 * warps))
         elif 'LDGSTS' in body:
             factor = cells * 8 / (32 * warps) / body.count('LDGSTS')
-        elif 'LDG.E.128' in body or is_value and 'STS' not in body:  # far taps; sums again
-            factor = 0.0
         elif is_value:  # weights cleared
             factor = stencil / (16 * 32 * warps) / body.count('STS')
         for j in range(begin, i + 1):

@@ -14,7 +14,7 @@
 //             memory and written once, in its own type, its padding included
 // Numerics    float32 inside, float64 for float64; the order of the additions to grad_value is not
 //             fixed, its last bits vary from run to run, and float32 reductions flush subnormal
-//             numbers; grad_offset_mask is bitwise repeatable
+//             numbers. With FixedSum it is bitwise repeatable, and slow; grad_offset_mask always is
 // Borders     corners outside the image add nothing, not even a NaN; so do taps without corners
 // Limits      as in dcnv4_forward.cuh; grad_value is aligned to 16 bytes
 // Source      arXiv:2401.06197, section 3, differentiated by hand
@@ -49,11 +49,11 @@ MMDCNV4_DEVICE void fill_backward_taps(const KernelArguments<T>& a, const Row& r
 }
 
 // The channels of a row, as one thread of its team sees them.
-template <typename T>
+template <typename T, typename Sum>
 struct Channels {
   const T* grad_output;
   const T* value;
-  wide_t<T>* grad_value;
+  Sum grad_value;
   int64_t row;              // offset of the row in grad_output
   int64_t image;            // offset of the row's group in its image in value and grad_value
   uint32_t stride;          // channels of a pixel
@@ -66,8 +66,8 @@ struct Channels {
 
 // dot[c] += <grad_output, corner c>, over the channels of this thread; kScatter: also adds to
 // grad_value. `grad` holds the first channels of grad_output.
-template <bool kScatter, typename T, int kVec>
-MMDCNV4_DEVICE void gather_tap(const Channels<T>& channels, const uint4& pixel,
+template <bool kScatter, typename T, typename Sum, int kVec>
+MMDCNV4_DEVICE void gather_tap(const Channels<T, Sum>& channels, const uint4& pixel,
                                const Four<wide_t<T>>& weight, uint32_t bits,
                                wide_t<T> (&grad)[kVec], wide_t<T> (&dot)[4]) {
   using Io = VectorIo<T, kVec>;
@@ -95,18 +95,18 @@ MMDCNV4_DEVICE void gather_tap(const Channels<T>& channels, const uint4& pixel,
         if (!(bits >> c & 1)) continue;
         dot[c] += sum;
         if constexpr (kScatter)
-          reduce_add_vector<kVec>(channels.grad_value + channels.offset(from[c], channel), part);
+          channels.grad_value.add(channels.offset(from[c], channel), part);
       }
     }
   }
 }
 
 // <grad_output, output> = sum_k m_k h_k of a row.
-template <typename T, typename Offset, int kVec>
+template <typename T, typename Offset, typename Sum, int kVec>
 MMDCNV4_DEVICE wide_t<T> expected_dot(const KernelArguments<wide_t<T>>& a, const Row& row,
                                       const MaskRule<wide_t<T>>& rule,
                                       const Offset* __restrict__ packed,
-                                      const Channels<T>& channels, wide_t<T> (&grad)[kVec],
+                                      const Channels<T, Sum>& channels, wide_t<T> (&grad)[kVec],
                                       const Taps<wide_t<T>>& taps) {
   wide_t<T> expected = 0;
 #pragma unroll 1
@@ -149,13 +149,13 @@ MMDCNV4_DEVICE void write_grad_offset_mask(const KernelArguments<T>& a, const Ro
 }
 
 // kSoftmax: as a.softmax, which is rare and takes registers.
-template <typename T, typename Offset, int kVec, bool kSoftmax>
+template <typename T, typename Offset, int kVec, bool kSoftmax, typename Sum>
 __global__ void __launch_bounds__(kMaxThreads, sizeof(T) < 8 ? 3 : 2)
     dcnv4_backward_kernel(const KernelArguments<wide_t<T>> a,
                           const T* __restrict__ grad_output,      // [N, Ho, Wo, G, D]
                           const T* __restrict__ value,            // [N, H, W, G, D]
                           const Offset* __restrict__ offset_mask, // [N, Ho, Wo, P]
-                          wide_t<T>* __restrict__ grad_value,     // [N, H, W, G, D]
+                          const Sum grad_value,                   // [N, H, W, G, D]
                           Offset* __restrict__ grad_offset_mask) { // [N, Ho, Wo, P]
   using W = wide_t<T>;
   MMDCNV4_SHARED_MEMORY(shared);
@@ -166,8 +166,15 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) < 8 ? 3 : 2)
   const int64_t query = row.query(a), first_channel = int64_t(row.group) * a.group_channels;
   const int64_t packed = query * a.offset_mask_channels + int64_t(row.group) * 3 * a.points;
   const int64_t image = row.image * (int64_t(a.height) * a.width) * a.channels + first_channel;
-  const Channels<T> channels{grad_output, value, grad_value, query * a.channels + first_channel,
-                             image, a.channels, row.lane * kVec, a.group_channels, team * kVec};
+  const Channels<T, Sum> channels{grad_output,
+                                  value,
+                                  grad_value,
+                                  query * a.channels + first_channel,
+                                  image,
+                                  a.channels,
+                                  row.lane * kVec,
+                                  a.group_channels,
+                                  team * kVec};
   W grad[kVec] = {};
   if (row.is_valid && channels.begin < channels.end)
     VectorIo<T, kVec>::widen(
@@ -177,7 +184,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) < 8 ? 3 : 2)
   if constexpr (kSoftmax) {
     rule = make_mask_rule(a, row, offset_mask + packed);
     expected =
-        expected_dot<T, Offset, kVec>(a, row, rule, offset_mask + packed, channels, grad, taps);
+        expected_dot(a, row, rule, offset_mask + packed, channels, grad, taps);
   }
 #pragma unroll 1
   for (int32_t first = 0; first < a.points; first += kTapsPerPass) {
@@ -207,24 +214,42 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) < 8 ? 3 : 2)
   }
 }
 
+template <int kVec, typename T, typename Offset, typename Sum>
+void launch_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream stream,
+                     const T* grad_output, const T* value, const Offset* offset_mask,
+                     const Sum& grad_value, Offset* grad_offset_mask) {
+  const auto arguments = make_arguments<wide_t<T>>(p, plan);
+  auto* kernel = p.softmax ? &dcnv4_backward_kernel<T, Offset, kVec, true, Sum>
+                           : &dcnv4_backward_kernel<T, Offset, kVec, false, Sum>;
+  for_each_launch(p, plan, [&](int64_t image, int64_t blocks) {
+    const int64_t value_begin = image * p.height * p.width * p.channels();
+    const int64_t output_begin = image * p.queries() * p.channels();
+    const int64_t packed_begin = image * p.queries() * p.offset_mask_channels;
+    launch(kernel, blocks, plan.threads, plan.shared_bytes, stream, arguments,
+           grad_output + output_begin, value + value_begin, offset_mask + packed_begin,
+           grad_value.from(value_begin), grad_offset_mask + packed_begin);
+  });
+}
+
 template <typename T, typename Offset>
 void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream stream,
                            const T* grad_output, const T* value, const Offset* offset_mask,
-                           wide_t<T>* grad_value, Offset* grad_offset_mask) {
-  const auto arguments = make_arguments<wide_t<T>>(p, plan);
+                           const FloatSum<wide_t<T>>& grad_value, Offset* grad_offset_mask) {
   with_vec<T>(plan.vec, [&](auto vec) {
-    constexpr int kVec = decltype(vec)::value;
-    auto* kernel = p.softmax ? &dcnv4_backward_kernel<T, Offset, kVec, true>
-                             : &dcnv4_backward_kernel<T, Offset, kVec, false>;
-    for_each_launch(p, plan, [&](int64_t image, int64_t blocks) {
-      const int64_t value_begin = image * p.height * p.width * p.channels();
-      const int64_t output_begin = image * p.queries() * p.channels();
-      const int64_t packed_begin = image * p.queries() * p.offset_mask_channels;
-      launch(kernel, blocks, plan.threads, plan.shared_bytes, stream, arguments,
-             grad_output + output_begin, value + value_begin, offset_mask + packed_begin,
-             grad_value + value_begin, grad_offset_mask + packed_begin);
-    });
+    launch_backward<decltype(vec)::value>(p, plan, stream, grad_output, value, offset_mask,
+                                          grad_value, grad_offset_mask);
   });
+}
+
+template <typename T, typename Offset>
+void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream stream,
+                           const T* grad_output, const T* value, const Offset* offset_mask,
+                           const FixedSum<wide_t<T>>& grad_value, Offset* grad_offset_mask) {
+  if (plan.vec != 1)
+    throw std::invalid_argument("dcnv4: the vector width must be 1 for sums in fixed point, got " +
+                                std::to_string(plan.vec));
+  launch_backward<1>(p, plan, stream, grad_output, value, offset_mask, grad_value,
+                     grad_offset_mask);
 }
 
 } // namespace cuda

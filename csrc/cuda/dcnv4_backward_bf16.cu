@@ -7,9 +7,15 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const BFloat16*,
-                                    const BFloat16*, const BFloat16*, float*, BFloat16*);
+                                    const BFloat16*, const BFloat16*, const FloatSum<float>&,
+                                    BFloat16*);
 template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const BFloat16*,
-                                    const BFloat16*, const float*, float*, float*);
+                                    const BFloat16*, const float*, const FloatSum<float>&, float*);
+template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const BFloat16*,
+                                    const BFloat16*, const BFloat16*, const FixedSum<float>&,
+                                    BFloat16*);
+template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const BFloat16*,
+                                    const BFloat16*, const float*, const FixedSum<float>&, float*);
 
 } // namespace cuda
 } // namespace mmdcnv4

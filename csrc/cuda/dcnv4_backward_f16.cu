@@ -7,9 +7,13 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const Half*,
-                                    const Half*, const Half*, float*, Half*);
+                                    const Half*, const Half*, const FloatSum<float>&, Half*);
 template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const Half*,
-                                    const Half*, const float*, float*, float*);
+                                    const Half*, const float*, const FloatSum<float>&, float*);
+template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const Half*,
+                                    const Half*, const Half*, const FixedSum<float>&, Half*);
+template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const Half*,
+                                    const Half*, const float*, const FixedSum<float>&, float*);
 
 } // namespace cuda
 } // namespace mmdcnv4

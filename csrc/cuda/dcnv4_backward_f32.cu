@@ -7,7 +7,9 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const float*,
-                                    const float*, const float*, float*, float*);
+                                    const float*, const float*, const FloatSum<float>&, float*);
+template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const float*,
+                                    const float*, const float*, const FixedSum<float>&, float*);
 
 } // namespace cuda
 } // namespace mmdcnv4

@@ -7,7 +7,9 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const double*,
-                                    const double*, const double*, double*, double*);
+                                    const double*, const double*, const FloatSum<double>&, double*);
+template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const double*,
+                                    const double*, const double*, const FixedSum<double>&, double*);
 
 } // namespace cuda
 } // namespace mmdcnv4

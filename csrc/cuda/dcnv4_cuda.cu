@@ -58,6 +58,11 @@ int32_t common_alignment(std::initializer_list<const at::Tensor*> tensors) {
   return int32_t(bits & (~bits + 1));
 }
 
+// In which type gradients of value are summed.
+at::ScalarType sum_type(const at::Tensor& value) {
+  return value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 LaunchPlan plan_for(const Dcnv4Params& p, const at::Tensor& value, int32_t alignment,
                     bool backward) {
   const int32_t element_bytes = int32_t(value.element_size());
@@ -155,16 +160,48 @@ template <typename T, typename Offset>
 at::Tensor direct_backward(const Dcnv4Params& p, const at::Tensor& grad_output,
                            const at::Tensor& value, const at::Tensor& offset_mask,
                            const at::Tensor& grad_offset_mask, cudaStream_t stream) {
-  const auto sum_type = value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  const at::Tensor grad_value = at::zeros(value.sizes(), value.options().dtype(sum_type));
+  const at::Tensor grad_value = at::zeros(value.sizes(), value.options().dtype(sum_type(value)));
   const LaunchPlan plan =
       plan_for(p, value, common_alignment({&value, &grad_output, &grad_value}), true);
   launch_dcnv4_backward(p, plan, stream, static_cast<const T*>(grad_output.const_data_ptr()),
                         static_cast<const T*>(value.const_data_ptr()),
                         static_cast<const Offset*>(offset_mask.const_data_ptr()),
-                        static_cast<wide_t<T>*>(grad_value.mutable_data_ptr()),
+                        FloatSum<wide_t<T>>{static_cast<wide_t<T>*>(grad_value.mutable_data_ptr())},
                         static_cast<Offset*>(grad_offset_mask.mutable_data_ptr()));
   return grad_value.to(value.scalar_type());
+}
+
+// log2 of a power of two above the largest finite number of a tensor, in float64 on its device.
+at::Tensor exponent_above(const at::Tensor& tensor) {
+  const at::Tensor largest = tensor.nan_to_num(0.0, 0.0, 0.0).abs().amax().to(at::kDouble);
+  return largest.log2().floor().add(1).clamp(-1100, 1024); // -1100: of zero
+}
+
+// Bitwise repeatable: grad_value is summed in 64-bit fixed point, as finely as the largest of
+// grad_output and of the masks allow.
+template <typename T, typename Offset>
+at::Tensor deterministic_backward(const Dcnv4Params& p, const at::Tensor& grad_output,
+                                  const at::Tensor& value, const at::Tensor& offset_mask,
+                                  const at::Tensor& grad_offset_mask, cudaStream_t stream) {
+  const int64_t points = p.points();
+  at::Tensor exponent = exponent_above(grad_output);
+  if (!p.softmax)
+    exponent = exponent.add(exponent_above(offset_mask.narrow(3, 0, p.groups * 3 * points)
+                                               .unflatten(3, {p.groups, 3 * points})
+                                               .narrow(4, 2 * points, points)));
+  const at::Tensor bits = exponent.clamp_max(1024).neg().add(fixed_sum_bits(p));
+  const at::Tensor scale = bits.clamp(-1020, 1020).exp2();
+  const at::Tensor sum = at::zeros(value.sizes(), value.options().dtype(at::kLong));
+  const at::Tensor not_finite = at::zeros(value.sizes(), value.options().dtype(sum_type(value)));
+  const FixedSum<wide_t<T>> grad_value{static_cast<uint64_t*>(sum.mutable_data_ptr()),
+                                       static_cast<wide_t<T>*>(not_finite.mutable_data_ptr()),
+                                       static_cast<const double*>(scale.const_data_ptr())};
+  launch_dcnv4_backward(p, plan_for(p, value, int32_t(sizeof(T)), true), stream,
+                        static_cast<const T*>(grad_output.const_data_ptr()),
+                        static_cast<const T*>(value.const_data_ptr()),
+                        static_cast<const Offset*>(offset_mask.const_data_ptr()), grad_value,
+                        static_cast<Offset*>(grad_offset_mask.mutable_data_ptr()));
+  return sum.to(at::kDouble).div_(scale).add_(not_finite).to(value.scalar_type());
 }
 
 std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(const at::Tensor& grad_output,
@@ -173,7 +210,6 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(const at::Tensor& grad_ou
                                                        MMDCNV4_SCALARS) {
   const Dcnv4Params p = check_dcnv4(value, offset_mask, MMDCNV4_SCALAR_NAMES);
   check_grad_output(grad_output, value, p);
-  at::globalContext().alertNotDeterministic("dcnv4_backward_cuda");
   const c10::cuda::CUDAGuard guard(value.device());
   at::Tensor grad_offset_mask = at::empty(offset_mask.sizes(), offset_mask.options());
   if (grad_output.numel() == 0)
@@ -185,6 +221,11 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(const at::Tensor& grad_ou
   with_types(dtype_of(value), dtype_of(offset_mask), [&](auto type, auto offset_type) {
     using T = typename decltype(type)::type;
     using Offset = typename decltype(offset_type)::type;
+    if (at::globalContext().deterministicAlgorithms()) {
+      grad_value =
+          deterministic_backward<T, Offset>(p, grad, from, packed, grad_offset_mask, stream);
+      return;
+    }
     grad_value = try_window_backward<T, Offset>(p, grad, from, packed, grad_offset_mask, stream);
     if (!grad_value.defined())
       grad_value = direct_backward<T, Offset>(p, grad, from, packed, grad_offset_mask, stream);

@@ -64,15 +64,15 @@ __global__ void __launch_bounds__(kMaxThreads)
   const uint64_t image = uint64_t(row.image) * uint32_t(a.call.height) * uint32_t(a.call.width) *
                              a.call.channels +
                          uint32_t(row.group) * uint32_t(a.call.group_channels);
-  const Channels<T> channels{grad_output,
-                             value,
-                             rest_sum,
-                             int64_t(number * uint32_t(a.call.group_channels)),
-                             int64_t(image),
-                             a.call.channels,
-                             lane * kVec,
-                             a.call.group_channels,
-                             team * kVec};
+  const Channels<T, FloatSum<float>> channels{grad_output,
+                                              value,
+                                              {rest_sum},
+                                              int64_t(number * uint32_t(a.call.group_channels)),
+                                              int64_t(image),
+                                              a.call.channels,
+                                              lane * kVec,
+                                              a.call.group_channels,
+                                              team * kVec};
   const Place edge = edge_of_image(row.x + a.shift_x, row.y + a.shift_y);
   float grad[kVec];
   VectorIo<T, kVec>::widen(

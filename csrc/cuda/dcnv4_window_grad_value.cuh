@@ -37,15 +37,35 @@ namespace cuda {
 
 constexpr uint32_t kUntouched = 0x80000000u; // -0.0
 
-// Adds the weights of one row, if it exists; `at` is the place of its pixel in line 0, column 0.
+// One of the output pixels around a tile.
+struct PixelAround {
+  uint32_t number; // within its image, kNoPixel where there is none
+  Place edge;      // see edge_of_image()
+
+  MMDCNV4_DEVICE PixelAround(const WindowArguments& a, const Tile& tile, int reach,
+                             uint32_t index) {
+    uint32_t x = index, y = a.cell_lines.split(x);
+    x += tile.x - uint32_t(reach);
+    y += tile.y - uint32_t(reach);
+    edge = edge_of_image(int32_t(x), int32_t(y));
+    x += uint32_t(a.shift_x);
+    y += uint32_t(a.shift_y);
+    number = index < a.cells && x < uint32_t(a.map_w) && y < uint32_t(a.map_h)
+                 ? y * uint32_t(a.map_w) + x
+                 : kNoPixel;
+  }
+};
+
+// Adds the weights of a pixel's row; `at` is its place in line 0, column 0.
 template <int kReach, typename Numbers>
-MMDCNV4_DEVICE void add_stencil(const WindowArguments& a, bool exists, const Place& edge,
+MMDCNV4_DEVICE void add_stencil(const WindowArguments& a, const PixelAround& pixel,
                                 const Numbers& numbers, unsigned char* at) {
 #pragma unroll
   for (int k = 0; k < kTaps; ++k) {
     enter_step(SharedPhase::kScatter);
     const Place move = move_of_tap(a, k, numbers.dx(k), numbers.dy(k));
-    if (!exists || !is_near(move, edge, kReach) || (k == kTaps - 1 && a.call.points < kTaps))
+    if (pixel.number == kNoPixel || !is_near(move, pixel.edge, kReach) ||
+        (k == kTaps - 1 && a.call.points < kTaps))
       continue;
     const NearSample sample = near_sample(move);
     unsigned char* corner[4];
@@ -238,26 +258,12 @@ __global__ void __launch_bounds__(kMaxThreads, kReach == 2 ? 2 : 1)
   const Tile tile = Layout::locate_tile(a, blockIdx.x);
   const uint64_t in_pixels = uint64_t(tile.image) * uint32_t(a.rows_h) * uint32_t(a.rows_w);
   const uint64_t out_pixels = uint64_t(tile.image) * uint32_t(a.map_h) * uint32_t(a.map_w);
-  // pixel `index` of those around the tile: where it is, where it rests in the image
-  const auto locate = [&](uint32_t index, uint32_t& x, uint32_t& y) {
-    x = index;
-    y = a.cell_lines.split(x);
-    x += tile.x - kReach;
-    y += tile.y - kReach;
-    const uint32_t out_x = x + uint32_t(a.shift_x), out_y = y + uint32_t(a.shift_y);
-    const bool exists =
-        index < a.cells && out_x < uint32_t(a.map_w) && out_y < uint32_t(a.map_h);
-    return PixelNumber{exists, exists ? out_y * uint32_t(a.map_w) + out_x : 0};
-  };
-  const auto fetch_numbers = [&](uint32_t group, uint32_t first) {
-    Numbers::copy(a, lane, group, offset_mask + out_pixels * a.packed_channels, staged,
-                  [&](uint32_t index) {
-                    uint32_t x, y;
-                    return locate(first + warp * kWarp + index, x, y);
-                  });
+  const auto fetch_numbers = [&](uint32_t group, const PixelAround& pixel) {
+    Numbers::copy(a, lane, pixel.number, group, offset_mask + out_pixels * a.packed_channels,
+                  staged);
     commit_copies();
   };
-  fetch_numbers(tile.first_group, 0);
+  fetch_numbers(tile.first_group, PixelAround(a, tile, kReach, threadIdx.x));
   copy_cells<kDepth, kReach>(a, tile, grad_output + out_pixels * a.call.channels, pixels);
   commit_copies();
   wait_copies<1>(); // pixels may take until the weights are there
@@ -276,6 +282,7 @@ __global__ void __launch_bounds__(kMaxThreads, kReach == 2 ? 2 : 1)
     __syncthreads();
 #pragma unroll 1
     for (uint32_t first = 0; first < a.cells; first += blockDim.x) {
+      const uint32_t index = first + threadIdx.x;
       if (first + pass != 0) wait_copies<0>();
       __syncwarp();
       RowNumbers<Offset> numbers;
@@ -283,11 +290,10 @@ __global__ void __launch_bounds__(kMaxThreads, kReach == 2 ? 2 : 1)
       __syncwarp();
       const bool is_done = first + blockDim.x >= a.cells;
       if (!is_done || !is_last)
-        fetch_numbers(is_done ? group + 1 : group, is_done ? 0 : first + blockDim.x);
-      const uint32_t index = first + threadIdx.x;
-      uint32_t x, y;
-      const bool exists = locate(index, x, y).exists;
-      add_stencil<kReach>(a, exists, edge_of_image(int32_t(x), int32_t(y)), numbers,
+        fetch_numbers(is_done ? group + 1 : group,
+                      PixelAround(a, tile, kReach, is_done ? threadIdx.x : index + blockDim.x));
+      const PixelAround pixel(a, tile, kReach, index);
+      add_stencil<kReach>(a, pixel, numbers,
                           weights + kReach * (a.stencil.line + a.stencil.column) +
                               index * sizeof(float));
     }

@@ -55,6 +55,11 @@ MMDCNV4_DEVICE void reduce_add(float* to, float a, float b, float c, float d) {
 #endif
 }
 MMDCNV4_DEVICE void reduce_add(double* to, double a) { atomicAdd(to, a); }
+MMDCNV4_DEVICE void reduce_add(uint64_t* to, uint64_t a) {
+  asm volatile("red.global.add.u64 [%0], %1;" ::"l"(to), "l"(a));
+}
+
+MMDCNV4_DEVICE int64_t round_to_integer(double number) { return __double2ll_rn(number); }
 
 using Stream = cudaStream_t;
 

@@ -28,8 +28,15 @@ void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream 
                            const T* grad_output,       // [N, Ho, Wo, G, D]
                            const T* value,             // [N, H, W, G, D]
                            const Offset* offset_mask,  // [N, Ho, Wo, P]
-                           wide_t<T>* grad_value,      // [N, H, W, G, D], added to
+                           const FloatSum<wide_t<T>>& grad_value, // [N, H, W, G, D], added to
                            Offset* grad_offset_mask);  // [N, Ho, Wo, P], written whole
+
+// The same, bitwise repeatable; for plans of vector width 1.
+template <typename T, typename Offset>
+void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream stream,
+                           const T* grad_output, const T* value, const Offset* offset_mask,
+                           const FixedSum<wide_t<T>>& grad_value, // [N, H, W, G, D], added to
+                           Offset* grad_offset_mask);
 
 // Memory that launch_dcnv4_window_backward() works with.
 struct WindowScratch {

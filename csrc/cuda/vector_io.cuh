@@ -132,5 +132,39 @@ MMDCNV4_DEVICE void reduce_add_vector(T* to, const T (&from)[kVec]) {
   }
 }
 
+// Where gradients of value are added up, by any thread: in floating point, in an order that varies.
+template <typename T>
+struct FloatSum {
+  T* numbers;
+
+  FloatSum from(int64_t at) const { return {numbers + at}; } // for the host
+  template <int kVec>
+  MMDCNV4_DEVICE void add(int64_t at, const T (&from)[kVec]) const {
+    reduce_add_vector<kVec>(numbers + at, from);
+  }
+};
+
+// The same in fixed point, where the order does not matter; what is not finite is added apart, in
+// floating point, where it does not either.
+template <typename T>
+struct FixedSum {
+  uint64_t* numbers; // two's complement
+  T* not_finite;
+  const double* scale; // on the device: numbers are sums times this; small enough for no overflow
+
+  FixedSum from(int64_t at) const { return {numbers + at, not_finite + at, scale}; }
+  template <int kVec>
+  MMDCNV4_DEVICE void add(int64_t at, const T (&from)[kVec]) const {
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      if (from[i] - from[i] == T(0)) {
+        reduce_add(numbers + at + i, uint64_t(round_to_integer(double(from[i]) * *scale)));
+      } else {
+        reduce_add(not_finite + at + i, from[i]);
+      }
+    }
+  }
+};
+
 } // namespace cuda
 } // namespace mmdcnv4

@@ -13,10 +13,6 @@ namespace cuda {
 
 constexpr int32_t kTaps = 9;
 
-struct PixelNumber {
-  bool exists;
-  uint32_t number; // within its image
-};
 
 // How the numbers of 32 rows lie in shared memory: pixel by pixel, all bytes of kUnitGroups groups,
 // in the chunks of 16 bytes that cover them.
@@ -39,11 +35,10 @@ struct NumbersLayout {
   }
 
   // Copies the numbers of groups from `first_group` on, which must exist, from those of an image;
-  // zeros where there is no pixel. locate(i) returns whether pixel i exists, and its number.
-  template <typename Locate>
-  static MMDCNV4_DEVICE void copy(const WindowArguments& a, uint32_t lane, uint32_t first_group,
-                                  const Offset* __restrict__ packed, unsigned char* to,
-                                  const Locate& locate) {
+  // zeros where there is no pixel. `pixel`: number of the lane's pixel in the image, or kNoPixel.
+  static MMDCNV4_DEVICE void copy(const WindowArguments& a, uint32_t lane, uint32_t pixel,
+                                  uint32_t first_group, const Offset* __restrict__ packed,
+                                  unsigned char* to) {
     const uint32_t chunk = lane % kChunks;
     const uint32_t groups =
         kUnitGroups == 2 && first_group + 1 < uint32_t(a.call.groups) ? 2 : 1;
@@ -54,13 +49,14 @@ struct NumbersLayout {
 #pragma unroll
     for (uint32_t i = 0; i < kPixels * kChunks / kWarp; ++i) {
       const uint32_t index = lane / kChunks + i * (kWarp / kChunks);
-      const PixelNumber pixel = locate(index);
-      const bool exists = pixel.exists & has_chunk;
-      const uint32_t at = exists ? pixel.number : 0;
+      const uint32_t number = __shfl_sync(kAllLanes, pixel, int(index));
+      const bool exists = (number != kNoPixel) & has_chunk;
       enter_step(SharedPhase::kCopy);
       if (chunk * kChunkBytes >= kPitch) continue;
       copy_async(to + index * kPitch + chunk * kChunkBytes,
-                 from + uint64_t(at) * (a.packed_channels * uint32_t(sizeof(Offset))), exists);
+                 from + uint64_t(exists ? number : 0) *
+                            (a.packed_channels * uint32_t(sizeof(Offset))),
+                 exists);
     }
   }
 
@@ -81,11 +77,9 @@ struct UnitNumbers : NumbersLayout<Offset, (DenseWindow<kDepth, kReach>::kGroups
   static MMDCNV4_DEVICE void copy(const WindowArguments& a, const Tile& tile, uint32_t unit,
                                   uint32_t lane, const Offset* __restrict__ packed,
                                   unsigned char* area) {
-    const Row first = Layout::locate_row(a, tile, unit, 0);
-    Base::copy(a, lane, uint32_t(first.group), packed, area, [&](uint32_t index) {
-      const Row row = Layout::locate_row(a, tile, unit, index);
-      return PixelNumber{row.is_valid, row.is_valid ? pixel_of(a, row) : 0};
-    });
+    const Row row = Layout::locate_row(a, tile, unit, lane % Base::kPixels);
+    Base::copy(a, lane, row.is_valid ? pixel_of(a, row) : kNoPixel, uint32_t(row.group), packed,
+               area);
   }
 };
 

@@ -340,21 +340,19 @@ def test_no_synchronisation(both_paths):
         torch.cuda.set_sync_debug_mode('default')
 
 
-def test_deterministic_mode():
-    """The output is repeatable; the backward pass says that it is not."""
-    value, offset_mask, grad_output = gpu_inputs((2, 56, 56, 4, 16))
-    options = dict(groups=4, **SAME)
-    first = dcnv4(value, offset_mask, **options)
+@pytest.mark.parametrize('dtypes', DTYPES)
+def test_deterministic_mode(both_paths, dtypes):
+    """Output and gradients are bitwise repeatable, and right."""
+    geometry = dict(SAME, groups=4)
+    inputs, grad_output = make_call((2, 56, 56, 4, 16), DTYPES[dtypes], SAME)
     try:
         torch.use_deterministic_algorithms(True)
-        assert all(torch.equal(first, dcnv4(value, offset_mask, **options)) for _ in range(5))
-        with pytest.raises(RuntimeError, match='dcnv4_backward_cuda does not have a deterministic'):
-            gradients(value, offset_mask, grad_output, **options)
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        with pytest.warns(UserWarning, match='dcnv4_backward_cuda does not have a deterministic'):
-            gradients(value, offset_mask, grad_output, **options)
+        first, *others = (forward_backward(on_gpu, inputs, grad_output, **geometry)
+                          for _ in range(5))
     finally:
         torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(one, two) for other in others for one, two in zip(first, other))
+    assert_all(first, inputs, grad_output, **geometry)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason='one GPU')

@@ -40,6 +40,32 @@ def emulate(emulator, path, inputs, grad_output, *, groups, order='forward', ali
     return (output, grad_value.to(value.dtype), grad_packed), json.loads(result.stdout)
 
 
+def exponent_above(tensor):
+    """log2 of a power of two above the largest finite number."""
+    largest = tensor.double().nan_to_num(0, 0, 0).abs().max()
+    return largest.log2().floor().add(1).clamp(-1100, 1024)
+
+
+def emulate_fixed(emulator, path, inputs, grad_output, *, groups, order='forward', **geometry):
+    """Gradients by the kernel with sums in fixed point."""
+    value, packed = inputs
+    points = make_geometry(groups=groups, **geometry).points
+    mask = packed[..., :3 * points * groups].unflatten(-1, (groups, -1))[..., 2 * points:]
+    exponent = exponent_above(grad_output)
+    if not geometry.get('softmax'):
+        exponent = exponent + exponent_above(mask)
+    data = b''.join(map(to_bytes, (value, packed, grad_output, 2 ** -exponent.clamp(max=1024))))
+    path.write_bytes(data)
+    call = (f'{path} {ORDERS[order]} 16 {CODE[value.dtype]} {CODE[packed.dtype]} '
+            f'{" ".join(map(str, GPU))} {sizes_text(value, groups, geometry)}\n')
+    result = subprocess.run([emulator, 'fixed'], input=call, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    grad_value, rest = from_bytes(path.read_bytes()[len(data):], F64, value.shape)
+    grad_packed, rest = from_bytes(rest, packed.dtype, packed.shape)
+    assert not rest
+    return grad_value.to(value.dtype), grad_packed
+
+
 def check(emulator, tmp_path, size, dtypes, geometry, **options):
     """Compares one call with the reference; returns the plans."""
     inputs, grad_output = make_call(size, dtypes, geometry)
@@ -123,6 +149,37 @@ def test_order_of_threads(emulator, tmp_path, name, depth):
         torch.testing.assert_close(output, results[0][0], **same)
         torch.testing.assert_close(grad_packed, results[0][2], **same)
         torch.testing.assert_close(grad_value, results[0][1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtypes', DTYPES)
+@pytest.mark.parametrize('name', ['3x3', '3x3-softmax'])
+def test_fixed_point(emulator, tmp_path, name, dtypes):
+    """Sums in fixed point: right, and bitwise the same in any order of threads."""
+    geometry = dict(GEOMETRIES[name], groups=3)
+    inputs, grad_output = make_call((2, 5, 7, 3, 6), DTYPES[dtypes], GEOMETRIES[name])
+    inputs = hostile_offsets(inputs, make_geometry(**geometry).points)
+    results = [emulate_fixed(emulator, tmp_path / order, inputs, grad_output, order=order,
+                             **geometry) for order in ORDERS]
+    reference = forward_backward(dcnv4_reference, inputs, grad_output, **geometry)[1:]
+    exact = forward_backward(dcnv4_reference, inputs.leaves(F64, F64), grad_output, **geometry)[1:]
+    for tensors in zip(results[0], reference, exact):
+        assert_as_accurate(*tensors)
+    for other in results[1:]:
+        assert all(map(torch.equal, other, results[0]))
+
+
+@pytest.mark.hostile
+def test_fixed_point_of_hostile_numbers(emulator, tmp_path):
+    """NaN and infinite numbers stay what they are; numbers of any size do not overflow."""
+    geometry = dict(GEOMETRIES['3x3'], groups=2)
+    inputs, grad_output = make_call((1, 9, 7, 2, 4), DTYPES['f32'], GEOMETRIES['3x3'])
+    for size in (1e-30, 1.0, 1e30):
+        grads = grad_output * size
+        grads[0, 0, 0], grads[0, 8, 6, 1], grads[0, 4, 3, ::3] = torch.nan, torch.inf, -torch.inf
+        actual = emulate_fixed(emulator, tmp_path / 'call', inputs, grads, **geometry)[0]
+        expected = forward_backward(dcnv4_reference, inputs, grads, **geometry)[1]
+        assert expected.isnan().any() and expected.isinf().any() and expected.isfinite().any()
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * size, equal_nan=True)
 
 
 @pytest.mark.hostile

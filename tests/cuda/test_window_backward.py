@@ -52,20 +52,22 @@ def near_offsets(inputs, groups, spread):
     return inputs
 
 
-@pytest.mark.parametrize('name', GEOMETRIES)
+@pytest.mark.parametrize('reach', [2, 4])
 @pytest.mark.parametrize('dtypes', HALVES)
 @pytest.mark.parametrize('depth', [16, 32, 64])
-def test_geometries(emulator, tmp_path, name, dtypes, depth):
-    """Every kernel that is compiled; samples in reach, far away and outside the image."""
-    inputs, grad_output = make_call((1, 5, 9, 3, depth), HALVES[dtypes], GEOMETRIES[name])
-    _, run = check(emulator, tmp_path, inputs, grad_output, groups=3, **GEOMETRIES[name])
-    reach = 4 if 'wide' in name else 2
+def test_geometries(emulator, tmp_path, reach, dtypes, depth):
+    """Every kernel that is compiled, in turns with the middle tap and without; samples in reach,
+    far away and outside the image."""
+    is_ring = (depth == 32) != dtypes.startswith('bf16')
+    geometry = GEOMETRIES['3x3' + '-ring' * is_ring + '-wide' * (reach == 4)]
+    inputs, grad_output = make_call((1, 5, 9, 3, depth), HALVES[dtypes], geometry)
+    _, run = check(emulator, tmp_path, inputs, grad_output, groups=3, **geometry)
     assert run.offset_mask_plan['reach'] == run.value_plan['reach'] == reach
     assert run.has_rest == (reach == 2)  # samples lie up to three pixels away
 
 
-@pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
-@pytest.mark.parametrize('size', SIZES, ids=size_name)
+@pytest.mark.parametrize(('size', 'dtypes'), zip(SIZES, 4 * ('f16', 'bf16-f32')),
+                         ids=lambda part: part if isinstance(part, str) else size_name(part))
 def test_sizes(emulator, tmp_path, size, dtypes):
     inputs, grad_output = make_call(size, HALVES[dtypes], GEOMETRIES['3x3'])
     check(emulator, tmp_path, inputs, grad_output, groups=size[3], device=ONE_PROCESSOR,

@@ -169,6 +169,8 @@ inline void reduce_add(float* to, float a, float b, float c, float d) {
   four.w += d;
 }
 
+inline int64_t round_to_integer(double number) { return std::llrint(number); }
+
 using Stream = int;
 
 template <typename... Parameters, typename... Arguments>

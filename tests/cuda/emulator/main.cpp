@@ -4,6 +4,7 @@
 // main.cpp — runs calls of DCNv4 on the emulator, or checks how they are cut into blocks.
 //
 //     emulator run < calls     <file> <order> <alignment> <dtype> <offset dtype> <device> <sizes>
+//     emulator fixed < calls   the same; the backward kernel with sums in fixed point alone
 //     emulator window < calls  the same; the forward kernel on tensor cores alone
 //     emulator window_backward < calls  the same; the backward kernels on tensor cores alone
 //     emulator cover < calls   <alignment> <dtype> <backward> <device> <sizes>
@@ -100,13 +101,45 @@ void run(const Dcnv4Params& p, const DeviceLimits& limits, int alignment, std::f
                        static_cast<const Offset*>(packed.data()), output.data());
   launch_dcnv4_backward(p, backward, Stream(), static_cast<const T*>(grad_output.data()),
                         static_cast<const T*>(value.data()),
-                        static_cast<const Offset*>(packed.data()), grad_value.data(),
-                        grad_packed.data());
+                        static_cast<const Offset*>(packed.data()),
+                        FloatSum<wide_t<T>>{grad_value.data()}, grad_packed.data());
   file.seekp(0, std::ios::end);
   output.write(file);
   grad_value.write(file);
   grad_packed.write(file);
   std::cout << "[" << to_json(forward) << ", " << to_json(backward) << "]\n";
+}
+
+// The backward kernel with sums in fixed point: what is needed of dcnv4_cuda.cu, without torch.
+template <typename T, typename Offset>
+void run_fixed(const Dcnv4Params& p, const DeviceLimits& limits, std::fstream& file) {
+  const int bytes = sizeof(T), wide = sizeof(wide_t<T>);
+  const int64_t in = p.batch * p.height * p.width * p.channels(), rows = p.batch * p.queries();
+  Buffer<T> value(in, bytes, 0), grad_output(rows * p.channels(), bytes, 0);
+  Buffer<Offset> packed(rows * p.offset_mask_channels, 16, 0);
+  Buffer<Offset> grad_packed(rows * p.offset_mask_channels, 16, 0xff);
+  Buffer<uint64_t> sum(in, 16, 0);
+  Buffer<wide_t<T>> not_finite(in, 16, 0);
+  value.read(file);
+  packed.read(file);
+  grad_output.read(file);
+  double scale = 0;
+  file.read(reinterpret_cast<char*>(&scale), sizeof(scale));
+  if (!file) throw std::invalid_argument("emulator: the file is too short");
+  scale = std::ldexp(scale, fixed_sum_bits(p));
+  const LaunchPlan plan = make_launch_plan(p, {bytes, wide, bytes, true}, limits);
+  launch_dcnv4_backward(p, plan, Stream(), static_cast<const T*>(grad_output.data()),
+                        static_cast<const T*>(value.data()),
+                        static_cast<const Offset*>(packed.data()),
+                        FixedSum<wide_t<T>>{sum.data(), not_finite.data(), &scale},
+                        grad_packed.data());
+  Buffer<double> grad_value(in, 16, 0xff);
+  for (int64_t i = 0; i < in; ++i)
+    grad_value.data()[i] = double(int64_t(sum.data()[i])) / scale + not_finite.data()[i];
+  file.seekp(0, std::ios::end);
+  grad_value.write(file);
+  grad_packed.write(file);
+  std::cout << to_json(plan) << "\n";
 }
 
 const char* const kPhases[] = {"copy",   "numbers", "clear", "scatter", "weights",
@@ -174,6 +207,7 @@ void run_call(std::istream& line, const std::string& mode) {
     using T = typename decltype(type)::type;
     using Offset = typename decltype(offset_type)::type;
     if (mode == "run") return run<T, Offset>(p, limits, alignment, file);
+    if (mode == "fixed") return run_fixed<T, Offset>(p, limits, file);
     if constexpr (sizeof(T) == 2) {
       if (mode == "window") return run_window<T, Offset>(p, limits, alignment, file);
       return run_window_backward<T, Offset>(p, limits, alignment, file);
@@ -264,8 +298,9 @@ void cover_call(std::istream& line) {
 int main(int count, char** arguments) {
   const std::string mode = count >= 2 ? arguments[1] : "";
   emulator::set_counting(count == 3 && std::string(arguments[2]) == "count");
-  if (mode != "run" && mode != "window" && mode != "window_backward" && mode != "cover") {
-    std::cerr << "emulator: the argument must be run, window, window_backward or cover, got '"
+  const std::vector<std::string> modes = {"run", "fixed", "window", "window_backward", "cover"};
+  if (std::find(modes.begin(), modes.end(), mode) == modes.end()) {
+    std::cerr << "emulator: the argument must be run, fixed, window, window_backward or cover, got '"
               << mode << "'\n";
     return 2;
   }
