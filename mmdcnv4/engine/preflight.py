@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
+import torch
 from mmengine.config import Config
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner.checkpoint import CheckpointLoader
@@ -27,10 +28,13 @@ from torch import Size, Tensor, nn
 from .progress import close_bar
 
 OUR_TYPES = ('ChannelLN', 'DCNv4', 'FlashInternImage', 'InternImage')
-# classes whose errors name what the config or the data set holds
+# classes and modules whose errors name what the config or the data set holds
 _OWN_MESSAGES = ('NuScenesTemporalDataset', 'LoadTemporalMultiViewImages', 'MultiViewCropResize',
-                 'BEVFormerV2', 'BEVFormerV2Encoder', 'BEVFormerV2Head', 'PerspectiveHead')
+                 'BEVFormerV2', 'BEVFormerV2Encoder', 'BEVFormerV2Head', 'PerspectiveHead',
+                 'analysis')
+_LIBRARIES = ('mmcv', 'mmdet', 'mmdet3d', 'mmpretrain', 'mmseg')
 _IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg', '.pdf', '.svg')  # that matplotlib writes
 _MAX_FILES_TO_SEARCH = 50_000
 
 
@@ -137,6 +141,21 @@ def check_weights(model: nn.Module, shapes: dict[str, Size], path: str) -> None:
             f'the checkpoint {path} is not of this model: of the {len(own)} weights of the model '
             f'{matching} are in the file, which holds {len(shapes)}. Published weights are '
             'converted by tools/model_converters/convert_checkpoint.py.')
+
+
+def check_device(name: str) -> None:
+    """Refuses a device that PyTorch does not know, or a GPU that it does not see.
+
+    Raises:
+        UserError: names the device.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f'--device must be cpu, cuda or cuda:<number>, got {name}') from error
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f'--device {name}: torch {torch.__version__} sees '
+                        f'{torch.cuda.device_count()} GPU(s).')
 
 
 def _walk(node: Any, path: str = '') -> Iterator[tuple[str, dict]]:
@@ -363,6 +382,14 @@ def translate(error: BaseException, cfg: Optional[Config] = None) -> Optional[st
     match = re.search(r"No such file or directory: ['\"](.+?)['\"]", text)
     if match:
         return f'the file {match[1]} does not exist.'
+    if isinstance(error, ModuleNotFoundError):
+        library = str(error.name).split('.')[0]
+        if library in _LIBRARIES:
+            return f'the config needs {library}, which is not installed.'
+    match = re.search(r'expected scalar type Float but found (\w+)', text)
+    if match:
+        return (f'an operator of the model does not compute in {match[1].lower()} on this device; '
+                'leave out --amp.')
     if re.search(r'No space left on device', text):
         return 'the disk is full; free some space and continue with --resume.'
     if cfg is None:

@@ -28,7 +28,7 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
@@ -182,41 +182,66 @@ def _replace_sync_bn(cfg: Config) -> None:
 # ----------------------------------------------------------------------------- the command lines
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that training and testing share, under their OpenMMLab names."""
-    from mmengine.config import DictAction
-    parser.add_argument('--work-dir', help='folder of logs and checkpoints; '
-                        'default: work_dir of the config, else work_dirs/<name of the config>')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+class OptionsAction(DictAction):
+    """KEY=VALUE pairs as a dict, the values as Python reads them."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option_string: Optional[str] = None) -> None:
+        """Adds the pairs, and names what is none."""
+        for value in values:
+            if '=' not in value:
+                raise argparse.ArgumentError(self, f'must be KEY=VALUE, got {value!r}')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every program that reads a config."""
+    parser.add_argument('--cfg-options', nargs='+', action=OptionsAction, metavar='KEY=VALUE',
                         help='override entries of the config, e.g. train_cfg.max_epochs=1 '
                         'model.backbone.init_cfg=None data.list="[1,2]"')
+    parser.add_argument('--debug', action='store_true',
+                        help='show the traceback of every error')
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that training and testing share, under their OpenMMLab names."""
+    add_config_arguments(parser)
+    parser.add_argument('--work-dir', help='folder of logs and checkpoints; '
+                        'default: work_dir of the config, else work_dirs/<name of the config>')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],
                         default='none', help='what started the processes')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0,
                         help='set by some launchers')
-    parser.add_argument('--debug', action='store_true',
-                        help='show the traceback of every error')
+
+
+def read_config(path: str, options: Optional[dict] = None) -> Config:
+    """Reads the config of a model and applies `--cfg-options`.
+
+    Raises:
+        UserError: the file is absent or is no config of a model.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f'the config {path} does not exist.')
+    try:
+        cfg = Config.fromfile(path)
+        forget_scope(cfg._cfg_dict)
+        cfg.merge_from_dict(options or {})
+    except Exception as error:  # a config is a program, which fails in any way
+        raise UserError(f'cannot read the config {path}: '
+                        f'{type(error).__name__}: {error}') from error
+    if cfg.get('model') is None:
+        raise UserError(f'the config {path} defines no model.')
+    return cfg
 
 
 def load_config(args: argparse.Namespace) -> Config:
     """Reads the config and applies the common arguments.
 
     Raises:
-        UserError: the file is absent or is no config.
+        UserError: the file is absent or is no config of a model.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    if not os.path.isfile(args.config):
-        raise UserError(f'the config {args.config} does not exist.')
-    try:
-        cfg = Config.fromfile(args.config)
-        forget_scope(cfg._cfg_dict)
-        if args.cfg_options is not None:
-            cfg.merge_from_dict(args.cfg_options)
-    except (SyntaxError, ImportError, OSError, KeyError, TypeError) as error:
-        raise UserError(f'cannot read the config {args.config}: '
-                        f'{type(error).__name__}: {error}') from error
-    if cfg.get('model') is None:
-        raise UserError(f'the config {args.config} defines no model.')
+    cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir

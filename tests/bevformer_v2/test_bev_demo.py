@@ -55,6 +55,7 @@ def test_tool(demo, rig, tmp_path, capsys):
 @pytest.mark.parametrize('options, message', [
     (['--index', '99'], '--index must be 0 ... 5, got 99'),
     (['no_such.pth'], 'no_such.pth'),
+    (['--device', 'gpu'], '--device must be cpu, cuda or cuda:<number>, got gpu'),
     (['--out', 'p.foo'], '--out must end in .png')])
 def test_errors(demo, rig, tmp_path, options, message, capsys):
     with pytest.raises(SystemExit) as caught:

@@ -144,16 +144,30 @@ def test_work_dir_comes_from_command_config_name(tmp_path: Path,
     ('lr = 1', 'defines no model'),
     ("custom_imports = dict(imports=['no_such_package'])\nmodel = dict(type='M')",
      'cannot read the config .*no_such_package'),
+    ('a = b', 'cannot read the config .*NameError'),
+    ("_base_ = 'mmdet3::a/b.py'", 'cannot read the config .*AssertionError: .*mmdet3'),
+    ("_base_ = 'a.yaml'", 'cannot read the config .*Error'),
 ])
 def test_a_bad_config_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str,
                                message: str) -> None:
     monkeypatch.setenv('LOCAL_RANK', '0')
     file = tmp_path / 'a.py'
+    (tmp_path / 'a.yaml').write_text('a: [')
     if text is not None:
         file.write_text(text)
     with pytest.raises(UserError, match=message) as caught:
         runtime.load_config(arguments(str(file)))
     assert str(file) in str(caught.value)
+
+
+def test_an_option_without_a_value_is_named(capsys: pytest.CaptureFixture) -> None:
+    parser = argparse.ArgumentParser()
+    runtime.add_config_arguments(parser)
+    options = parser.parse_args(['--cfg-options', 'a.b=1', 'c=x=y']).cfg_options
+    assert options == {'a.b': 1, 'c': 'x=y'}
+    with pytest.raises(SystemExit):
+        parser.parse_args(['--cfg-options', 'a=1', 'foo'])
+    assert "argument --cfg-options: must be KEY=VALUE, got 'foo'" in capsys.readouterr().err
 
 
 def test_amp(monkeypatch: pytest.MonkeyPatch) -> None:

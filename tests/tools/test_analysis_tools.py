@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 
 import cv2
 import numpy as np
@@ -17,6 +18,7 @@ from tool_runner import TINY, load_tool
 from torch import nn
 
 from mmdcnv4.engine.analysis import ModelPart
+from mmdcnv4.engine.preflight import UserError
 from mmdcnv4.models.backbones import FlashInternImage, InternImage
 from mmdcnv4.models.layers import ConvHeadNeck
 from mmdcnv4.ops import DCNv4, _extension
@@ -82,12 +84,15 @@ def test_get_flops(capsys):
         whole = tool.count(Config.fromfile(config), 64, 64)
         features = tool.count(Config.fromfile(config), 64, 64, 'backbone')
         assert whole.total > features.total > 0
-    with pytest.raises(SystemExit, match='one or two'):
-        tool.main([str(UPERNET), '--shape', '1', '2', '3'])
+    for shape in (['1', '2', '3'], ['0']):
+        with pytest.raises(SystemExit):
+            tool.main([str(UPERNET), '--shape', *shape])
+        assert 'must be one or two positive numbers, got' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('options, words', [
     ([], 'model, forward, float32'), (['--amp', '--part', 'features'], 'features, forward, bfloat'),
+    (['--amp', 'bfloat16', '--part', 'backbone'], 'backbone, forward, bfloat16'),
     (['--train', '--batch', '2', '--part', 'backbone'], 'backbone, forward+backward, float32')])
 def test_benchmark(capsys, options, words):
     tool = load_tool('analysis_tools/benchmark')
@@ -151,7 +156,13 @@ def test_curves(tmp_path, capsys):
         tool.main([*command, '--names', 'first'])
     with pytest.raises(SystemExit, match='has no entry AP'):
         tool.main([*command, '--panel', 'AP'])
-    with pytest.raises(SystemExit, match='there is no .*scalars.json'):
+    with pytest.raises(SystemExit, match='--out must end in .png'):
+        tool.main([*command, '--out', str(tmp_path / 'c.foo')])
+    with (tmp_path / 'a/run/vis_data/scalars.json').open('a') as stream:
+        stream.write('\n{"loss"')
+    with pytest.raises(SystemExit, match='one record per line'):
+        tool.main(command)
+    with pytest.raises(UserError, match='there is no .*scalars.json'):
         tool.newest_log(tmp_path / 'c')
 
 
@@ -206,5 +217,52 @@ def test_grid_of_a_kernel(tmp_path, capsys):
     blue = (picture[..., 0] > picture[..., 2] + 80).astype(np.uint8)
     regions, _ = cv2.connectedComponents(cv2.morphologyEx(blue, cv2.MORPH_CLOSE, np.ones((9, 9))))
     assert regions - 1 == 9
-    with pytest.raises(SystemExit, match='group'):
-        tool.main(['--grid', 'group=3', '--out', str(out)])
+    for option, words in (('group=3', 'group'), ('kernel_size=x', "kernel_size must be .* 'x'")):
+        with pytest.raises(SystemExit, match=words):
+            tool.main(['--grid', option, '--out', str(out)])
+    with pytest.raises(SystemExit):
+        tool.main(['--grid', 'kernel_size', '--out', str(out)])
+    assert "argument --grid: must be KEY=VALUE, got 'kernel_size'" in capsys.readouterr().err
+
+
+def test_image_as_the_config_prepares_it(tmp_path):
+    tool = load_tool('analysis_tools/visualize_offsets')
+    file = str(tmp_path / 'image.png')
+    cv2.imwrite(file, np.full((20, 30, 3), (10, 20, 30), np.uint8))  # blue, green, red
+    scaled = dict(bgr_to_rgb=True, mean=[1, 2, 3], std=[2, 2, 2])
+    for options, expected in ((scaled, (14.5, 9, 3.5)), (dict(to_rgb=True), (30, 20, 10)),
+                              (dict(), (10, 20, 30))):
+        rgb, images = tool.prepare_image(file, None, options)
+        assert rgb.shape == (20, 30, 3) and images.shape == (1, 3, 20, 30)
+        assert rgb[0, 0].tolist() == [30, 20, 10] and tuple(images[0, :, 0, 0].tolist()) == expected
+    assert tool.prepare_image(file, 60, {})[1].shape == (1, 3, 40, 60)
+
+
+@pytest.mark.parametrize('name, options', [
+    ('get_flops', []), ('benchmark', ['--device', 'cpu']),
+    ('visualize_offsets', ['a.pth', 'a.png', '--out', 'a.png'])])
+def test_errors_of_every_tool(tmp_path, monkeypatch, name, options):
+    monkeypatch.chdir(tmp_path)
+    tool = load_tool(f'analysis_tools/{name}')
+    (tmp_path / 'a.pth').touch()
+    (tmp_path / 'broken.py').write_text('a = 1 / 0')
+    (tmp_path / 'other.py').write_text("model, default_scope = dict(type='A'), 'mmpretrain'")
+    monkeypatch.setitem(sys.modules, 'mmpretrain', None)
+    for config, words in (('absent.py', '^error: the config absent.py does not exist'),
+                          ('broken.py', '^error: cannot read the config broken.py: ZeroDivision'),
+                          ('other.py', 'needs mmpretrain, which is not installed')):
+        if name == 'get_flops' and config == 'other.py' and not _extension.is_available:
+            continue
+        with pytest.raises(SystemExit, match=words):
+            tool.main([config, *options])
+
+
+def test_benchmark_errors():
+    tool = load_tool('analysis_tools/benchmark')
+    command = [str(MASK_RCNN), '--shape', '64', '--repeats', '1', '--warm-up', '0', '--device']
+    with pytest.raises(SystemExit, match='does not compute in bfloat16 .*leave out --amp'):
+        tool.main([*command, 'cpu', '--amp'])
+    with pytest.raises(SystemExit, match='--device must be cpu, .*, got gpu'):
+        tool.main([*command, 'gpu'])
+    with pytest.raises(SystemExit, match=r'--device cuda:99: torch .* sees \d+ GPU'):
+        tool.main([*command, 'cuda:99'])

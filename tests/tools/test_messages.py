@@ -204,6 +204,7 @@ def test_image_demo(data: Path, tmp_path: Path) -> None:
     command = [CONFIG, checkpoint, '--out-dir', tmp_path / 'out', '--device', 'cpu']
     assert 'absent.jpg does not exist' in message_of(demo.main, tmp_path / 'absent.jpg', *command)
     image = data / 'coco/images/train/000003.jpg'
+    assert '--device must be' in message_of(demo.main, image, *command[:-1], 'gpu')
     assert '0 are in the file, which holds 0' in message_of(demo.main, image, *command)
     (tmp_path / 'empty').mkdir()
     assert 'holds no images' in message_of(demo.main, tmp_path / 'empty', *command)

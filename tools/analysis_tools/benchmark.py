@@ -23,14 +23,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 import mmdcnv4  # noqa: F401  registers the classes
+from mmdcnv4.engine import preflight, runtime
 from mmdcnv4.engine.analysis import PARTS, ModelPart, build_model
+from mmdcnv4.engine.preflight import explain
 
 
 class Timing(NamedTuple):
@@ -145,14 +147,14 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--training-data', action='store_true',
                         help='the training loss of a batch of the training data of the config; '
                              '--shape, --batch and --part do not apply')
-    parser.add_argument('--amp', action='store_true',
-                        help='autocast: float16 on a GPU, bfloat16 on a CPU')
+    parser.add_argument('--amp', nargs='?', choices=['auto', 'float16', 'bfloat16'], const='auto',
+                        help='autocast; auto, the default: to float16 on a GPU, bfloat16 on a CPU')
     parser.add_argument('--compile', action='store_true', help='through torch.compile')
     parser.add_argument('--channels-last', action='store_true', help='images in NHWC memory')
     parser.add_argument('--repeats', type=int, default=20)
     parser.add_argument('--warm-up', type=int, default=5)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    runtime.add_config_arguments(parser)
     args = parser.parse_args(argv)
     if len(args.shape) > 2 or min(args.batch, args.repeats, *args.shape) < 1 or args.warm_up < 0:
         parser.error('--shape takes one or two numbers; sizes and counts must be positive')
@@ -161,19 +163,18 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Optional[Sequence[str]] = None) -> Timing:
-    """Builds, measures, prints one row; returns it for programs that build on this one."""
-    args = parse_args(argv)
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
+def run_benchmark(cfg: Config, args: argparse.Namespace) -> Timing:
+    """Builds, measures and prints one row."""
     device = torch.device(args.device)
     built = build_model(cfg) if args.training_data else ModelPart(cfg, args.part)
     model: nn.Module = revert_sync_batchnorm(built).to(device)
     train = args.train or args.training_data
     model.train(train)
     amp_dtype = None
-    if args.amp:
+    if args.amp == 'auto':
         amp_dtype = torch.float16 if device.type == 'cuda' else torch.bfloat16
+    elif args.amp is not None:
+        amp_dtype = getattr(torch, args.amp)
     if args.training_data:
         run, shape = make_loss_run(model, cfg, device, amp_dtype)
     else:
@@ -194,6 +195,18 @@ def main(argv: Optional[Sequence[str]] = None) -> Timing:
           f'{shape[0] / timing.median:.2f} images/s, '
           f'peak {timing.peak_bytes / 2**20:.0f} MiB')
     return timing
+
+
+def main(argv: Optional[Sequence[str]] = None) -> Timing:
+    """Measures; returns the row for programs that build on this one."""
+    args = parse_args(argv)
+    with explain(debug=args.debug):
+        preflight.check_device(args.device)
+        cfg = runtime.read_config(args.config, args.cfg_options)
+        if args.training_data:
+            preflight.check_datasets(cfg, ('train',))
+    with explain(cfg, args.debug):
+        return run_benchmark(cfg, args)
 
 
 if __name__ == '__main__':

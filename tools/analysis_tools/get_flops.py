@@ -19,10 +19,12 @@ from typing import NamedTuple, Optional
 
 import torch
 from mmengine.analysis import FlopAnalyzer
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
 import mmdcnv4  # noqa: F401  registers the classes
+from mmdcnv4.engine import runtime
 from mmdcnv4.engine.analysis import PARTS, ModelPart
+from mmdcnv4.engine.preflight import UserError, explain
 from mmdcnv4.ops import _extension
 
 PRODUCTS = ('conv', 'linear', 'matmul', 'addmm', 'mm', 'bmm', 'einsum', 'dcnv4')
@@ -50,11 +52,11 @@ def count(cfg: Config, height: int, width: int, part: str = 'model') -> Cost:
         part: of :class:`mmdcnv4.engine.analysis.ModelPart`.
 
     Raises:
-        RuntimeError: the operator is not compiled, so that it cannot be told in a trace.
+        UserError: the operator is not compiled, so that it cannot be told in a trace.
     """
     if not _extension.is_available:
-        raise RuntimeError('the compiled operator is needed: '
-                           'pip install --no-build-isolation --no-deps -e .')
+        raise UserError('the compiled operator is needed: '
+                        'pip install --no-build-isolation --no-deps -e .')
     model = ModelPart(cfg, part).eval()
     logging.getLogger('mmengine').setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
@@ -75,22 +77,19 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--shape', type=int, nargs='+', default=[224, 224],
                         help='height and width, or one number for both')
     parser.add_argument('--part', choices=PARTS, default='model')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
-    return parser.parse_args(argv)
+    runtime.add_config_arguments(parser)
+    args = parser.parse_args(argv)
+    if len(args.shape) > 2 or min(args.shape) < 1:
+        parser.error(f'--shape must be one or two positive numbers, got {args.shape}')
+    return args
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Prints a table."""
     args = parse_args(argv)
-    if len(args.shape) > 2:
-        raise SystemExit(f'error: --shape must be one or two numbers, got {args.shape}')
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
     height, width = args.shape[0], args.shape[-1]
-    try:
-        cost = count(cfg, height, width, args.part)
-    except (RuntimeError, ValueError) as error:
-        raise SystemExit(f'error: {error}') from error
+    with explain(debug=args.debug):
+        cost = count(runtime.read_config(args.config, args.cfg_options), height, width, args.part)
     print(f'{args.part} at {height} x {width}: {cost.parameters:,} parameters, '
           f'{cost.total / 1e9:.2f} G multiply-adds')
     for title, counts in (('', cost.multiply_adds), ('not in the sum: ', cost.others)):

@@ -22,6 +22,8 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
+from mmdcnv4.engine.preflight import PICTURE_ENDINGS, UserError, check_file, explain
+
 
 class Curve(NamedTuple):
     """(iteration, value) points of one logged entry, and whether it was logged while training."""
@@ -34,7 +36,7 @@ def newest_log(work_dir: Path) -> Path:
     """The scalars that MMEngine logged last in a work directory."""
     files = list(work_dir.glob('*/vis_data/scalars.json'))
     if not files:
-        raise SystemExit(f'error: there is no */vis_data/scalars.json in {work_dir}')
+        raise UserError(f'there is no */vis_data/scalars.json in {work_dir}')
     return max(files, key=lambda file: file.stat().st_mtime)
 
 
@@ -42,7 +44,10 @@ def read_curve(scalars: Path, key: str) -> Curve:
     """The values of `key`. A validation after an epoch stands at the last training record."""
     points, iteration, is_training, by_epoch = [], 0, False, False
     for line in scalars.read_text().splitlines():
-        record = json.loads(line)
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f'{scalars} must hold one record per line, got {line!r}') from error
         by_epoch = by_epoch or 'epoch' in record
         if 'loss' in record or not by_epoch:  # else the step is an epoch
             iteration = record['step']
@@ -50,7 +55,7 @@ def read_curve(scalars: Path, key: str) -> Curve:
             points.append((iteration, record[key]))
             is_training = 'loss' in record
     if not points:
-        raise SystemExit(f'error: {scalars} has no entry {key}')
+        raise UserError(f'{scalars} has no entry {key}')
     return Curve(points, is_training)
 
 
@@ -62,6 +67,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
                         help='entries of one diagram, e.g. loss, or mIoU')
     parser.add_argument('--names', nargs='+', help='of the runs; default: those of the folders')
     parser.add_argument('--out', type=Path, required=True, help='picture to write')
+    parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
     args = parser.parse_args(argv)
     args.panels = args.panels or [['loss']]
     args.names = args.names or [folder.name for folder in args.work_dirs]
@@ -71,9 +77,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def draw(args: argparse.Namespace) -> None:
     """Draws one diagram per panel."""
-    args = parse_args(argv)
     figure, panels = plt.subplots(1, len(args.panels), figsize=(5.5 * len(args.panels), 4),
                                   squeeze=False, layout='constrained')
     for axes, keys in zip(panels[0], args.panels):
@@ -90,9 +95,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=110)
     plt.close(figure)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Draws, and prints the last values."""
+    args = parse_args(argv)
+    with explain(debug=args.debug):
+        check_file(str(args.out), '--out', PICTURE_ENDINGS)
+        draw(args)
 
 
 if __name__ == '__main__':

@@ -17,7 +17,6 @@ draws the resting kernel of one layer instead; options are those of `mmdcnv4.ops
 from __future__ import annotations
 
 import argparse
-import ast
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -27,19 +26,24 @@ import cv2
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from mmengine.config import Config
 from torch import Tensor, nn
 
 import mmdcnv4  # noqa: F401  registers the classes
+from mmdcnv4.engine import runtime
 from mmdcnv4.engine.analysis import ModelPart
+from mmdcnv4.engine.preflight import (
+    PICTURE_ENDINGS,
+    UserError,
+    check_checkpoint,
+    check_file,
+    explain,
+)
 from mmdcnv4.models.checkpoint import find_state_dict, read_file
 from mmdcnv4.models.layers import dcnv3 as dcnv3_module
 from mmdcnv4.models.layers.dcnv3 import DCNv3
 from mmdcnv4.ops import DCNv4, dcnv4
 from mmdcnv4.ops import module as dcnv4_module
 from mmdcnv4.ops.contract import Geometry, make_geometry, output_size
-
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, RGB
 
 
 class Samples(NamedTuple):
@@ -188,16 +192,27 @@ def draw_grid(options: dict[str, Any], out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
-def prepare_image(path: str, longest: int) -> tuple[np.ndarray, Tensor]:
-    """Reads an image: RGB (H, W, 3), and normalised (1, 3, H, W)."""
+def prepare_image(path: str, longest: Optional[int], preprocessor: dict
+                  ) -> tuple[np.ndarray, Tensor]:
+    """Reads an image: RGB (H, W, 3), and normalised as the model wants it (1, 3, H, W).
+
+    Args:
+        path: of the image.
+        longest: side to scale it to; None leaves it as it is.
+        preprocessor: `data_preprocessor` of the config, for mean, std and the order of colours.
+    """
     image = cv2.imread(path)
     if image is None:
         raise ValueError(f'IMAGE must be a picture, got {path}')
-    image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-    scale = longest / max(image.shape[:2])
-    image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
-    normalised = (image - np.array(MEAN)) / np.array(STD)
-    return image, torch.from_numpy(normalised.astype(np.float32)).permute(2, 0, 1)[None]
+    if longest is not None:
+        scale = longest / max(image.shape[:2])
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
+    rgb = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+    is_rgb = preprocessor.get('bgr_to_rgb') or preprocessor.get('to_rgb')  # mmpretrain's name
+    normalised = rgb if is_rgb else image
+    if preprocessor.get('mean') is not None:
+        normalised = (normalised - np.array(preprocessor['mean'])) / np.array(preprocessor['std'])
+    return rgb, torch.from_numpy(normalised.astype(np.float32)).permute(2, 0, 1)[None]
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -210,36 +225,49 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--out', type=Path, required=True, help='picture to write')
     parser.add_argument('--point', type=float, nargs=2, default=(0.5, 0.5), metavar=('X', 'Y'),
                         help='output pixel to show, in fractions of the image')
-    parser.add_argument('--size', type=int, default=640, help='longest side of the image')
-    parser.add_argument('--grid', nargs='*', metavar='OPTION=VALUE',
+    parser.add_argument('--size', type=int,
+                        help='scale the longest side of the image to it; default: as it is')
+    parser.add_argument('--grid', nargs='*', action=runtime.OptionsAction, metavar='OPTION=VALUE',
                         help='draw the resting kernel of a layer with these options')
+    runtime.add_config_arguments(parser)
     args = parser.parse_args(argv)
     if (args.grid is None) == (args.image is None):
         parser.error('give CONFIG CHECKPOINT IMAGE, or --grid')
+    if args.size is not None and args.size < 1:
+        parser.error(f'--size must be positive, got {args.size}')
     if not all(0 <= value <= 1 for value in args.point):
         parser.error(f'--point takes fractions, got {args.point}')
     return args
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
-    """Draws, and prints the statistics of every layer."""
-    args = parse_args(argv)
+def draw(args: argparse.Namespace) -> None:
+    """Draws what the arguments ask for, and prints the statistics of every layer."""
     try:
         if args.grid is not None:
-            pairs = [item.split('=', 1) for item in args.grid]
-            draw_grid({key: ast.literal_eval(value) for key, value in pairs}, args.out)
+            draw_grid(args.grid, args.out)
             return
-        model = ModelPart(Config.fromfile(args.config), 'backbone').eval()
+        cfg = runtime.read_config(args.config, args.cfg_options)
+        check_checkpoint(args.checkpoint, 'checkpoint')
+        model = ModelPart(cfg, 'backbone').eval()
+        image, images = prepare_image(args.image, args.size,
+                                      cfg.model.get('data_preprocessor') or {})
         model.model.load_state_dict(
             dict(find_state_dict(read_file(args.checkpoint), args.checkpoint)))
-        image, images = prepare_image(args.image, args.size)
-    except (ValueError, OSError, RuntimeError) as error:
-        raise SystemExit(f'error: {error}') from error
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        raise UserError(str(error)) from error
     samples = record(model.model.backbone, images)
     if not samples:
-        raise SystemExit('error: the backbone must have DCNv4 or DCNv3 layers, found none')
+        raise UserError('the backbone must have DCNv4 or DCNv3 layers, found none')
     print(report(samples))
     draw_samples(last_of_each_size(samples), image, tuple(args.point), args.out)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Draws a model or a kernel."""
+    args = parse_args(argv)
+    with explain(debug=args.debug):
+        check_file(str(args.out), '--out', PICTURE_ENDINGS)
+        draw(args)
 
 
 if __name__ == '__main__':

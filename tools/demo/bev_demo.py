@@ -21,7 +21,7 @@ import matplotlib.pyplot as plt
 import mmcv
 import numpy as np
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
 from mmdcnv4.engine import preflight, runtime
 from mmdcnv4.engine.preflight import UserError, explain
@@ -31,7 +31,6 @@ EDGES = ((0, 3), (3, 7), (7, 4), (4, 0), (1, 2), (2, 6), (6, 5), (5, 1), (0, 1),
          (4, 5))
 WHITE = (255, 255, 255)
 NEAR = 0.2  # metres; what is nearer to the camera is cut off
-PICTURES = ('.png', '.jpg', '.jpeg', '.pdf', '.svg')
 # left to right as the scene lies around the car
 ROWS = (('CAM_FRONT_LEFT', 'CAM_FRONT', 'CAM_FRONT_RIGHT'),
         ('CAM_BACK_RIGHT', 'CAM_BACK', 'CAM_BACK_LEFT'))
@@ -51,9 +50,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--range', type=float, default=50.0, help='half side of the view, metres')
     parser.add_argument('--device', default='cuda:0' if torch.cuda.is_available() else 'cpu',
                         help='cpu, cuda:0, ...')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override entries of the config')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of every error')
+    runtime.add_config_arguments(parser)
     args = parser.parse_args(argv)
     args.work_dir, args.launcher, args.local_rank = str(Path(args.out).parent), 'none', 0
     return args
@@ -202,7 +199,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Draws one sample."""
     args = parse_args(argv)
     with explain(debug=args.debug):
-        preflight.check_file(args.out, '--out', PICTURES)
+        preflight.check_device(args.device)
+        preflight.check_file(args.out, '--out', preflight.PICTURE_ENDINGS)
         cfg = runtime.load_config(args)
         cfg.load_from = args.checkpoint
         preflight.check_checkpoint(args.checkpoint, 'checkpoint')

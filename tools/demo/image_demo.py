@@ -14,7 +14,7 @@ from typing import Any, Optional
 import mmcv
 import numpy as np
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 
 from mmdcnv4.engine import preflight, runtime
 from mmdcnv4.engine.preflight import UserError, explain
@@ -37,10 +37,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
                         help='cpu, cuda:0, ...')
     parser.add_argument('--palette', choices=['none', 'coco', 'voc', 'citys', 'random'],
                         default='none', help='colours of detections; none: those of the data set')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override entries of the config')
-    parser.add_argument('--debug', action='store_true',
-                        help='show the traceback of every error')
+    runtime.add_config_arguments(parser)
     args = parser.parse_args(argv)
     args.work_dir, args.launcher, args.local_rank = args.out_dir, 'none', 0
     return args
@@ -110,6 +107,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         files = find_images(Path(args.image))
         cfg = runtime.load_config(args)
         preflight.check_checkpoint(args.checkpoint, 'checkpoint')
+        preflight.check_device(args.device)
         preflight.check_folder(args.out_dir, '--out-dir')
         scope = cfg.get('default_scope')
         if scope not in MAKERS:
