@@ -7,6 +7,7 @@ Paste its output into a bug report.
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from importlib import metadata
@@ -61,12 +62,19 @@ def _cuda_kernels() -> str:
         state = 'on' if cuda['fast'] else 'off (MMDCNV4_FAST=1 turns them on)'
         return (f'built for {", ".join(cuda["architectures"])} with CUDA {cuda["toolkit"]}; '
                 f'tensor-core kernels {state}')
-    if not _extension.is_available:
-        return f'missing: {_extension.missing_reason}'
     if torch.version.cuda is None:
         return 'missing: torch is a CPU build'
+    if not _extension.is_available:
+        return f'missing: {_extension.missing_reason}'
     return ('missing: nvcc was not found when the package was built (or MMDCNV4_CUDA=0 was set); '
             'dcnv4 takes the PyTorch path on CUDA tensors')
+
+
+def _backend() -> str:
+    try:
+        return get_backend()
+    except ValueError:
+        return f'invalid ({os.environ["MMDCNV4_BACKEND"]!r})'
 
 
 def _registered() -> list[str]:
@@ -87,7 +95,7 @@ def collect() -> list[tuple[str, list[tuple[str, str]]]]:
     software += [(package, _version(package)) for package in _PACKAGES]
     kernels = [('CPU kernels', _cpu_kernels()), ('CUDA kernels', _cuda_kernels()),
                ('CUDA devices', _cuda_devices()), ('CPU threads', str(torch.get_num_threads())),
-               ('backend', get_backend())]
+               ('backend', _backend())]
     if _version('mmcv') != 'not installed':
         kernels.append(('mmcv.ops', _mmcv_ops()))
     registered = [('registered', ', '.join(_registered()) or 'nothing')]

@@ -10,6 +10,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+from mmdcnv4 import info
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,3 +82,15 @@ def test_info_reports_kernels_and_registrations():
     out = run(sys.executable, '-m', 'mmdcnv4.info')
     for word in ('torch', 'CPU kernels', 'CUDA kernels', 'in use', 'FlashInternImage'):
         assert word in out, out
+
+
+def test_info_goes_on_with_a_backend_that_does_not_exist():
+    out = run(sys.executable, '-m', 'mmdcnv4.info', MMDCNV4_BACKEND='foo')
+    assert "invalid ('foo')" in out and 'FlashInternImage' in out
+
+
+def test_info_names_a_cpu_build_of_torch_first(monkeypatch):
+    monkeypatch.setattr(torch.version, 'cuda', None)
+    monkeypatch.setattr(info._extension, 'build_info', {})
+    monkeypatch.setattr(info._extension, 'is_available', False)
+    assert info._cuda_kernels() == 'missing: torch is a CPU build'

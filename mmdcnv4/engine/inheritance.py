@@ -3,17 +3,32 @@
 """Lets configs outside this repository inherit ours: `_base_ = 'mmdcnv4::folder/name.py'`.
 
 mmengine looks for such files in `mmdcnv4/.mim`, which installing the package fills, but only for
-packages that it knows; importing `mmdcnv4` makes it know this one.
+packages that it knows; importing `mmdcnv4` makes it know this one. An editable installation has no
+such folder; there the files are those of the repository.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Optional
 
-from mmengine.config import utils
+from mmengine.config import Config, utils
 
 PACKAGE = 'mmdcnv4'
 utils.MODULE2PACKAGE.setdefault(PACKAGE, PACKAGE)
+_FOLDER = Path(__file__).parents[1]
+_get_cfg_path = Config._get_cfg_path
+
+
+def _find_config(cfg_path: str, filename: str) -> tuple[str, Optional[str]]:
+    """Path and scope of an inherited config, as mmengine's function of this place gives them."""
+    scope, _, name = cfg_path.partition('::')
+    if scope == PACKAGE and not (_FOLDER / '.mim').exists():
+        return str(_FOLDER.parent / 'configs' / name), scope
+    return _get_cfg_path(cfg_path, filename)
+
+
+Config._get_cfg_path = staticmethod(_find_config)
 
 
 def forget_scope(node: Any) -> None:

@@ -19,8 +19,8 @@ def _load() -> Optional[str]:
     except ModuleNotFoundError as error:
         if error.name != 'mmdcnv4._C':
             raise
-        return ('the package was installed without compiled kernels (no C++ compiler was found, or '
-                'MMDCNV4_NATIVE=0 was set)')
+        return ('the package was installed without compiled kernels (while it was built there was '
+                'no C++ compiler or no torch, or MMDCNV4_NATIVE=0 was set)')
     except ImportError as error:
         return (f'the compiled kernels do not load with torch {torch.__version__}: {error}. '
                 'They belong to the torch they were built with')

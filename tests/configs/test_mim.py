@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from mmengine.config import Config
 from mmengine.fileio import load
 from zoo import CONFIGS, LEAVES, ROOT
+
+from mmdcnv4.engine import forget_scope
 
 # Runs in an environment where the wheel is installed, in a folder outside the repository.
 USE = """
@@ -101,6 +104,19 @@ def test_a_config_elsewhere_inherits_from_the_wheel(installed, tmp_path):
         OUTSIDE.format('upernet_flash-intern-image-t_8xb2-160k_ade20k-512x512'))
     result = installed.run('-c', USE, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_config_elsewhere_inherits_from_the_repository(tmp_path):
+    """As in an editable installation, which has no `.mim`."""
+    name = 'mask-rcnn_flash-intern-image-t_fpn_8xb2-1x_coco'
+    (tmp_path / 'a.py').write_text(OUTSIDE.format(name))
+    (tmp_path / 'b.py').write_text("_base_ = 'mmdcnv4::flash_intern_image/absent.py'")
+    cfg = Config.fromfile(tmp_path / 'a.py')
+    assert cfg.optim_wrapper.optimizer.lr == 3e-5
+    forget_scope(cfg._cfg_dict)
+    assert cfg.model == Config.fromfile(ROOT / f'configs/flash_intern_image/{name}.py').model
+    with pytest.raises(FileNotFoundError, match='configs/flash_intern_image/absent.py'):
+        Config.fromfile(tmp_path / 'b.py')
 
 
 def test_tools_of_the_wheel_start(installed, tmp_path):
