@@ -9,8 +9,8 @@ loads nothing, without an error, from the others.
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import os
 import pickle
 import re
 from collections import OrderedDict
@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
+from urllib.parse import urlsplit
 
 import torch
 from mmengine.dist import barrier, get_rank
@@ -38,6 +39,7 @@ _INERT_OBJECTS = (
     'numpy._core.multiarray._reconstruct', 'numpy.ndarray', 'numpy.dtype', '__builtin__.getattr',
     'builtins.getattr')  # read as an `_Inert`
 _SHOWN = 8
+_START = 40  # bytes of a file that is no checkpoint, for its error
 # What torch raises for files that are refused, cut off, or no pickle at all.
 _READ_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError,
                 LookupError, AssertionError, AttributeError)
@@ -70,6 +72,7 @@ def load_pretrained(model: nn.Module, checkpoint: str, prefix: Optional[str] = N
 
     Raises:
         FileNotFoundError: no such file; says where the published weights are.
+        OSError: the URL cannot be fetched.
         ValueError: the file holds something else than weights, or weights that do not fit.
             Classifier layers may be left over, and layer scale may be missing.
     """
@@ -158,6 +161,7 @@ def read_file(checkpoint: str, map_location: str = 'cpu') -> Any:
     Raises:
         FileNotFoundError: no such file.
         ImportError: a .safetensors file, and that package is not installed.
+        OSError: the URL cannot be fetched.
         ValueError: the file is damaged, or holds other objects than weights.
     """
     path = _download(checkpoint) if re.match(r'https?://', checkpoint) else Path(checkpoint)
@@ -178,7 +182,7 @@ def read_file(checkpoint: str, map_location: str = 'cpu') -> Any:
         try:
             return torch.load(path, map_location=map_location, weights_only=True)
         except _READ_ERRORS as error:
-            raise ValueError(_explain(checkpoint, str(error))) from None
+            raise ValueError(_explain(checkpoint, path, str(error))) from None
 
 
 @contextmanager
@@ -206,11 +210,17 @@ def _can_map_names() -> bool:
     return tuple(int(part) for part in torch.__version__.split('.')[:2]) >= (2, 6)
 
 
-def _explain(checkpoint: str, error: str) -> str:
-    """Message for a file that torch refuses to read weights-only."""
+def _explain(checkpoint: str, path: Path, error: str) -> str:
+    """Message for a file that torch refuses to read weights-only.
+
+    Without torch's own text, which advises to switch that safety off.
+    """
     name = re.search(r'GLOBAL ([\w.]+)', error)
     if name is None:
-        return f'Pretrained: checkpoint must be a file of weights, got {checkpoint}: {error}'
+        start = path.read_bytes()[:_START]
+        found = f'begins with {start!r}' if start else 'is empty'
+        return (f'Pretrained: checkpoint must be a whole file of weights, got {checkpoint}, which '
+                f'is none or is cut off: it {found}')
     text = (f'Pretrained: checkpoint must hold tensors and plain values, got {checkpoint}, which '
             f'names {name.group(1)}; nothing was run from it.')
     if name.group(1) in _INERT_MAPPINGS + _INERT_OBJECTS:
@@ -221,15 +231,24 @@ def _explain(checkpoint: str, error: str) -> str:
 
 def _download(url: str) -> Path:
     """Fetches `url` into torch's cache, the first process before the others."""
-    target = Path(torch.hub.get_dir()) / 'checkpoints' / os.path.basename(url.split('?')[0])
-    if get_rank() == 0:
-        _fetch(url, target)
-    barrier()
+    name = Path(urlsplit(url).path)
+    digest = hashlib.sha256(url.encode()).hexdigest()[:8]  # other URLs may end in the same name
+    target = Path(torch.hub.get_dir()) / 'checkpoints' / f'{name.stem}-{digest}{name.suffix}'
+    try:
+        if get_rank() == 0:
+            _fetch(url, target)
+    finally:
+        barrier()
     _fetch(url, target)  # for other nodes with a cache of their own
     return target
 
 
 def _fetch(url: str, target: Path) -> None:
-    if not target.is_file():
-        target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_file():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
         torch.hub.download_url_to_file(url, str(target), progress=get_rank() == 0)
+    except OSError as error:  # URLError and HTTPError are some
+        raise OSError(f'Pretrained: checkpoint must be a URL that can be fetched, got {url}: '
+                      f'{error}. Download it by hand and give the path instead') from None

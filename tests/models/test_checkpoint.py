@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 import sys
 import types
 
@@ -177,11 +178,13 @@ def test_file_without_weights(tmp_path, content):
         load(tmp_path / 'file.pth')
 
 
-@pytest.mark.parametrize('content', [b'', b'no pickle at all', b'PK\x03\x04 truncated'])
+@pytest.mark.parametrize('content', [b'', b'404: Not Found', b'<html>', b'no pickle at all', b'PK\x03\x04 truncated'])
 def test_damaged_file(tmp_path, content):
     (tmp_path / 'file.pth').write_bytes(content)
-    with pytest.raises(ValueError, match='file.pth'):
+    with pytest.raises(ValueError, match='file.pth') as caught:
         load(tmp_path / 'file.pth')
+    assert 'weights_only' not in str(caught.value)  # nobody is sent to the unsafe reader
+    assert (repr(content) if content else 'is empty') in str(caught.value)
 
 
 @pytest.mark.parametrize('zipped', [True, False])
@@ -203,19 +206,32 @@ def test_absent_file_says_where_the_weights_are_and_how_to_do_without():
         assert part in str(caught.value)
 
 
-def test_url_is_read_from_the_cache_of_torch(tmp_path, monkeypatch):
-    weights, fetched = make_weights(), []
+def test_urls_are_read_from_the_cache_of_torch(tmp_path, monkeypatch):
+    """Each URL once, also where two end in the same name."""
+    urls = [f'https://weights.invalid/{folder}/flash.pth?download=true' for folder in 'ab']
+    weights, fetched = {url: make_weights(seed) for seed, url in enumerate(urls)}, []
 
     def download(url, path, progress):
         fetched.append(url)
-        torch.save(dict(model=weights), path)
+        torch.save(dict(model=weights[url]), path)
 
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, 'download_url_to_file', download)
-    url = 'https://weights.invalid/flash.pth?download=true'
-    assert_equal(load(url), weights)
-    assert_equal(load(url), weights)
-    assert fetched == [url] and (tmp_path / 'checkpoints' / 'flash.pth').is_file()
+    for url in urls * 2:
+        assert_equal(load(url), weights[url])
+    assert fetched == urls
+    names = [path.name for path in (tmp_path / 'checkpoints').iterdir()]
+    assert len(names) == 2 and all(
+        name.startswith('flash-') and name.endswith('.pth') for name in names)
+
+
+def test_url_that_cannot_be_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    with socket.socket() as taken:  # bound, but nobody listens: the connection is refused
+        taken.bind(('127.0.0.1', 0))
+        url = f'http://127.0.0.1:{taken.getsockname()[1]}/flash.pth'
+        with pytest.raises(OSError, match=rf'{url}: .*refused.* by hand'):
+            load(url)
 
 
 class Malicious:
