@@ -140,7 +140,8 @@ def check_weights(model: nn.Module, shapes: dict[str, Size], path: str) -> None:
         raise UserError(
             f'the checkpoint {path} is not of this model: of the {len(own)} weights of the model '
             f'{matching} are in the file, which holds {len(shapes)}. Published weights are '
-            'converted by tools/model_converters/convert_checkpoint.py.')
+            'converted by tools/model_converters/convert_checkpoint.py, those of BEVFormer v2 by '
+            'bevformer_v2.py beside it.')
 
 
 def check_device(name: str) -> None:

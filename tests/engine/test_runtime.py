@@ -178,6 +178,9 @@ def test_amp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     runtime.apply_amp(cfg)
     assert cfg.optim_wrapper == dict(type='AmpOptimWrapper', loss_scale='dynamic')
+    typed = base_config(optim_wrapper=dict(type='OptimWrapper', dtype='bfloat16'))
+    runtime.apply_amp(typed)
+    assert typed.optim_wrapper.dtype == 'bfloat16' and 'dtype' not in cfg.optim_wrapper
     runtime.apply_amp(cfg)  # a config that has it already stays as it is
     assert cfg.optim_wrapper == dict(type='AmpOptimWrapper', loss_scale='dynamic')
     with pytest.raises(UserError, match='got ApexOptimWrapper'):

@@ -204,6 +204,10 @@ def test_visualize_offsets(tmp_path, capsys):
                '--out', str(out), '--size', '96'])
     assert capsys.readouterr().out.count('.dcn ') == 4
     assert cv2.imread(str(out)).std() > 10
+    torch.save({'foo.bar': torch.zeros(2)}, tmp_path / 'foo.pth')
+    with pytest.raises(SystemExit, match='foo.pth is not of this model'):
+        tool.main([str(UPERNET), str(tmp_path / 'foo.pth'), str(tmp_path / 'image.png'),
+                   '--out', str(out)])
     with pytest.raises(SystemExit, match='must be a picture'):
         tool.main([str(UPERNET), str(tmp_path / 'model.pth'), str(tmp_path / 'model.pth'),
                    '--out', str(out)])

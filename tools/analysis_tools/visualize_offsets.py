@@ -36,6 +36,7 @@ from mmdcnv4.engine.preflight import (
     UserError,
     check_checkpoint,
     check_file,
+    check_weights,
     explain,
 )
 from mmdcnv4.models.checkpoint import find_state_dict, read_file
@@ -251,8 +252,10 @@ def draw(args: argparse.Namespace) -> None:
         model = ModelPart(cfg, 'backbone').eval()
         image, images = prepare_image(args.image, args.size,
                                       cfg.model.get('data_preprocessor') or {})
-        model.model.load_state_dict(
-            dict(find_state_dict(read_file(args.checkpoint), args.checkpoint)))
+        weights = dict(find_state_dict(read_file(args.checkpoint), args.checkpoint))
+        check_weights(model.model, {name: value.shape for name, value in weights.items()},
+                      args.checkpoint)
+        model.model.load_state_dict(weights)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         raise UserError(str(error)) from error
     samples = record(model.model.backbone, images)
