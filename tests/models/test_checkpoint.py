@@ -178,7 +178,8 @@ def test_file_without_weights(tmp_path, content):
         load(tmp_path / 'file.pth')
 
 
-@pytest.mark.parametrize('content', [b'', b'404: Not Found', b'<html>', b'no pickle at all', b'PK\x03\x04 truncated'])
+@pytest.mark.parametrize('content', [b'', b'404: Not Found', b'<html>', b'no pickle at all',
+                                     b'PK\x03\x04 truncated'])
 def test_damaged_file(tmp_path, content):
     (tmp_path / 'file.pth').write_bytes(content)
     with pytest.raises(ValueError, match='file.pth') as caught:

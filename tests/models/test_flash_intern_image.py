@@ -9,6 +9,7 @@ project; weights are drawn from the state-dict keys, so that a renamed key chang
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 import zlib
 from pathlib import Path
@@ -221,6 +222,22 @@ def test_frozen_stages(frozen_stages):
         assert (parameter.grad is None) == (stage <= frozen_stages), name
     assert [model.patch_embed.training] + [level.training for level in model.levels] == [
         stage > frozen_stages for stage in range(5)]
+
+
+SUBSETS = [dict(out_indices=indices) for count in range(1, 5)
+           for indices in itertools.combinations(range(4), count)]
+
+
+@pytest.mark.parametrize('options', [
+    *SUBSETS, POST_NORM, LARGE_OPTIONS, dict(LARGE_OPTIONS, layer_scale=1.0),
+    dict(LARGE_OPTIONS, post_norm=True), dict(core_op='DCNv3', res_post_norm=True, layer_scale=1.0),
+    dict(frozen_stages=2, out_indices=(0, 2))])
+def test_every_trainable_parameter_has_a_gradient(options):
+    """DistributedDataParallel stops at the first step where one has none."""
+    model = build(**dict(TINY, **options)).train()
+    sum(out.square().sum() for out in model(torch.randn(1, 3, 32, 32))).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
 
 
 @pytest.mark.parametrize('options', [TINY, POST_NORM])

@@ -96,7 +96,8 @@ class FlashInternImage(BaseModule):
             3x3 depthwise convolution, on which the options of the sampling have no effect.
         with_cp: recompute blocks in the backward pass to save memory.
         in_channels: channels of the image.
-        out_indices: stages whose maps are returned, in ascending order.
+        out_indices: stages whose maps are returned, in ascending order. What stands behind the
+            last of them is frozen.
         frozen_stages: -1 for none, 0 for the stem, n for the stem and the first n stages: no
             gradients and no dropout there.
         pretrained: accepted because mmsegmentation passes `model.pretrained` on. A model-zoo name
@@ -203,12 +204,18 @@ class FlashInternImage(BaseModule):
                                      if key not in ('type', '_scope_')})
 
     def _freeze(self) -> None:
-        if self.frozen_stages < 0:
-            return
-        for module in (self.patch_embed, self.pos_drop, *self.levels[:self.frozen_stages]):
-            module.eval()
-            for parameter in module.parameters():
-                parameter.requires_grad = False
+        """Freezes the first stages, and those behind the last output, which never run.
+
+        They stay in the state dict, as in the published files; DistributedDataParallel waits for
+        a gradient of every parameter that is not frozen.
+        """
+        if self.frozen_stages >= 0:
+            for module in (self.patch_embed, self.pos_drop, *self.levels[:self.frozen_stages]):
+                module.eval().requires_grad_(False)
+        last = self.out_indices[-1]
+        self.levels[last + 1:].requires_grad_(False)
+        if last < 3:
+            self.levels[last].downsample.requires_grad_(False)
 
     def train(self, mode: bool = True) -> FlashInternImage:
         """Sets the training mode; frozen stages stay in evaluation mode."""

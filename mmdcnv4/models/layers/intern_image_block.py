@@ -170,9 +170,9 @@ class InternImageBlock(nn.Module):
         if options.layer_scale is not None:
             self.gamma1 = nn.Parameter(torch.full((channels,), float(options.layer_scale)))
             self.gamma2 = nn.Parameter(torch.full((channels,), float(options.layer_scale)))
-        if options.res_post_norm:
-            self.res_post_norm1 = _layer_norm(channels)
-            self.res_post_norm2 = _layer_norm(channels)
+        if options.res_post_norm:  # in the state dict even without effect; then no gradient
+            self.res_post_norm1 = _layer_norm(channels).requires_grad_(self.res_post_norm)
+            self.res_post_norm2 = _layer_norm(channels).requires_grad_(self.res_post_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, H, W, c) to (N, H, W, c)."""
