@@ -75,11 +75,12 @@ def test_default_group(channels, group):
 
 
 @pytest.mark.parametrize('options, error, words', [
-    (dict(groups=2), ValueError, ('groups', 'group', '2')),
+    (dict(groups=2), ValueError, ('groups=2', '`group`', 'ResNeXt')),
     (dict(group=3), ValueError, ('group', '16', '3')),
     (dict(kernel_size=0), ValueError, ('kernel_size', '0')),
     (dict(without_pointwise=True), ValueError, ('in_channels', '8')),
-    (dict(deform_groups=1), TypeError, ('deform_groups',)),
+    (dict(deform_groups=1), TypeError, ('deform_groups=1', '`group`', '_delete_=True')),
+    (dict(deformable=1), TypeError, ('deformable',)),
     (dict(dw_kernel_size=2), ValueError, ('dw_kernel_size', '2'))])
 def test_bad_arguments(options, error, words):
     arguments = dict(dict(in_channels=8, out_channels=16, kernel_size=3), **options)
@@ -130,6 +131,25 @@ def test_in_the_resnet_of_mmdet():
         assert layer.value_proj.weight.grad.any() and layer.output_proj.weight.grad.any()
         rows = layer.offset_mask.weight.grad[:27].abs().sum(1)  # of the first group
         assert rows[:18].sum() > 0 and rows[18:].sum() > 0  # offsets, masks
+
+
+@pytest.mark.parametrize('library, name, count', [
+    ('mmdet', 'ResNet', 3), ('mmdet', 'Res2Net', 9), ('mmseg', 'ResNetV1c', 3),
+    ('mmdet', 'ResNeXt', None), ('mmdet', 'RegNet', None), ('mmdet', 'ResNeSt', None)])
+def test_hosts_of_the_docs(library, name, count):
+    """Layers in the last stage of a host; None where its convolutions are grouped."""
+    host = getattr(pytest.importorskip(f'{library}.models.backbones'), name)
+    options = dict(arch='regnetx_400mf') if name == 'RegNet' else dict(depth=50)
+    if name == 'ResNeXt':
+        options['groups'] = 32
+    options.update(dcn=dict(type='DCNv4', fallback_on_stride=False),
+                   stage_with_dcn=(False, False, False, True))
+    if count is None:
+        with pytest.raises(ValueError, match='grouped convolution'):
+            host(**options)
+        return
+    model = host(**options)
+    assert sum(isinstance(module, DCNv4Conv2d) for module in model.modules()) == count
 
 
 def test_norm_is_over_channels_of_each_pixel():

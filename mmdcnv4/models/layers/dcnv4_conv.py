@@ -39,7 +39,8 @@ class DCNv4Conv2d(DCNv4):
         in_channels: width of the input.
         out_channels: width of the output.
         kernel_size, stride, padding, dilation: int or (height, width), in input pixels.
-        groups: of an ordinary convolution; must be 1. DCNv4's own groups are `group`.
+        groups: of an ordinary convolution; must be 1: a grouped one, as in ResNeXt, cannot be
+            replaced. DCNv4's own groups are `group`.
         bias: whether the output projection has a bias.
         group: number of channel groups, each with its own offsets and masks; must divide
             `out_channels`. None for as many groups of at least 16 channels as fit.
@@ -52,6 +53,7 @@ class DCNv4Conv2d(DCNv4):
         mask_init: start value of every mask. None for 1 / K, the mean over the window of K taps:
             the zero start that suits a residual branch gives a zero map here, and a ReLU behind
             it passes no gradient back, for ever.
+        deform_groups: of DCN and DCNv2; refused. It comes from a config that is inherited.
 
     Raises:
         TypeError, ValueError: the message names the argument, the rule and the value.
@@ -63,10 +65,15 @@ class DCNv4Conv2d(DCNv4):
                  offset_scale: float = 1.0, dw_kernel_size: Optional[int] = None,
                  remove_center: bool = False, softmax: bool = False,
                  without_pointwise: bool = False, center_feature_scale: bool = False,
-                 mask_init: Optional[float] = None) -> None:
+                 mask_init: Optional[float] = None, deform_groups: Optional[int] = None) -> None:
+        if deform_groups is not None:
+            raise TypeError('DCNv4: deform_groups must not be given, DCNv4 has `group`; to replace '
+                            "the dcn of an inherited config write dcn=dict(_delete_=True, "
+                            f"type='DCNv4', ...), got deform_groups={deform_groups!r}")
         if groups != 1:
-            raise ValueError('DCNv4: groups must be 1, the channel groups of DCNv4 are set by '
-                             f'group, got groups={groups}')
+            raise ValueError('DCNv4: groups must be 1: a grouped convolution (ResNeXt, RegNet, '
+                             'ResNeSt) cannot be replaced, and the channel groups of DCNv4 are '
+                             f'set by `group`, got groups={groups}')
         group = default_group(out_channels) if group is None else group
         if mask_init is None:
             mask_init = 1 / make_geometry(kernel_size=kernel_size, groups=group,
