@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import BEVSelfAttention, Sizes, SpatialCrossAttention, VisibleCells
-from .geometry import pillar_points, project_points
+from .geometry import check_range, pillar_points, project_points
 
 
 class BEVEncoderLayer(nn.Module):
@@ -84,16 +84,14 @@ class BEVFormerV2Encoder(BaseModule):
                  num_points: int = 8, feedforward_channels: int = 512, dropout: float = 0.1,
                  with_cp: bool = False) -> None:
         super().__init__()
-        if len(pc_range) != 6 or any(pc_range[i] >= pc_range[i + 3] for i in range(3)):
-            raise ValueError('BEVFormerV2Encoder: pc_range must be three minima and three larger '
-                             f'maxima, got {tuple(pc_range)}')
+        self.pc_range = check_range('BEVFormerV2Encoder', pc_range)
         if num_points % num_pillar_points:
             raise ValueError('BEVFormerV2Encoder: num_points must be a multiple of '
                              f'num_pillar_points ({num_pillar_points}), got {num_points}')
         if embed_dims % 2 or embed_dims % num_heads:
             raise ValueError('BEVFormerV2Encoder: embed_dims must be even and a multiple of '
                              f'num_heads ({num_heads}), got {embed_dims}')
-        self.pc_range, self.bev_size = tuple(pc_range), (bev_size[0], bev_size[1])
+        self.bev_size = (bev_size[0], bev_size[1])
         self.num_cams, self.num_levels, self.with_cp = num_cams, num_levels, with_cp
         rows, columns = self.bev_size
         self.bev_embedding = nn.Embedding(rows * columns, embed_dims)

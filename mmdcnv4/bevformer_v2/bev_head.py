@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .box_code import CENTER, CODE_SIZE, encode_boxes, select_boxes
+from .geometry import check_range
 
 _PRIOR = 0.01  # probability of an object that an untrained query states
 
@@ -150,7 +151,8 @@ class BEVFormerV2Head(BaseModule):
                  train_cfg: dict[str, Any] | None = None,
                  test_cfg: dict[str, Any] | None = None) -> None:
         super().__init__()
-        self.num_classes, self.pc_range = num_classes, tuple(pc_range)
+        self.num_classes = num_classes
+        self.pc_range = check_range('BEVFormerV2Head', pc_range)
         self.bev_size = (bev_size[0], bev_size[1])
         self.num_queries, self.num_groups = num_queries, num_groups
         self.query_embedding = nn.Embedding(num_groups * num_queries, 2 * embed_dims)

@@ -23,6 +23,18 @@ MIN_DEPTH = 1e-5  # metres; what is nearer does not project
 _FAR = 100.0  # image widths; beyond, a point samples zero whatever its offset
 
 
+def check_range(owner: str, pc_range: Sequence[float]) -> tuple[float, ...]:
+    """The range as a tuple.
+
+    Raises:
+        ValueError: it is not three minima and three larger maxima; names `owner`.
+    """
+    if len(pc_range) != 6 or any(pc_range[i] >= pc_range[i + 3] for i in range(3)):
+        raise ValueError(f'{owner}: pc_range must be three minima and three larger maxima, '
+                         f'got {tuple(pc_range)}')
+    return tuple(pc_range)
+
+
 def cell_centers(pc_range: Sequence[float], bev_size: Sequence[int]) -> Tensor:
     """Centres (x, y) in metres of the BEV cells, row-major: row h follows y, column w follows x.
 

@@ -13,7 +13,7 @@ from mmdet3d.datasets import NuScenesDataset
 from mmdet3d.registry import DATASETS
 
 _INFO_VERSION = '1.1'
-_CREATE = 'python tools/create_data.py nuscenes (of mmdetection3d 1.x)'
+_CREATE = '`mim run mmdet3d create_data nuscenes` (mmdetection3d 1.x)'
 
 
 class Link(NamedTuple):

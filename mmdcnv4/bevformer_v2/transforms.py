@@ -67,7 +67,11 @@ class LoadTemporalMultiViewImages(BaseTransform):
             raise FileNotFoundError(
                 f'LoadTemporalMultiViewImages: no image of {camera} of sample {info["token"]} at '
                 f'{path}; check data_root and data_prefix') from error
-        return mmcv.imfrombytes(data, flag='color', channel_order='bgr')
+        image = mmcv.imfrombytes(data, flag='color', channel_order='bgr')
+        if image is None:
+            raise ValueError(f'LoadTemporalMultiViewImages: the image of {camera} of sample '
+                             f'{info["token"]} at {path} cannot be decoded; it is damaged')
+        return image
 
     def transform(self, results: dict) -> dict:
         """Loads; see the class."""

@@ -192,6 +192,11 @@ def test_no_object_leaves_no_parameter_without_gradient():
     assert [name for name, p in head.named_parameters() if p.grad is None] == []
 
 
+def test_range():
+    with pytest.raises(ValueError, match=r'BEVFormerV2Head: pc_range must be .* got \(1, 2, 3\)'):
+        make_head(pc_range=[1, 2, 3])
+
+
 def test_foreign_label():
     with pytest.raises(ValueError, match=r'labels must be 0 ... 2 \(num_classes\), got 0 ... 3'):
         make_head().loss(torch.randn(1, 32, 16), [sample_of(BOXES, [3, 0])])

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from mmdet3d.registry import MODELS
@@ -162,8 +163,13 @@ def test_a_foreign_checkpoint(converter):
 
 def test_files(converter, tmp_path, capsys):
     name = 'pts_bbox_head.transformer.level_embeds'
-    torch.save(dict(state_dict={name: torch.ones(4, 8)}, meta=dict(epoch=24)), tmp_path / 'a.pth')
+    weights = {f'module.{name}': torch.ones(4, 8)}
+    torch.save(dict(state_dict=weights, meta=dict(best=np.float64(1))), tmp_path / 'a.pth')
     converter.main([str(tmp_path / 'a.pth'), str(tmp_path / 'b.pth')])
     assert '1 tensors are in' in capsys.readouterr().out
     loaded = torch.load(tmp_path / 'b.pth', weights_only=True)['state_dict']
     assert list(loaded) == ['bev_encoder.level_embed']
+    (tmp_path / 'page.pth').write_text('404: Not Found')
+    for source, words in (('absent.pth', 'must be an existing file'), ('page.pth', '404')):
+        with pytest.raises(SystemExit, match=f'error: .*{words}'):
+            converter.main([str(tmp_path / source), str(tmp_path / 'b.pth')])

@@ -95,7 +95,7 @@ def test_misspelt_init_cfg(tmp_path):
     torch.save(make_weights(), tmp_path / 'file.pth')
     model = FlashInternImage(**TINY, init_cfg=dict(
         type='Pretrained', checkpoint=str(tmp_path / 'file.pth'), prefx='backbone'))
-    with pytest.raises(TypeError, match='prefx'):
+    with pytest.raises(ValueError, match='init_cfg .* must have checkpoint .*prefx'):
         model.init_weights()
 
 

@@ -425,6 +425,18 @@ BAD_ARGUMENTS = [
      'level2_post_norm_block_ids', '(2,)'),
     (dict(TINY, dw_kernel_size=4), 'dw_kernel_size', '4'),
     (dict(TINY, pretrained='weights.pth'), 'pretrained', "'weights.pth'"),
+    (dict(TINY, pretrained=True), 'pretrained', 'True'),
+    (dict(TINY, depths=4), 'depths', 'got 4'),
+    (dict(TINY, groups='1248'), 'groups', "'1248'"),
+    (dict(TINY, channels='abc'), 'channels', "'abc'"),
+    (dict(TINY, out_indices=3), 'out_indices', 'got 3'),
+    (dict(arch=['t']), 'arch', "['t']"),
+    (dict(TINY, core_op=['DCNv4']), 'core_op', "['DCNv4']"),
+    (dict(TINY, layer_scale='x'), 'layer_scale', "'x'"),
+    (dict(TINY, dw_kernel_size='x'), 'dw_kernel_size', "'x'"),
+    (dict(TINY, mlp_ratio=-1), 'mlp_ratio', '-1'),
+    (dict(TINY, offset_scale=0), 'offset_scale', '0'),
+    (dict(TINY, in_channels=0), 'in_channels', '0'),
 ]
 
 
@@ -433,6 +445,11 @@ def test_bad_arguments(options, name, value):
     with pytest.raises(ValueError) as caught:
         FlashInternImage(**options)
     assert name in str(caught.value) and value in str(caught.value)
+
+
+def test_init_cfg_without_a_checkpoint():
+    with pytest.raises(ValueError, match='init_cfg .* must have checkpoint'):
+        FlashInternImage(**TINY, init_cfg=dict(type='Pretrained')).init_weights()
 
 
 def test_unknown_arguments_are_refused():

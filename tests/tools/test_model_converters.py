@@ -222,9 +222,16 @@ def test_errors(tool, tmp_path, capsys):
     with pytest.raises(SystemExit, match='must be an InternImage'):
         tool.main(['flash-init', str(tmp_path / 'bad.pth'), str(tmp_path / 'new.pth'),
                    '--arch', 't'])
+    for kind, missing in (('whole-model', r'backbone\., got'), ('classifier', r'patch_embed\., ')):
+        with pytest.raises(SystemExit, match=f'{kind}: SOURCE must have keys .* {missing}'):
+            tool.main([kind, str(tmp_path / 'bad.pth'), str(tmp_path / 'new.pth')])
+    torch.save(dict(state_dict={'backbone.x': torch.zeros(1)}), tmp_path / 'bad.pth')
     with pytest.raises(SystemExit, match=r'missing .*unexpected'):
         tool.main(['whole-model', str(tmp_path / 'bad.pth'), str(tmp_path / 'new.pth'),
                    '--config', str(DINO)])
+    with pytest.raises(SystemExit):
+        tool.main(['whole-model', str(tmp_path / 'bad.pth'), str(tmp_path / 'none' / 'new.pth')])
+    assert 'none/new.pth does not exist' in capsys.readouterr().err
     assert not (tmp_path / 'new.pth').exists()
     with pytest.raises(SystemExit):
         tool.main(['flash-init', 'a', 'b'])

@@ -11,10 +11,13 @@ counter-clockwise from x where 0.x counted clockwise from -y (yaw_new = -yaw_old
 import argparse
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Optional
 
 import torch
 from torch import Tensor
+
+from mmdcnv4.models.checkpoint import find_state_dict, read_file
 
 HEAD = r'pts_bbox_head\.'
 MONO = r'fcos3d_bbox_head\.'
@@ -121,8 +124,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('source', help='released checkpoint')
     parser.add_argument('target', help='file to write')
     args = parser.parse_args(argv)
-    checkpoint = torch.load(args.source, map_location='cpu', weights_only=True)
-    converted = convert(checkpoint.get('state_dict', checkpoint))
+    if not Path(args.target).absolute().parent.is_dir():
+        parser.error(f'the folder of the target {args.target} does not exist')
+    try:
+        weights = find_state_dict(read_file(args.source), args.source)
+        converted = convert({re.sub(r'^(module\.)+', '', key): value
+                             for key, value in weights.items()})
+    except (ValueError, OSError, ImportError) as error:
+        raise SystemExit(f'error: {error}') from error
     torch.save(dict(state_dict=converted), args.target)
     print(f'{len(converted)} tensors are in {args.target}')
 

@@ -21,6 +21,7 @@ import argparse
 import importlib
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Optional
 
 import torch
@@ -161,6 +162,23 @@ def check_fit(weights: Mapping[str, Tensor], config: str) -> str:
     return f'{len(own)} of {len(own)} tensors fit {config}'
 
 
+# beginnings of keys, each of which a source must have
+_NEEDED = {'classifier': ('patch_embed.', 'conv_head.', 'head.'), 'whole-model': ('backbone.',)}
+
+
+def check_source(weights: Mapping[str, Tensor], kind: str) -> None:
+    """Refuses files of another kind.
+
+    Raises:
+        ValueError: names what is missing.
+    """
+    missing = [start for start in _NEEDED.get(kind, ())
+               if not any(key.startswith(start) for key in weights)]
+    if missing:
+        raise ValueError(f'{kind}: SOURCE must have keys that begin with {", ".join(missing)}, got '
+                         f'{sorted({key.split(".")[0] for key in weights})[:8]}')
+
+
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__,
@@ -176,6 +194,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         parser.error('--arch belongs to flash-init')
     if args.kind == 'flash-init' and args.config:
         parser.error('--config is for whole models')
+    if not Path(args.target).absolute().parent.is_dir():
+        parser.error(f'the folder of the target {args.target} does not exist')
     return args
 
 
@@ -185,6 +205,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     try:
         weights = {re.sub(r'^(module\.)+', '', key): value for key, value in
                    find_state_dict(read_file(args.source), args.source).items()}
+        check_source(weights, args.kind)
         if args.kind == 'flash-init':
             result, left = convert_to_flash(weights, args.arch)
             head = [key for key in left if not key.startswith('levels.')]

@@ -14,7 +14,8 @@ Differs:  `arch` names the published sizes; without it `offset_scale` is 1. `lay
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, Optional, Union
 
 from mmengine.model import BaseModule, PretrainedInit
@@ -139,6 +140,10 @@ class FlashInternImage(BaseModule):
             layer_scale=layer_scale, offset_scale=offset_scale, post_norm=post_norm,
             dw_kernel_size=dw_kernel_size, mlp_fc2_bias=mlp_fc2_bias,
             dcn_output_bias=dcn_output_bias))
+        _check_numbers(
+            mlp_ratio=(Real, size['mlp_ratio']), offset_scale=(Real, size['offset_scale']),
+            layer_scale=(Real, size['layer_scale']), in_channels=(Integral, in_channels),
+            dw_kernel_size=(Integral, size['dw_kernel_size']))
         channels, depths, groups = (size.pop(key) for key in ('channels', 'depths', 'groups'))
         _check_sizes(channels, depths, groups)
         self.channels, self.depths, self.groups = channels, tuple(depths), tuple(groups)
@@ -200,8 +205,7 @@ class FlashInternImage(BaseModule):
             self.init_cfg = init_cfg
         self._reset_core_ops()
         for cfg in pretrained:
-            load_pretrained(self, **{key: cfg[key] for key in cfg
-                                     if key not in ('type', '_scope_')})
+            load_pretrained(self, **_pretrained_arguments(cfg))
 
     def _freeze(self) -> None:
         """Freezes the first stages, and those behind the last output, which never run.
@@ -278,15 +282,36 @@ class InternImage(FlashInternImage):
         super().__init__(arch, core_op=core_op, **options)
 
 
-def _check_choice(name: str, value: str, choices: tuple) -> None:
-    if value not in choices:
+def _check_choice(name: str, value: Any, choices: tuple) -> None:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f'FlashInternImage: {name} must be one of {choices}, got {value!r}')
+
+
+def _is_number(value: Any, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _check_numbers(**values: Any) -> None:
+    """Refuses what is not a positive number; (kind, value), value None where none is allowed."""
+    for name, (kind, value) in values.items():
+        if value is not None and not (_is_number(value, kind) and value > 0):
+            raise ValueError(f'FlashInternImage: {name} must be '
+                             f'{"an integer" if kind is Integral else "a number"} > 0, '
+                             f'got {value!r}')
+
+
+def _check_integers(name: str, values: Any) -> tuple[int, ...]:
+    if not isinstance(values, (list, tuple, range)) or not all(
+            _is_number(value, Integral) for value in values):
+        raise ValueError(f'FlashInternImage: {name} must be a sequence of integers, '
+                         f'got {values!r}')
+    return tuple(values)
 
 
 def _refuse_pretrained(pretrained: Optional[str]) -> None:
     if pretrained is None:
         return
-    if not pretrained.startswith(_FOREIGN_WEIGHTS):
+    if not isinstance(pretrained, str) or not pretrained.startswith(_FOREIGN_WEIGHTS):
         raise ValueError('FlashInternImage: pretrained must be None, give '
                          "init_cfg=dict(type='Pretrained', checkpoint=...) instead, "
                          f'got {pretrained!r}')
@@ -295,10 +320,19 @@ def _refuse_pretrained(pretrained: Optional[str]) -> None:
                   stacklevel=3)
 
 
+def _pretrained_arguments(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = {key: value for key, value in cfg.items() if key not in ('type', '_scope_')}
+    known = ('checkpoint', 'prefix', 'map_location')
+    if 'checkpoint' not in arguments or not set(arguments) <= set(known):
+        raise ValueError("FlashInternImage: init_cfg of type 'Pretrained' must have checkpoint and "
+                         f'nothing but {known}, got {dict(cfg)}')
+    return arguments
+
+
 def _resolve_arch(arch: Optional[str], table: dict[str, dict[str, Any]],
                   given: dict[str, Any]) -> dict[str, Any]:
     """Defaults, overridden by the table of `arch`, overridden by the arguments that were given."""
-    if arch is not None and arch not in table:
+    if arch is not None and (not isinstance(arch, str) or arch not in table):
         raise ValueError(f'FlashInternImage: arch must be one of {tuple(table)} or None, '
                          f'got {arch!r}')
     nullable = ('layer_scale', 'dw_kernel_size')  # None means none; 'arch' means not given
@@ -313,12 +347,14 @@ def _resolve_arch(arch: Optional[str], table: dict[str, dict[str, Any]],
 
 
 def _check_sizes(channels: int, depths: Sequence[int], groups: Sequence[int]) -> None:
-    if channels < 2 or channels % 2:
-        raise ValueError(f'FlashInternImage: channels must be even and >= 2, got {channels}')
+    if not _is_number(channels, Integral) or channels < 2 or channels % 2:
+        raise ValueError(f'FlashInternImage: channels must be even and >= 2, '
+                         f'got {channels!r}')
     for name, values in (('depths', depths), ('groups', groups)):
+        values = _check_integers(name, values)
         if len(values) != 4 or min(values) < 1:
             raise ValueError(f'FlashInternImage: {name} must be four numbers >= 1, '
-                             f'got {tuple(values)}')
+                             f'got {values}')
     for stage, group in enumerate(groups):
         if channels * 2**stage % group:
             raise ValueError(f'FlashInternImage: groups[{stage}] must divide the width of the '
@@ -326,7 +362,7 @@ def _check_sizes(channels: int, depths: Sequence[int], groups: Sequence[int]) ->
 
 
 def _check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
-    indices = tuple(out_indices)
+    indices = _check_integers('out_indices', out_indices)
     if not indices or list(indices) != sorted(set(indices)) or not set(indices) <= {0, 1, 2, 3}:
         raise ValueError('FlashInternImage: out_indices must be an ascending selection of '
                          f'0, 1, 2, 3, got {indices}')

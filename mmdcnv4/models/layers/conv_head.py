@@ -20,7 +20,8 @@ class ConvHeadNeck(nn.Module):
     """1x1 convolution, batch norm, GELU and mean over the map: `neck` of a mmpretrain classifier.
 
     The parameters stand below `conv_head`, as in the published files; the linear layer behind it
-    is mmpretrain's `LinearClsHead`. `tools/model_converters/classifier.py` renames such a file.
+    is mmpretrain's `LinearClsHead`. `tools/model_converters/convert_checkpoint.py
+    classifier` renames such a file.
 
     Args:
         in_channels: width of the last feature map.
