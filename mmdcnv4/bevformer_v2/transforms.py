@@ -67,7 +67,8 @@ class LoadTemporalMultiViewImages(BaseTransform):
             raise FileNotFoundError(
                 f'LoadTemporalMultiViewImages: no image of {camera} of sample {info["token"]} at '
                 f'{path}; check data_root and data_prefix') from error
-        image = mmcv.imfrombytes(data, flag='color', channel_order='bgr')
+        # OpenCV gives None for a damaged image, and an error of its own for an empty file
+        image = mmcv.imfrombytes(data, flag='color', channel_order='bgr') if data else None
         if image is None:
             raise ValueError(f'LoadTemporalMultiViewImages: the image of {camera} of sample '
                              f'{info["token"]} at {path} cannot be decoded; it is damaged')

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .bev_head import ExtraQueries
 from .detector import BEVFormerV2, Geometry, without_training
+from .geometry import check_range
 
 _EDGE = 0.01  # references keep this distance to the border, in ranges
 
@@ -54,7 +55,7 @@ class ProposalQueries(BaseModule):
                              f'got {embed_dims}')
         self.num_proposals, self.start_iteration = num_proposals, start_iteration
         self.embed_dims = embed_dims
-        low, high = torch.tensor(tuple(pc_range)).split(3)
+        low, high = torch.tensor(check_range('ProposalQueries', pc_range)).split(3)
         self.register_buffer('range_low', low, persistent=False)
         self.register_buffer('range_size', high - low, persistent=False)
         self.register_buffer('iteration', torch.zeros((), dtype=torch.long))

@@ -173,3 +173,7 @@ def test_files(converter, tmp_path, capsys):
     for source, words in (('absent.pth', 'must be an existing file'), ('page.pth', '404')):
         with pytest.raises(SystemExit, match=f'error: .*{words}'):
             converter.main([str(tmp_path / source), str(tmp_path / 'b.pth')])
+    for target, words in ((tmp_path, 'got the folder'), (tmp_path / 'c' / 'b.pth', 'c/b.pth')):
+        with pytest.raises(SystemExit):
+            converter.main([str(tmp_path / 'a.pth'), str(target)])
+        assert words in capsys.readouterr().err

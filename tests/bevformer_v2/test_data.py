@@ -162,10 +162,11 @@ def test_missing_files(make_dataset, rig):
     results['frame_infos'][0]['images']['CAM_BACK']['img_path'] = str(rig / 'none.jpg')
     with pytest.raises(FileNotFoundError, match='CAM_BACK of sample sample-0-0 at .*none.jpg'):
         LoadTemporalMultiViewImages()(results)
-    (rig / 'broken.jpg').write_bytes(b'no image')
     results['frame_infos'][0]['images']['CAM_BACK']['img_path'] = str(rig / 'broken.jpg')
-    with pytest.raises(ValueError, match='CAM_BACK of sample sample-0-0 at .*broken.jpg cannot'):
-        LoadTemporalMultiViewImages()(results)
+    for content in (b'no image', b''):
+        (rig / 'broken.jpg').write_bytes(content)
+        with pytest.raises(ValueError, match='CAM_BACK of sample sample-0-0 at .*broken.jpg cann'):
+            LoadTemporalMultiViewImages()(results)
     del results['frame_infos'][0]['images']['CAM_BACK']
     with pytest.raises(KeyError, match='sample-0-0 must have camera CAM_BACK'):
         LoadTemporalMultiViewImages()(results)

@@ -122,6 +122,11 @@ def test_predictions(make_model, make_batch):
     assert len(result) == 300
 
 
+def test_a_range_that_is_none():
+    with pytest.raises(ValueError, match='ProposalQueries: pc_range must be three minima'):
+        ProposalQueries(pc_range=(0, 0, 0, 1, 1, 0))
+
+
 def test_needs_the_perspective_head(make_model):
     with pytest.raises(ValueError, match='perspective_head must be given'):
         make_model(**DTYPE, perspective_head=None)

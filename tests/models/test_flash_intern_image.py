@@ -437,6 +437,10 @@ BAD_ARGUMENTS = [
     (dict(TINY, mlp_ratio=-1), 'mlp_ratio', '-1'),
     (dict(TINY, offset_scale=0), 'offset_scale', '0'),
     (dict(TINY, in_channels=0), 'in_channels', '0'),
+    (dict(TINY, drop_rate=1.5), 'drop_rate', '1.5'),
+    (dict(TINY, drop_path_rate='x'), 'drop_path_rate', "'x'"),
+    (dict(TINY, level2_post_norm=True, level2_post_norm_block_ids=1),
+     'level2_post_norm_block_ids', 'got 1'),
 ]
 
 
@@ -445,6 +449,10 @@ def test_bad_arguments(options, name, value):
     with pytest.raises(ValueError) as caught:
         FlashInternImage(**options)
     assert name in str(caught.value) and value in str(caught.value)
+
+
+def test_a_layer_scale_that_starts_at_zero():
+    assert not FlashInternImage(**TINY, layer_scale=0).levels[0].blocks[0].gamma1.any()
 
 
 def test_init_cfg_without_a_checkpoint():

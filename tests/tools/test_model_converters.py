@@ -232,6 +232,9 @@ def test_errors(tool, tmp_path, capsys):
     with pytest.raises(SystemExit):
         tool.main(['whole-model', str(tmp_path / 'bad.pth'), str(tmp_path / 'none' / 'new.pth')])
     assert 'none/new.pth does not exist' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tool.main(['whole-model', str(tmp_path / 'bad.pth'), str(tmp_path)])
+    assert f'must be a file, got the folder {tmp_path}' in capsys.readouterr().err
     assert not (tmp_path / 'new.pth').exists()
     with pytest.raises(SystemExit):
         tool.main(['flash-init', 'a', 'b'])

@@ -124,6 +124,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument('source', help='released checkpoint')
     parser.add_argument('target', help='file to write')
     args = parser.parse_args(argv)
+    if Path(args.target).is_dir():
+        parser.error(f'the target must be a file, got the folder {args.target}')
     if not Path(args.target).absolute().parent.is_dir():
         parser.error(f'the folder of the target {args.target} does not exist')
     try:

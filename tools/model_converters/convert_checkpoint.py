@@ -194,6 +194,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         parser.error('--arch belongs to flash-init')
     if args.kind == 'flash-init' and args.config:
         parser.error('--config is for whole models')
+    if Path(args.target).is_dir():
+        parser.error(f'the target must be a file, got the folder {args.target}')
     if not Path(args.target).absolute().parent.is_dir():
         parser.error(f'the folder of the target {args.target} does not exist')
     return args

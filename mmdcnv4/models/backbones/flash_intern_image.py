@@ -140,9 +140,13 @@ class FlashInternImage(BaseModule):
             layer_scale=layer_scale, offset_scale=offset_scale, post_norm=post_norm,
             dw_kernel_size=dw_kernel_size, mlp_fc2_bias=mlp_fc2_bias,
             dcn_output_bias=dcn_output_bias))
+        if size['layer_scale'] is not None and not _is_number(size['layer_scale']):
+            raise ValueError("FlashInternImage: layer_scale must be a number, None or 'arch', got "
+                             f'{size["layer_scale"]!r}')
+        _check_rate('drop_rate', drop_rate)
         _check_numbers(
             mlp_ratio=(Real, size['mlp_ratio']), offset_scale=(Real, size['offset_scale']),
-            layer_scale=(Real, size['layer_scale']), in_channels=(Integral, in_channels),
+            in_channels=(Integral, in_channels),
             dw_kernel_size=(Integral, size['dw_kernel_size']))
         channels, depths, groups = (size.pop(key) for key in ('channels', 'depths', 'groups'))
         _check_sizes(channels, depths, groups)
@@ -300,6 +304,11 @@ def _check_numbers(**values: Any) -> None:
                              f'got {value!r}')
 
 
+def _check_rate(name: str, value: Any) -> None:
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ValueError(f'FlashInternImage: {name} must be in [0, 1), got {value!r}')
+
+
 def _check_integers(name: str, values: Any) -> tuple[int, ...]:
     if not isinstance(values, (list, tuple, range)) or not all(
             _is_number(value, Integral) for value in values):
@@ -373,7 +382,7 @@ def _check_post_norm_ids(enabled: bool, ids: Optional[Sequence[int]],
                          depth: int) -> tuple[int, ...]:
     if not enabled:
         return ()
-    ids = tuple(ids or ())
+    ids = _check_integers('level2_post_norm_block_ids', () if ids is None else ids)
     if not ids or len(set(ids)) != len(ids) or not set(ids) <= set(range(depth)):
         raise ValueError('FlashInternImage: level2_post_norm_block_ids must be different blocks '
                          f'of the third stage (0 ... {depth - 1}), got {ids}')
@@ -383,8 +392,7 @@ def _check_post_norm_ids(enabled: bool, ids: Optional[Sequence[int]],
 def _drop_path_rates(rate: float, kind: str, depths: Sequence[int]) -> list[list[float]]:
     """Drop-path probability of every block, stage by stage."""
     _check_choice('drop_path_type', kind, ('linear', 'uniform'))
-    if not 0 <= rate < 1:
-        raise ValueError(f'FlashInternImage: drop_path_rate must be in [0, 1), got {rate}')
+    _check_rate('drop_path_rate', rate)
     last = sum(depths) - 1
     rates = [rate * index / max(last, 1) if kind == 'linear' else rate
              for index in range(last + 1)]
