@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
@@ -304,11 +307,10 @@ def main() -> int:
     if shutil.which('nvcc') is None:
         raise SystemExit('check_ptxas: nvcc is not installed')
     sources = sorted((ROOT / 'csrc' / 'cuda').glob('dcnv4_*ward_*.cu'))
-    kernels = []
-    with tempfile.TemporaryDirectory() as folder:
-        for arch in args.arch:
-            for source in sources:
-                kernels += compile_kernels(arch, source, Path(folder))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        files = pool.map(lambda pair: compile_kernels(*pair, Path(folder)),
+                         itertools.product(args.arch, sources))
+        kernels = [kernel for file in files for kernel in file]
     if not args.quiet:
         print_table(kernels)
     if args.write is not None:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,9 @@ def emulator(request: pytest.FixtureRequest) -> Path:
         for old in folder.iterdir():
             old.unlink()
         objects = [folder / f'{path.name}.o' for path in units]
-        for path, compiled in zip(units, objects):
-            run([compiler, *FLAGS, '-I', str(EMULATOR), '-x', 'c++', '-c', str(path), '-o',
-                 str(compiled)])
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda path, compiled: run(
+                [compiler, *FLAGS, '-I', str(EMULATOR), '-x', 'c++', '-c', str(path), '-o',
+                 str(compiled)]), units, objects))
         run([compiler, *FLAGS, *map(str, objects), '-o', str(program)])
     return program
