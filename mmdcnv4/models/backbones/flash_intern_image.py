@@ -91,8 +91,8 @@ class FlashInternImage(BaseModule):
             `layer_scale` or `post_norm`.
         center_feature_scale: gate between the DCNv4 output and the projected input.
         mask_init: start value of every mask of DCNv4. 0 as published: the layers start at zero.
-            With 1/9 they start as the mean over their window, which learnt faster from scratch
-            in a short training (docs/convergence.md). Weights that are loaded replace it.
+            With 1/9 they start as the mean over their window, which helped a little in a short
+            training from scratch (docs/convergence.md). Weights that are loaded replace it.
         core_op: 'DCNv4'. For comparisons in which nothing else differs: 'DCNv3', or 'DWConv', a
             3x3 depthwise convolution, on which the options of the sampling have no effect.
         with_cp: recompute blocks in the backward pass to save memory.
