@@ -217,7 +217,8 @@ def _explain(checkpoint: str, path: Path, error: str) -> str:
     """
     name = re.search(r'GLOBAL ([\w.]+)', error)
     if name is None:
-        start = path.read_bytes()[:_START]
+        with open(path, 'rb') as file:  # perhaps of gigabytes
+            start = file.read(_START)
         found = f'begins with {start!r}' if start else 'is empty'
         return (f'Pretrained: checkpoint must be a whole file of weights, got {checkpoint}, which '
                 f'is none or is cut off: it {found}')

@@ -9,23 +9,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_cases import BF16, DTYPES, F16, F64, hostile_offsets, make_call, size_name
+from cuda_cases import BF16, F16, F64, hostile_offsets, make_call, size_name
 from emulate import ONE_PROCESSOR, ORDERS, emulate_window_backward
+from window_cases import GEOMETRIES, HALVES, SIZES
 
 from mmdcnv4.ops import dcnv4_reference
 from mmdcnv4.ops.contract import make_geometry
 from mmdcnv4.testing import assert_as_accurate, forward_backward
 
-HALVES = {name: DTYPES[name] for name in ('f16', 'bf16', 'f16-f32', 'bf16-f32')}
-GEOMETRIES = {
-    '3x3': dict(kernel_size=3, padding=1),
-    '3x3-wide': dict(kernel_size=3, padding=1, offset_scale=2.0),
-    '3x3-ring': dict(kernel_size=3, padding=(1, 2), offset_scale=0.5, remove_center=True),
-    '3x3-ring-wide': dict(kernel_size=3, padding=0, offset_scale=-1.5, remove_center=True),
-}
-# N, H, W, G, D: ragged tiles and slices, primes, one pixel, one line, every D, 80 groups
-SIZES = [(3, 5, 7, 3, 16), (2, 13, 1, 5, 16), (3, 1, 1, 3, 32), (1, 11, 19, 3, 32),
-         (2, 9, 11, 1, 64), (1, 6, 17, 3, 64), (2, 3, 2, 80, 16), (5, 2, 3, 1, 16)]
 NAMES = ('grad_value', 'grad_offset_mask')
 
 
