@@ -56,7 +56,7 @@ test-gpu:
 	bash tools/test_gpu.sh $(or $(GPU_PYTHON),python3)
 
 bench-gpu:
-	PYTHONPATH=. $(or $(GPU_PYTHON),python3) tools/benchmark_gpu.py
+	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(or $(GPU_PYTHON),python3) tools/benchmark_gpu.py $(BENCH_ARGS)
 
 cuda-build:
 	bash tools/cuda_build.sh

@@ -46,6 +46,7 @@ class Call(NamedTuple):
     run: Callable[[], Tensor]
     leaves: tuple[Tensor, ...]
     to_nhwc: Callable[[Tensor], Tensor] = lambda out: out
+    prepare: Callable[[], None] = lambda: None  # before the first run, and after that of others
 
 
 def make_problem(shape: tuple[int, int, int, int], group_channels: int, dtype: torch.dtype,
@@ -75,13 +76,9 @@ def ours(p: Problem, fast: bool = False) -> Call:
     """The kernels of this package; `fast`: those on tensor cores, where they are made for it."""
     value, packed = (t.detach().requires_grad_() for t in (p.value, p.offset_mask))
     choose = getattr(torch.ops.mmdcnv4, '_set_cuda_fast', lambda on: None)  # absent from CPU builds
-
-    def run() -> Tensor:
-        choose(fast)
-        return dcnv4(value, packed, kernel_size=KERNEL, padding=1, groups=p.groups,
-                     offset_scale=p.offset_scale, backend='native')
-
-    return Call(run, (value, packed))
+    return Call(lambda: dcnv4(value, packed, kernel_size=KERNEL, padding=1, groups=p.groups,
+                              offset_scale=p.offset_scale, backend='native'),
+                (value, packed), prepare=lambda: choose(fast))
 
 
 def official(p: Problem) -> Call:

@@ -4,9 +4,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +24,11 @@ TOOLS = Path(__file__).parents[2] / 'tools'
 def tools(monkeypatch):
     monkeypatch.syspath_prepend(str(TOOLS))
     return importlib.import_module('gpu_peers'), importlib.import_module('benchmark_gpu')
+
+
+@pytest.fixture
+def report(tools, tmp_path):
+    return sys.modules['gpu_report'].Report(HEAD, tmp_path / 'report')
 
 
 def problem(peers, offsets, dtype=torch.float32):
@@ -74,13 +83,50 @@ def test_floors(tools):
                            torch.empty(64, 56, 56, 112, device='meta'), 4, 1.0)
     assert inputs.bytes_moved == pixels * (2 * 128 + 112) * 4
     assert inputs.bytes_moved_backward == pixels * (3 * 128 + 2 * 112) * 4
-    row = dict(shape='64x56x56x128', group_channels=32, dtype='float32', offsets='D1',
-               direction='forward', bytes=4_000_000, wrong_pixels=dict(official=0.031),
-               peers=dict(ours=dict(device_ms=0.002), official=dict(device_ms=0.009),
-                          mmcv=dict(error='no')))
-    line = benchmark.table_line(row, 4e12, ['ours', 'official', 'mmcv', 'torchvision'])
-    assert '2.0 (50% of floor)' in line and '9.0 (4.50x) WRONG 3.1%' in line
-    assert line.count(' - ') + line.endswith('-') == 2
+
+
+HEAD = dict(device='a GPU', torch='2.11', python='3.12', copy_bytes_per_second=4e12,
+            launch_seconds=1.5e-6, peers=['ours', 'ours fast', 'official', 'mmcv', 'torchvision'],
+            absent={'mmcv': 'not there'}, state_before='cold')
+
+
+def make_row(direction='forward', dtype='float16', **changes):
+    return dict(dict(shape='64x56x56x128', group_channels=32, dtype=dtype, offsets='D1',
+                     direction=direction, bytes=4_000_000, wrong_pixels=dict(official=0.031),
+                     peers={'ours': dict(device_ms=0.002, host_ms=0.02, spread=0.011),
+                            'ours fast': dict(device_ms=0.0016),
+                            'official': dict(device_ms=0.009), 'mmcv': dict(error='no')}),
+                **changes)
+
+
+def test_table(report):
+    (row,) = rows = [make_row()]
+    report.add(rows)
+    assert row['floor_us'] == pytest.approx(1.5)  # of a launch: the copy would take 1 µs
+    line = report.line(row)
+    assert '2.0 (75% of floor)' in line and '9.0 (4.50x) WRONG 3.1%' in line
+    assert '1.6 (0.80x)' in line and 'error | ' in line and line.endswith('  1.1%')
+    assert report.line(row, 'host_ms').count(' - ') == 3
+    assert report.summary()[1:] == ['float16 32 D1 forward: ours 75% of floor (75), '
+                                    'ours fast 94% of floor (94), official 5.6x (5.6)']
+    assert report.is_right()
+
+
+def test_our_own_mistakes_fail(report):
+    report.add([make_row(wrong_pixels={'ours fast': 0.5})])
+    assert not report.is_right() and 'FAILED' in ' '.join(report.finish(left=0))
+    report.rows = [make_row(peers=dict(ours=dict(error='illegal access')))]
+    assert report.problems() == ['64x56x56x128 32 float16 D1 forward: ours: illegal access']
+
+
+def test_report_is_resumed(tools, report):
+    report.add([make_row(), make_row('backward')])
+    path = report.stem.with_suffix('.json')
+    again = type(report).resume(path, HEAD)
+    assert again.rows == report.rows and again.stem == report.stem
+    assert again.has(make_row()) and not again.has(make_row(offsets='D0'))
+    with pytest.raises(SystemExit, match="device 'a GPU', here it is 'another'"):
+        type(report).resume(path, dict(HEAD, device='another'))
 
 
 def test_shape_argument(tools):
@@ -92,17 +138,108 @@ def test_shape_argument(tools):
 
 def test_without_a_gpu(tools, monkeypatch, capsys):
     _, benchmark = tools
-    monkeypatch.setattr(sys, 'argv', ['benchmark_gpu.py'])
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    assert benchmark.main() == 1
+    assert benchmark.main([]) == 1
     assert 'sees no GPU' in capsys.readouterr().err
 
 
-def test_plot(tools, tmp_path):
-    _, benchmark = tools
+def test_plot(report):
     pytest.importorskip('matplotlib')
-    rows = [dict(shape='1x7x7x64', group_channels=16, dtype='float16', offsets='D1',
-                 direction=direction, peers=dict(ours=dict(device_ms=0.1)))
-            for direction in ('forward', 'backward')]
-    assert benchmark.draw(rows, ['ours', 'mmcv'], tmp_path / 'plot.png')
-    assert (tmp_path / 'plot.png').stat().st_size > 1000
+    report.add([make_row(direction, dtype) for direction in ('forward', 'backward')
+                for dtype in ('float16', 'float32')])
+    assert report.finish(left=2)[-1].endswith('.png')
+    assert report.stem.with_suffix('.png').stat().st_size > 1000
+
+
+class Clock:
+    """In place of CUDA events."""
+
+    def __init__(self, enable_timing=False):
+        self.time = 0.0
+
+    def record(self):
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.time - self.time) + 1e-6
+
+
+class Graph:
+    """In place of a CUDA graph; fails as a peer that synchronises would."""
+
+    fails = False
+
+    def replay(self):
+        pass
+
+
+@contextlib.contextmanager
+def captured(graph):
+    if Graph.fails:
+        raise RuntimeError('operation not permitted when stream is capturing\nand more')
+    yield
+
+
+@pytest.fixture
+def fake_gpu(tools, monkeypatch):
+    """Lets the benchmark run on the CPU; its times mean nothing then."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in dict(
+            is_available=lambda: True, get_device_name=lambda: 'Fake GPU', Event=Clock,
+            get_device_properties=lambda device: SimpleNamespace(L2_cache_size=20_000),
+            CUDAGraph=Graph, graph=captured, Stream=lambda: stream, set_stream=lambda stream: None,
+            current_stream=lambda: stream, stream=contextlib.nullcontext,
+            synchronize=lambda: None, empty_cache=lambda: None).items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    benchmark, copy_bandwidth = tools[1], tools[1].copy_bandwidth
+    monkeypatch.setattr(benchmark, 'copy_bandwidth', lambda device: copy_bandwidth(device, 9))
+    monkeypatch.setattr(benchmark, 'DEVICE', 'cpu')
+    return benchmark
+
+
+@pytest.mark.skipif(not _extension.is_available, reason='no kernels')
+def test_the_whole_benchmark(fake_gpu, tmp_path, monkeypatch, capsys):
+    arguments = ['--shapes', '1x5x7x32', '2x3x3x32', '--group-channels', '16', '--offsets', 'D1',
+                 '--dtypes', 'float16', 'float32', '--output', str(tmp_path)]
+    assert fake_gpu.main([*arguments, '--budget', '0']) == 1  # measured nothing
+    assert '4 problems are left' in capsys.readouterr().out
+    (path,) = tmp_path.glob('*.json')
+    assert fake_gpu.main([*arguments, '--resume', str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert len(report['rows']) == 8 and report['device'] == 'Fake GPU'
+    assert {row['input_sets'] for row in report['rows']} == {4, 7, 8, 14}
+    for row in report['rows']:
+        assert row['wrong_pixels']['ours'] == 0
+        assert {'device_ms', 'hot_ms', 'host_ms', 'spread', 'calls', 'replays'} == set(
+            row['peers']['ours'])
+        assert ('ours fast' in row['peers']) == (row['dtype'] == 'float16')
+    assert 'Host time' in path.with_suffix('.txt').read_text()
+
+    monkeypatch.setattr(Graph, 'fails', True)
+    monkeypatch.setattr(fake_gpu, 'launch_time', lambda device: 1e-6)
+    assert fake_gpu.main([*arguments, '--peers', 'ours']) == 1
+    assert 'FAILED 1x5x7x32 16 float16 D1 forward: ours: operation' in capsys.readouterr().out
+
+
+def test_a_peer_may_refuse(fake_gpu, monkeypatch):
+    """A type that a peer is not made for costs its own column, not the run."""
+    peers = sys.modules['gpu_peers']
+
+    def refuse(problem):
+        raise RuntimeError('"deform_conv2d" not implemented for BFloat16')
+    monkeypatch.setitem(peers.PEERS, 'torchvision', peers.Peer(refuse, is_same=True))
+    rows = fake_gpu.measure_case(fake_gpu.Case('1x5x7x32', 16, 'bfloat16', 'D0'),
+                                 ['torchvision', 'attention'], {})
+    assert [row['peers']['torchvision']['error'] for row in rows] == 2 * [
+        '"deform_conv2d" not implemented for BFloat16']
+    assert all('device_ms' in row['peers']['attention'] for row in rows)
+
+
+def test_what_depends_on_the_shape_alone_is_measured_once(fake_gpu, monkeypatch):
+    known = {}
+    case = fake_gpu.Case('1x5x7x32', 16, 'float32', 'D0')
+    first = fake_gpu.measure_case(case, ['attention'], known)
+    monkeypatch.setitem(sys.modules['gpu_peers'].PEERS, 'attention',
+                        sys.modules['gpu_peers'].Peer(lambda problem: pytest.fail('again')))
+    second = fake_gpu.measure_case(case._replace(offsets='D1'), ['attention'], known)
+    assert [row['peers'] for row in first] == [row['peers'] for row in second]
