@@ -17,14 +17,6 @@ python=${1:-python3.12}
 venv=$(realpath -m "${2:-.build/cuda-venv}")
 torch_version=${TORCH_VERSION:-2.11.0}
 
-if ! command -v nvcc > /dev/null; then
-  echo 'cuda_build: nvcc is not installed; a CUDA toolkit is needed (no GPU)' >&2
-  exit 1
-fi
-# nvcc on the path may be a wrapper: ask it where it really is
-CUDA_HOME=${CUDA_HOME:-$(dirname "$(nvcc --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ _HERE_=//p')")}
-export CUDA_HOME
-
 if [ ! -x "$venv/bin/python" ]; then
   "$python" -m venv "$venv"
   "$venv/bin/pip" install --quiet --upgrade pip wheel 'setuptools<81' ninja numpy
@@ -33,12 +25,7 @@ if ! "$venv/bin/python" -c 'import torch' 2> /dev/null; then
   "$venv/bin/pip" install "torch==$torch_version"
 fi
 
-# the headers of the nvidia packages, for what the toolkit came without
-site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
-for folder in "$site"/nvidia/cu1*/include "$site"/nvidia/*/include; do
-  [ -d "$folder" ] && CPATH=${CPATH:+$CPATH:}$folder
-done
-export CPATH
+source tools/cuda_toolkit.sh "$venv/bin/python"
 
 started=$(date +%s)
 build=.build/cuda

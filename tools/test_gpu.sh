@@ -4,79 +4,104 @@
 #
 # Builds the extension for the GPU of this machine and tests the kernels on it: `make test-gpu`.
 # Needs a CUDA build of torch, nvcc, a C++ compiler, pytest and numpy; no OpenMMLab package and no
-# network. Fails, rather than skips, where there is no GPU.
+# network. Fails, rather than skips, where there is no GPU. Ends within eight minutes: a part that
+# takes longer than its share is stopped and has failed. The summary comes last.
 #
 # Usage: tools/test_gpu.sh [python]
-# Environment: MAX_JOBS; SANITIZER=0 leaves out compute-sanitizer
+# Environment: MAX_JOBS; TORCH_CUDA_ARCH_LIST (default: the GPU at hand);
+#   SANITIZER (default: 'memcheck racecheck'; '' for none)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}
-export PYTHONPATH=$PWD MAX_JOBS=${MAX_JOBS:-$(nproc)} MMDCNV4_CUDA=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} MAX_JOBS=${MAX_JOBS:-$(nproc)}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} # of the reference: many small computations
+# no plugins of other packages; line numbers for what the sanitizer finds
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 MMDCNV4_CUDA=1 MMDCNV4_LINEINFO=1
+unset MMDCNV4_FAST MMDCNV4_BACKEND
 summary=()
 
-step() { # name, command...
-  local name=$1 started=$SECONDS
-  shift
+step() { # seconds, name, command...
+  local limit=$1 name=$2 started=$SECONDS left=$((460 - SECONDS)) code=0
+  shift 2
   echo "== $name"
-  if "$@"; then
-    summary+=("ok      $name ($((SECONDS - started)) s)")
-  else
-    summary+=("FAILED  $name ($((SECONDS - started)) s)")
-  fi
+  if ((limit > left)); then limit=$((left > 1 ? left : 1)); fi
+  timeout --kill-after=10 "$limit" "$@" || code=$?
+  case $code in
+    0) summary+=("ok      $name ($((SECONDS - started)) s)") ;;
+    124 | 137) summary+=("FAILED  $name: stopped after $limit s") ;;
+    *) summary+=("FAILED  $name ($((SECONDS - started)) s)") ;;
+  esac
+  echo "${summary[-1]}"
+  return $code
 }
 
 finish() {
-  echo
-  echo '== summary'
-  printf '%s\n' "${summary[@]}"
-  ! printf '%s\n' "${summary[@]}" | grep -q FAILED
+  printf '\n== summary\n'
+  printf '%s\n' "${summary[@]}" "$SECONDS s in all; $device"
+  ! printf '%s\n' "${summary[@]}" | grep -q '^FAILED'
 }
 
-TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$("$python" - << 'PYTHON'
+tests() { # seconds, name, arguments of pytest...
+  step "$1" "$2" "$python" -m pytest -q --tb=short --maxfail=20 -p no:cacheprovider "${@:3}" || true
+}
+
+# Small calls of all kernels under each tool. Only our kernels are watched, since those of torch are
+# not ours to mend; every allocation is one of its own, so that its end is seen.
+sanitize() { # tool
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 step 110 "compute-sanitizer $1" "$sanitizer" --tool "$1" \
+    --kernel-name kns=dcnv4 --report-api-errors no --launch-timeout 100 --print-limit 20 \
+    --error-exitcode 9 "$python" -m pytest -q -x --tb=short -p no:cacheprovider -m ragged \
+    tests/cuda/test_dcnv4_gpu.py tests/cuda/test_fast_gpu.py tests/cuda/test_gpu_behaviour.py ||
+    true
+}
+
+source tools/cuda_toolkit.sh "$python"
+device=$("$python" - << 'PYTHON'
 import sys
 
 import torch
 
 if not torch.cuda.is_available():
     sys.exit(f'test_gpu: torch {torch.__version__} sees no GPU')
-print('{}.{}'.format(*torch.cuda.get_device_capability()))
+capability = '{}.{}'.format(*torch.cuda.get_device_capability())
+print(f'{torch.cuda.get_device_name()}, compute capability {capability}, torch {torch.__version__}')
 PYTHON
-)}
-export TORCH_CUDA_ARCH_LIST
+)
+echo "$device"
+capability=${device#*capability }
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-${capability%%,*}}
 
-build() {
-  "$python" setup.py --quiet build_ext --inplace --build-temp .build/gpu > .build/gpu.log 2>&1 ||
-    { tail -40 .build/gpu.log; return 1; }
-}
-
-kernels() {
-  "$python" -c "
-import torch
+echo 'building; the log is in .build/gpu.log'
+mkdir -p .build
+step 170 build "$python" setup.py --quiet build_ext --inplace --build-temp .build/gpu \
+  > .build/gpu.log 2>&1 || { tail -60 .build/gpu.log; finish; exit 1; }
+step 60 'the extension has CUDA kernels' "$python" -c "
 from mmdcnv4.ops import _extension
 assert 'cuda' in _extension.build_info, (_extension.missing_reason, _extension.build_info)
-print(torch.cuda.get_device_name(), 'torch', torch.__version__, _extension.build_info['cuda'])"
-}
+print(_extension.build_info['cuda'])" || { finish; exit 1; }
 
-# a few ragged calls under each tool; every allocation is one of its own, so that its end is seen
-sanitizer() {
-  local ragged='3x5x7 or 2x13x1 or 2x3x11 or 3x7x5 or 3x1x1 or 5x7x11'
-  local sizes="(test_sizes or test_window_sizes) and ($ragged)"
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 \
-    "$python" -m pytest -q -x -p no:cacheprovider tests/cuda/test_dcnv4_gpu.py \
-    -k "$sizes and (f32 or f16)"
-}
+# a process for each part: after an illegal access nothing works any more in the one that made it
+tests 120 'kernels against the reference' tests/cuda/test_dcnv4_gpu.py
+tests 120 'kernels on tensor cores against the reference' tests/cuda/test_fast_gpu.py
+MMDCNV4_FAST=1 tests 120 'the same choice by MMDCNV4_FAST=1' tests/cuda/test_dcnv4_gpu.py \
+  -k 'not elements and not large'
+tests 120 'streams, graphs, autocast, compile, determinism' tests/cuda/test_gpu_behaviour.py \
+  -k 'not training'
+tests 60 'training' tests/cuda/test_gpu_behaviour.py -k training
 
-mkdir -p .build
-step 'build' build
-step 'the extension has CUDA kernels' kernels
-step 'kernels against the reference' "$python" -m pytest -q -p no:cacheprovider \
-  tests/cuda/test_dcnv4_gpu.py -k 'not test_training'
-step 'training' "$python" -m pytest -q -p no:cacheprovider tests/cuda/test_dcnv4_gpu.py \
-  -k test_training
-if [ "${SANITIZER:-1}" = 1 ] && command -v compute-sanitizer > /dev/null; then
-  step 'compute-sanitizer memcheck' sanitizer memcheck
-  step 'compute-sanitizer racecheck' sanitizer racecheck
-else
-  summary+=('not run compute-sanitizer (absent, or SANITIZER=0)')
+sanitizer=$(PATH=$PATH:$CUDA_HOME/compute-sanitizer command -v compute-sanitizer || true)
+why='it is not installed'
+if [ -n "$sanitizer" ] && ! timeout 60 "$sanitizer" --report-api-errors no --error-exitcode 9 \
+  "$python" -c 'import torch; torch.ones(1, device="cuda").sum().item()' > .build/sanitizer.log 2>&1
+then
+  why='it does not work on this device' sanitizer=
+  tail -5 .build/sanitizer.log
 fi
+for tool in ${SANITIZER-memcheck racecheck}; do
+  if [ -n "$sanitizer" ]; then
+    sanitize "$tool"
+  else
+    summary+=("not run compute-sanitizer $tool: $why")
+  fi
+done
 finish

@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the emulator of the CUDA kernels, once per state of their sources."""
+"""The emulator of the CUDA kernels, built once per state of their sources; kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from gpu_cases import set_fast
 
 ROOT = Path(__file__).parents[2]
 CSRC, EMULATOR = ROOT / 'csrc', Path(__file__).parent / 'emulator'
@@ -52,3 +55,27 @@ def emulator(request: pytest.FixtureRequest) -> Path:
                  str(compiled)]), units, objects))
         run([compiler, *FLAGS, *map(str, objects), '-o', str(program)])
     return program
+
+
+@pytest.fixture(params=['direct', 'fast'])
+def both_paths(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test on a GPU with the tensor-core kernels forced off, and forced on."""
+    set_fast(request.param == 'fast')
+    yield request.param
+    set_fast()
+
+
+@pytest.fixture
+def fast_path() -> Iterator[None]:
+    """Runs a test on a GPU with the tensor-core kernels."""
+    set_fast(True)
+    yield
+    set_fast()
+
+
+@pytest.fixture
+def poisoned_memory() -> None:
+    """What the allocator gives away next holds NaN: an element that nobody writes is seen."""
+    # 512 KiB and 32 MiB: blocks of its two pools
+    blocks = [torch.full((size,), torch.nan, device='cuda') for size in [2**17] * 16 + [2**23] * 4]
+    del blocks
