@@ -109,6 +109,20 @@ def test_dino_l_has_a_slow_backbone():
         assert groups[id(parameter)] == pytest.approx((rate, 0.05)), name  # norms decay too
 
 
+def test_segmentation_quick_start_has_slow_predictors():
+    cfg = read('quick_start/'
+               'upernet_flash-intern-image-mini_1xb4-2k_drawn-scenes-160x160.py')
+    model = build_model(cfg, 'meta')
+    groups = actual_groups(build_optimiser(cfg, model))
+    slow = [name for name, parameter in model.named_parameters()
+            if groups[id(parameter)][0] == pytest.approx(1e-4)]
+    fast = [name for name, parameter in model.named_parameters()
+            if groups[id(parameter)][0] == pytest.approx(1e-3)]
+    assert len(slow) == 2 * 10  # weight and bias of ten blocks
+    assert all('.dcn.offset_mask.' in name for name in slow)
+    assert len(slow) + len(fast) == len(groups) and not any('offset' in name for name in fast)
+
+
 def curve(cfg, iterations):
     """Learning rate of each iteration, as mmengine's hook steps the schedulers."""
     base = cfg.optim_wrapper.optimizer.lr
