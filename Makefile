@@ -56,6 +56,7 @@ test-gpu:
 	bash tools/test_gpu.sh $(or $(GPU_PYTHON),python3)
 
 bench-gpu:
+	bash tools/build_gpu.sh $(or $(GPU_PYTHON),python3)
 	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(or $(GPU_PYTHON),python3) tools/benchmark_gpu.py $(BENCH_ARGS)
 
 cuda-build:

@@ -46,7 +46,7 @@ from gpu_timing import (
 )
 from torch import Tensor
 
-from mmdcnv4.ops import dcnv4_reference
+from mmdcnv4.ops import _extension, dcnv4_reference
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = 'cuda'
@@ -159,6 +159,15 @@ def parse_arguments(argv: Optional[list[str]] = None) -> argparse.Namespace:
     return args
 
 
+def why_not() -> str:
+    """Why nothing can be measured here, or an empty string."""
+    if not torch.cuda.is_available():
+        return f'torch {torch.__version__} sees no GPU'
+    if 'cuda' not in _extension.build_info:
+        return 'the CUDA kernels are not compiled; tools/build_gpu.sh builds them'
+    return ''
+
+
 def make_report(args: argparse.Namespace) -> Report:
     """A report without rows, or that of the run to be resumed; names what is absent."""
     missing = {name: absent(name) for name in args.peers}
@@ -178,8 +187,9 @@ def make_report(args: argparse.Namespace) -> Report:
 def main(argv: Optional[list[str]] = None) -> int:
     """Measures, prints and writes everything; 1 where one of our kernels failed or was wrong."""
     args = parse_arguments(argv)
-    if not torch.cuda.is_available():
-        print('benchmark_gpu: torch sees no GPU', file=sys.stderr)
+    reason = why_not()
+    if reason:
+        print(f'benchmark_gpu: {reason}', file=sys.stderr)
         return 1
     started = time.monotonic()
     torch.backends.cudnn.benchmark = True  # the peers at their best

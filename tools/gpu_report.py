@@ -202,10 +202,10 @@ def fastest(row: dict[str, Any]) -> Optional[float]:
 def draw_panel(axis: Any, rows: list[dict[str, Any]], names: list[str]) -> None:
     """Times of the candidates, and the floor, over the rows."""
     axis.plot([row['floor_us'] for row in rows], color='black', linestyle=':', label='floor')
-    for name in names:
+    for number, name in enumerate(names):  # one colour in every panel
         points = [(i, time) for i, row in enumerate(rows) if (time := microseconds(row, name))]
         if points:
-            axis.plot(*zip(*points), marker='o', markersize=3, label=name)
+            axis.plot(*zip(*points), marker='o', markersize=3, color=f'C{number}', label=name)
     axis.set_xticks(range(len(rows)), [row['shape'] for row in rows], rotation=90, fontsize=7)
 
 

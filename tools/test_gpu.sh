@@ -8,15 +8,13 @@
 # takes longer than its share is stopped and has failed. The summary comes last.
 #
 # Usage: tools/test_gpu.sh [python]
-# Environment: MAX_JOBS; TORCH_CUDA_ARCH_LIST (default: the GPU at hand);
-#   SANITIZER (default: 'memcheck racecheck'; '' for none)
+# Environment: as tools/build_gpu.sh; SANITIZER (default: 'memcheck racecheck'; '' for none)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python3}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} MAX_JOBS=${MAX_JOBS:-$(nproc)}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4} # of the reference: many small computations
-# no plugins of other packages; line numbers for what the sanitizer finds
-export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 MMDCNV4_CUDA=1 MMDCNV4_LINEINFO=1
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 # those of other packages
 unset MMDCNV4_FAST MMDCNV4_BACKEND
 summary=()
 
@@ -55,7 +53,6 @@ sanitize() { # tool
     true
 }
 
-source tools/cuda_toolkit.sh "$python"
 device=$("$python" - << 'PYTHON'
 import sys
 
@@ -63,18 +60,12 @@ import torch
 
 if not torch.cuda.is_available():
     sys.exit(f'test_gpu: torch {torch.__version__} sees no GPU')
-capability = '{}.{}'.format(*torch.cuda.get_device_capability())
-print(f'{torch.cuda.get_device_name()}, compute capability {capability}, torch {torch.__version__}')
+print(torch.cuda.get_device_name(), 'of compute capability',
+      '{}.{}, torch'.format(*torch.cuda.get_device_capability()), torch.__version__)
 PYTHON
 )
 echo "$device"
-capability=${device#*capability }
-export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-${capability%%,*}}
-
-echo 'building; the log is in .build/gpu.log'
-mkdir -p .build
-step 170 build "$python" setup.py --quiet build_ext --inplace --build-temp .build/gpu \
-  > .build/gpu.log 2>&1 || { tail -60 .build/gpu.log; finish; exit 1; }
+step 170 build bash tools/build_gpu.sh "$python" || { finish; exit 1; }
 step 60 'the extension has CUDA kernels' "$python" -c "
 from mmdcnv4.ops import _extension
 assert 'cuda' in _extension.build_info, (_extension.missing_reason, _extension.build_info)
@@ -89,7 +80,7 @@ tests 120 'streams, graphs, autocast, compile, determinism' tests/cuda/test_gpu_
   -k 'not training'
 tests 60 'training' tests/cuda/test_gpu_behaviour.py -k training
 
-sanitizer=$(PATH=$PATH:$CUDA_HOME/compute-sanitizer command -v compute-sanitizer || true)
+sanitizer=$(PATH=$PATH:/usr/local/cuda/bin command -v compute-sanitizer || true)
 why='it is not installed'
 if [ -n "$sanitizer" ] && ! timeout 60 "$sanitizer" --report-api-errors no --error-exitcode 9 \
   "$python" -c 'import torch; torch.ones(1, device="cuda").sum().item()' > .build/sanitizer.log 2>&1

@@ -141,6 +141,10 @@ def test_without_a_gpu(tools, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     assert benchmark.main([]) == 1
     assert 'sees no GPU' in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.delitem(_extension.build_info, 'cuda', raising=False)
+    assert benchmark.main([]) == 1
+    assert 'not compiled' in capsys.readouterr().err
 
 
 def test_plot(report):
@@ -194,6 +198,7 @@ def fake_gpu(tools, monkeypatch):
     benchmark, copy_bandwidth = tools[1], tools[1].copy_bandwidth
     monkeypatch.setattr(benchmark, 'copy_bandwidth', lambda device: copy_bandwidth(device, 9))
     monkeypatch.setattr(benchmark, 'DEVICE', 'cpu')
+    monkeypatch.setitem(_extension.build_info, 'cuda', {})
     return benchmark
 
 
