@@ -20,13 +20,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
 ROOT = Path(__file__).resolve().parents[1]
-# bytes per number, wider type first in the name of the kernel
+# types of `value` as they are in the names of kernels, and bytes per number
 TYPES = {'d': ('float64', 8), 'f': ('float32', 4), 'Half': ('float16', 2),
          'BFloat16': ('bfloat16', 2)}
 # kernels on tensor cores: how many numbers of `value` or its gradient a load from global memory
@@ -44,7 +45,8 @@ INTRODUCTION = """# What the compiler makes of the kernels
 
 Written by `tools/check_ptxas.py --write`, with nvcc {nvcc}, for {archs}. One line per kind of
 kernel and dtype of `value`: the largest number among its kernels. Instructions are those in the
-code, and those that a warp executes for 256 outputs where a block of 16x8 pixels has no far tap.
+code, and those that a warp executes for 256 outputs where a block of 16x8 pixels has no far tap and
+offsets have the dtype of `value`.
 
 """
 
@@ -56,7 +58,6 @@ class Kernel:
     arch: str
     direction: str  # 'forward', 'backward', 'window_forward', 'window_grad_offset', ...
     dtype: str
-    offset_dtype: str
     vec: int
     variant: str = ''
     registers: int = 0
@@ -72,8 +73,7 @@ class Kernel:
     def label(self) -> str:
         """For tables and messages."""
         shape = self.variant if self.is_window else f'vec {self.vec} {self.variant}'
-        return (f'sm_{self.arch} {self.direction} {self.dtype} {self.offset_dtype} '
-                f'{shape}').strip()
+        return (f'sm_{self.arch} {self.direction} {self.dtype} {shape}').strip()
 
     @property
     def is_window(self) -> bool:
@@ -110,26 +110,22 @@ class Kernel:
 
 def parse_name(arch: str, mangled: str) -> Optional[Kernel]:
     """Template arguments from the mangled name of a kernel."""
-    match = re.search(r'dcnv4_(\w+?)_kernelI(.*?)((?:L[ib]\d+E)*)'
-                      r'(?:NS0_8(Float|Fixed)Sum\w+?EE)?EEv', mangled)
+    match = re.search(r'dcnv4_(\w+?)_kernelI(?:NS0_\d+(Half|BFloat16)E|([df])|5uint4)'
+                      r'((?:L[ib]\d+E)*)(?:NS0_8(Float|Fixed)Sum\w+?EE)?EEv', mangled)
     if match is None or match[1] not in DIRECTIONS:
         return None
-    types = re.findall(r'NS0_\d+(Half|BFloat16)E|S\d?_|([df])', match[2])
-    names = [TYPES[long or short][0] for long, short in types if long or short]
-    names = names if len(names) == 2 else names * 2  # the second repeats the first
-    numbers = [*map(int, re.findall(r'\d+', match[3]))]
     if match[1] == 'window_clear':
-        return Kernel(arch, match[1], 'float32', 'float32', 1)  # reads nothing but a flag
+        return Kernel(arch, match[1], 'float32', 1)  # reads nothing but a flag
+    dtype = TYPES[match[2] or match[3]][0]
     if match[1] == 'window_grad_rest':
-        return Kernel(arch, match[1], *names, 8)
-    first, second = numbers
+        return Kernel(arch, match[1], dtype, 8)
+    first, second = map(int, re.findall(r'\d+', match[4]))
     if match[1] in WINDOW_VECTORS:
-        return Kernel(arch, match[1], *names, WINDOW_VECTORS[match[1]],
-                      f'D={first} reach {second}')
+        return Kernel(arch, match[1], dtype, WINDOW_VECTORS[match[1]], f'D={first} reach {second}')
     variant = {'forward': 'K=9', 'backward': 'softmax'}[match[1]] if second else ''
-    if match[4] == 'Fixed':
+    if match[5] == 'Fixed':
         variant = f'{variant} fixed point'.strip()
-    return Kernel(arch, match[1], *names, first, variant)
+    return Kernel(arch, match[1], dtype, first, variant)
 
 
 def find_tool(name: str) -> Optional[str]:
@@ -171,21 +167,24 @@ def words_in(code: str) -> set[str]:
     return {name for name, pattern in TENSOR_CORE_WORDS.items() if re.search(pattern, code)}
 
 
-def add_sass(kernels: dict[str, Kernel], sass: str) -> None:
-    """Counts instructions and finds the widest load from global memory, in disassembled code."""
+def functions(sass: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
+    """Names of the kernels in disassembled code, with addresses and instructions."""
     for part in sass.split('Function : ')[1:]:
         name, _, code = part.partition('\n')
         found = re.findall(r'^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);', code, re.MULTILINE)
-        code_lines = [(int(address, 16), line) for address, line in found if 'NOP' not in line]
-        lines = [line for _, line in code_lines]
-        kernel = kernels[name.strip()]
+        yield name.strip(), [(int(at, 16), line) for at, line in found if 'NOP' not in line]
+
+
+def add_sass(kernels: dict[str, Kernel], sass: str) -> None:
+    """Counts instructions and finds the widest load from global memory, in disassembled code."""
+    for name, code in functions(sass):
+        lines = [line for _, line in code]
+        kernel = kernels[name]
         kernel.instructions = len(lines)
-        if kernel.is_window:
-            kernel.executed = executed_instructions(code_lines, kernel)
         widths = re.findall(r'\bLDG\.E(?:\.\w+)*', ' '.join(lines))
         kernel.widest_load = max(int((re.findall(r'\.(\d+)\b', load) or ['32'])[0]) // 8
                                  if not re.search(r'\.[US]16', load) else 2 for load in widths)
-        kernel.tensor_core_words = words_in(code)
+        kernel.tensor_core_words = words_in(' '.join(lines))
         counts = re.findall(r'\bRED[G.]\S*?\.F32(?:x(\d))?\.', ' '.join(lines))
         kernel.widest_reduction = max((4 * int(count or 1) for count in counts), default=None)
 
@@ -241,8 +240,15 @@ def executed_instructions(lines: list[tuple[int, str]], kernel: Kernel) -> float
     return sum(weights) * 256 / ((16 if is_value else 32) * depth * turns)
 
 
-def compile_kernels(arch: str, source: Path, folder: Path) -> list[Kernel]:
-    """Compiles one .cu file and returns its kernels."""
+def add_executed(kernels: dict[str, Kernel], sass: str) -> None:
+    """Counts what warps of the tensor-core kernels execute, in disassembled code."""
+    for name, lines in functions(sass):
+        if kernels[name].is_window:
+            kernels[name].executed = executed_instructions(lines, kernels[name])
+
+
+def compile_kernels(arch: str, source: Path, folder: Path, count: bool) -> list[Kernel]:
+    """Compiles one .cu file and returns its kernels; `count`: with what they execute."""
     flags = ['-std=c++17', '-O3', f'-arch=sm_{arch}']
     cubin = folder / f'{source.stem}-{arch}.cubin'
     log = run('nvcc', *flags, '-cubin', '-Xptxas', '-v', '-o', str(cubin), str(source))
@@ -250,6 +256,10 @@ def compile_kernels(arch: str, source: Path, folder: Path) -> list[Kernel]:
     disassembler = find_tool('cuobjdump')
     if disassembler is not None and find_tool('nvdisasm') is not None:
         add_sass(kernels, run(disassembler, '--dump-sass', str(cubin)))
+        if count:  # code for one dtype of offsets: a sum over both would say nothing
+            run('nvcc', *flags, '-DMMDCNV4_OFFSETS_AS_VALUE', '-cubin', '-o', str(cubin),
+                str(source))
+            add_executed(kernels, run(disassembler, '--dump-sass', str(cubin)))
     else:
         ptx = cubin.with_suffix('.ptx')
         run('nvcc', *flags, '-ptx', '-o', str(ptx), str(source))
@@ -308,7 +318,7 @@ def main() -> int:
         raise SystemExit('check_ptxas: nvcc is not installed')
     sources = sorted((ROOT / 'csrc' / 'cuda').glob('dcnv4_*ward_*.cu'))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        files = pool.map(lambda pair: compile_kernels(*pair, Path(folder)),
+        files = pool.map(lambda pair: compile_kernels(*pair, Path(folder), args.write is not None),
                          itertools.product(args.arch, sources))
         kernels = [kernel for file in files for kernel in file]
     if not args.quiet:

@@ -27,16 +27,18 @@
 namespace mmdcnv4 {
 namespace cuda {
 
-template <bool kSoftmax, typename T, typename Offset>
+template <bool kMaybeSoftmax, typename T, typename V>
 MMDCNV4_DEVICE void fill_backward_taps(const KernelArguments<T>& a, const Row& row,
-                                       const MaskRule<T>& rule, const Offset* __restrict__ packed,
+                                       const MaskRule<T>& rule, const OffsetNumbers<V>& packed,
                                        int32_t first, int32_t count, const Taps<T>& taps) {
 #pragma unroll 1
   for (int32_t slot = row.lane; slot < count; slot += 1 << a.team_log2) {
     Four<T> weight{}, extra{};
     uint4 pixel = make_uint4(0, 0, 0, 0);
     if (row.is_valid) {
-      const Sample<T> sample = make_sample<kSoftmax>(a, row, rule, packed, first + slot);
+      const int32_t k = first + slot;
+      const Sample<T> sample =
+          make_sample<kMaybeSoftmax>(a, row, rule, packed.load_tap(k, a.points), k);
       weight = corner_weights(sample);
       pixel = corner_pixels(a, sample.bilinear);
       extra = {sample.mask, sample.bilinear.fx, sample.bilinear.fy,
@@ -85,27 +87,27 @@ MMDCNV4_DEVICE void gather_tap(const Channels<T, Sum>& channels, const uint4& pi
           Io::load(channels.value + channels.offset(from[pair + 1], channel))};
 #pragma unroll
       for (int c = pair; c < pair + 2; ++c) {
-        wide_t<T> number[kVec], part[kVec], sum = 0;
+        if (!(bits >> c & 1)) continue;
+        wide_t<T> number[kVec];
         Io::widen(corner[c - pair], number);
 #pragma unroll
-        for (int i = 0; i < kVec; ++i) {
-          sum += grad[i] * number[i];
-          part[i] = w[c] * grad[i];
-        }
-        if (!(bits >> c & 1)) continue;
-        dot[c] += sum;
-        if constexpr (kScatter)
+        for (int i = 0; i < kVec; ++i) dot[c] += grad[i] * number[i];
+        if constexpr (kScatter) {
+          wide_t<T> part[kVec];
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) part[i] = w[c] * grad[i];
           channels.grad_value.add(channels.offset(from[c], channel), part);
+        }
       }
     }
   }
 }
 
 // <grad_output, output> = sum_k m_k h_k of a row.
-template <typename T, typename Offset, typename Sum, int kVec>
+template <typename T, typename Sum, int kVec>
 MMDCNV4_DEVICE wide_t<T> expected_dot(const KernelArguments<wide_t<T>>& a, const Row& row,
                                       const MaskRule<wide_t<T>>& rule,
-                                      const Offset* __restrict__ packed,
+                                      const OffsetNumbers<T>& packed,
                                       const Channels<T, Sum>& channels, wide_t<T> (&grad)[kVec],
                                       const Taps<wide_t<T>>& taps) {
   wide_t<T> expected = 0;
@@ -130,33 +132,34 @@ MMDCNV4_DEVICE wide_t<T> expected_dot(const KernelArguments<wide_t<T>>& a, const
 
 // Writes the gradients of `count` taps, collected in taps.extra, and after the last tap of the last
 // group the padding.
-template <typename T, typename Offset>
+template <typename T, typename V>
 MMDCNV4_DEVICE void write_grad_offset_mask(const KernelArguments<T>& a, const Row& row,
                                            int32_t first, int32_t count, const Taps<T>& taps,
-                                           Offset* __restrict__ to) {
+                                           const OffsetGradients<V>& to) {
   const int32_t team = 1 << a.team_log2;
+#pragma unroll 1
   for (int32_t i = row.lane; i < 3 * count; i += team) {
-    if (i < 2 * count) {
-      const Four<T>& grad = taps.extra[i >> 1];
-      store_one(i & 1 ? grad.y : grad.x, to + 2 * first + i);
-    } else {
-      store_one(taps.extra[i - 2 * count].z, to + 2 * a.points + first + i - 2 * count);
-    }
+    const bool is_mask = i >= 2 * count;
+    const int32_t slot = is_mask ? i - 2 * count : i >> 1;
+    const Four<T>& grad = taps.extra[slot];
+    to.store(is_mask ? grad.z : i & 1 ? grad.y : grad.x,
+             is_mask ? 2 * a.points + first + slot : 2 * first + i);
   }
   if (row.group + 1 < a.groups || first + count < a.points) return;
   const int64_t padding = a.offset_mask_channels - int64_t(a.groups) * 3 * a.points;
-  for (int32_t i = row.lane; i < padding; i += team) store_one(T(0), to + 3 * a.points + i);
+#pragma unroll 1
+  for (int32_t i = row.lane; i < padding; i += team) to.store(T(0), 3 * a.points + i);
 }
 
-// kSoftmax: as a.softmax, which is rare and takes registers.
-template <typename T, typename Offset, int kVec, bool kSoftmax, typename Sum>
+// kMaybeSoftmax: a.softmax, which is rare and takes registers, may be set.
+template <typename T, int kVec, bool kMaybeSoftmax, typename Sum>
 __global__ void __launch_bounds__(kMaxThreads, sizeof(T) < 8 ? 3 : 2)
     dcnv4_backward_kernel(const KernelArguments<wide_t<T>> a,
-                          const T* __restrict__ grad_output,      // [N, Ho, Wo, G, D]
-                          const T* __restrict__ value,            // [N, H, W, G, D]
-                          const Offset* __restrict__ offset_mask, // [N, Ho, Wo, P]
-                          const Sum grad_value,                   // [N, H, W, G, D]
-                          Offset* __restrict__ grad_offset_mask) { // [N, Ho, Wo, P]
+                          const T* __restrict__ grad_output,   // [N, Ho, Wo, G, D]
+                          const T* __restrict__ value,         // [N, H, W, G, D]
+                          const OffsetNumbers<T> offset_mask,  // [N, Ho, Wo, P]
+                          const Sum grad_value,                // [N, H, W, G, D]
+                          const OffsetGradients<T> grad_offset_mask) { // [N, Ho, Wo, P]
   using W = wide_t<T>;
   MMDCNV4_SHARED_MEMORY(shared);
   const Row row = locate(a, blockIdx.x, int32_t(threadIdx.x));
@@ -181,16 +184,15 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) < 8 ? 3 : 2)
         VectorIo<T, kVec>::load(grad_output + channels.row + channels.begin), grad);
   MaskRule<W> rule{};
   W expected = 0;
-  if constexpr (kSoftmax) {
-    rule = make_mask_rule(a, row, offset_mask + packed);
-    expected =
-        expected_dot(a, row, rule, offset_mask + packed, channels, grad, taps);
+  if (kMaybeSoftmax && a.softmax) {
+    rule = make_mask_rule(a, row, offset_mask.from(packed));
+    expected = expected_dot(a, row, rule, offset_mask.from(packed), channels, grad, taps);
   }
 #pragma unroll 1
   for (int32_t first = 0; first < a.points; first += kTapsPerPass) {
     const int32_t count = a.points - first < kTapsPerPass ? a.points - first : kTapsPerPass;
     __syncwarp();
-    fill_backward_taps<kSoftmax>(a, row, rule, offset_mask + packed, first, count, taps);
+    fill_backward_taps<kMaybeSoftmax>(a, row, rule, offset_mask.from(packed), first, count, taps);
     __syncwarp();
 #pragma unroll 1
     for (int32_t slot = 0; slot < count; ++slot) {
@@ -205,51 +207,57 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) < 8 ? 3 : 2)
       if (row.lane == 0) {
         const W mask = taps.extra[slot].x, scale = a.scale * mask;
         taps.extra[slot] = {bits ? scale * sum.x : W(0), bits ? scale * sum.y : W(0),
-                            kSoftmax ? mask * (sum.mask - expected) : sum.mask, W(0)};
+                            kMaybeSoftmax && a.softmax ? mask * (sum.mask - expected) : sum.mask,
+                            W(0)};
       }
     }
     __syncwarp();
     if (row.is_valid)
-      write_grad_offset_mask(a, row, first, count, taps, grad_offset_mask + packed);
+      write_grad_offset_mask(a, row, first, count, taps, grad_offset_mask.from(packed));
   }
 }
 
-template <int kVec, typename T, typename Offset, typename Sum>
+template <int kVec, bool kMaybeSoftmax, typename T, typename Sum>
 void launch_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream stream,
-                     const T* grad_output, const T* value, const Offset* offset_mask,
-                     const Sum& grad_value, Offset* grad_offset_mask) {
+                     const T* grad_output, const T* value, const OffsetNumbers<T>& offset_mask,
+                     const Sum& grad_value, const OffsetGradients<T>& grad_offset_mask) {
   const auto arguments = make_arguments<wide_t<T>>(p, plan);
-  auto* kernel = p.softmax ? &dcnv4_backward_kernel<T, Offset, kVec, true, Sum>
-                           : &dcnv4_backward_kernel<T, Offset, kVec, false, Sum>;
   for_each_launch(p, plan, [&](int64_t image, int64_t blocks) {
     const int64_t value_begin = image * p.height * p.width * p.channels();
     const int64_t output_begin = image * p.queries() * p.channels();
     const int64_t packed_begin = image * p.queries() * p.offset_mask_channels;
-    launch(kernel, blocks, plan.threads, plan.shared_bytes, stream, arguments,
-           grad_output + output_begin, value + value_begin, offset_mask + packed_begin,
-           grad_value.from(value_begin), grad_offset_mask + packed_begin);
+    launch(&dcnv4_backward_kernel<T, kVec, kMaybeSoftmax, Sum>, blocks, plan.threads,
+           plan.shared_bytes, stream, arguments, grad_output + output_begin, value + value_begin,
+           offset_mask.from(packed_begin), grad_value.from(value_begin),
+           grad_offset_mask.from(packed_begin));
   });
 }
 
-template <typename T, typename Offset>
+template <typename T>
 void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream stream,
-                           const T* grad_output, const T* value, const Offset* offset_mask,
-                           const FloatSum<wide_t<T>>& grad_value, Offset* grad_offset_mask) {
+                           const T* grad_output, const T* value,
+                           const OffsetNumbers<T>& offset_mask,
+                           const FloatSum<wide_t<T>>& grad_value,
+                           const OffsetGradients<T>& grad_offset_mask) {
   with_vec<T>(plan.vec, [&](auto vec) {
-    launch_backward<decltype(vec)::value>(p, plan, stream, grad_output, value, offset_mask,
-                                          grad_value, grad_offset_mask);
+    constexpr int kVec = decltype(vec)::value;
+    auto* launch_it = p.softmax ? &launch_backward<kVec, true, T, FloatSum<wide_t<T>>>
+                                : &launch_backward<kVec, false, T, FloatSum<wide_t<T>>>;
+    launch_it(p, plan, stream, grad_output, value, offset_mask, grad_value, grad_offset_mask);
   });
 }
 
-template <typename T, typename Offset>
+template <typename T>
 void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream stream,
-                           const T* grad_output, const T* value, const Offset* offset_mask,
-                           const FixedSum<wide_t<T>>& grad_value, Offset* grad_offset_mask) {
+                           const T* grad_output, const T* value,
+                           const OffsetNumbers<T>& offset_mask,
+                           const FixedSum<wide_t<T>>& grad_value,
+                           const OffsetGradients<T>& grad_offset_mask) {
   if (plan.vec != 1)
     throw std::invalid_argument("dcnv4: the vector width must be 1 for sums in fixed point, got " +
                                 std::to_string(plan.vec));
-  launch_backward<1>(p, plan, stream, grad_output, value, offset_mask, grad_value,
-                     grad_offset_mask);
+  launch_backward<1, true>(p, plan, stream, grad_output, value, offset_mask, grad_value,
+                           grad_offset_mask);
 }
 
 } // namespace cuda

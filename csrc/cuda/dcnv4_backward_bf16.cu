@@ -7,15 +7,11 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const BFloat16*,
-                                    const BFloat16*, const BFloat16*, const FloatSum<float>&,
-                                    BFloat16*);
+                                    const BFloat16*, const OffsetNumbers<BFloat16>&,
+                                    const FloatSum<float>&, const OffsetGradients<BFloat16>&);
 template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const BFloat16*,
-                                    const BFloat16*, const float*, const FloatSum<float>&, float*);
-template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const BFloat16*,
-                                    const BFloat16*, const BFloat16*, const FixedSum<float>&,
-                                    BFloat16*);
-template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const BFloat16*,
-                                    const BFloat16*, const float*, const FixedSum<float>&, float*);
+                                    const BFloat16*, const OffsetNumbers<BFloat16>&,
+                                    const FixedSum<float>&, const OffsetGradients<BFloat16>&);
 
 } // namespace cuda
 } // namespace mmdcnv4

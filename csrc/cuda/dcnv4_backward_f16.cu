@@ -7,13 +7,11 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const Half*,
-                                    const Half*, const Half*, const FloatSum<float>&, Half*);
+                                    const Half*, const OffsetNumbers<Half>&, const FloatSum<float>&,
+                                    const OffsetGradients<Half>&);
 template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const Half*,
-                                    const Half*, const float*, const FloatSum<float>&, float*);
-template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const Half*,
-                                    const Half*, const Half*, const FixedSum<float>&, Half*);
-template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const Half*,
-                                    const Half*, const float*, const FixedSum<float>&, float*);
+                                    const Half*, const OffsetNumbers<Half>&, const FixedSum<float>&,
+                                    const OffsetGradients<Half>&);
 
 } // namespace cuda
 } // namespace mmdcnv4

@@ -7,9 +7,11 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const float*,
-                                    const float*, const float*, const FloatSum<float>&, float*);
+                                    const float*, const OffsetNumbers<float>&,
+                                    const FloatSum<float>&, const OffsetGradients<float>&);
 template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const float*,
-                                    const float*, const float*, const FixedSum<float>&, float*);
+                                    const float*, const OffsetNumbers<float>&,
+                                    const FixedSum<float>&, const OffsetGradients<float>&);
 
 } // namespace cuda
 } // namespace mmdcnv4

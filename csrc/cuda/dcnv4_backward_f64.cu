@@ -7,9 +7,11 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const double*,
-                                    const double*, const double*, const FloatSum<double>&, double*);
+                                    const double*, const OffsetNumbers<double>&,
+                                    const FloatSum<double>&, const OffsetGradients<double>&);
 template void launch_dcnv4_backward(const Dcnv4Params&, const LaunchPlan&, Stream, const double*,
-                                    const double*, const double*, const FixedSum<double>&, double*);
+                                    const double*, const OffsetNumbers<double>&,
+                                    const FixedSum<double>&, const OffsetGradients<double>&);
 
 } // namespace cuda
 } // namespace mmdcnv4

@@ -82,10 +82,22 @@ std::atomic<bool>& is_fast() {
 
 void set_fast(bool on) { is_fast() = on; }
 
+// offset_mask or its gradient, beside a value of type T.
+template <typename T>
+OffsetNumbers<T> numbers_of(const at::Tensor& offset_mask) {
+  return {static_cast<const unsigned char*>(offset_mask.const_data_ptr()),
+          offset_mask.scalar_type() == at::kFloat};
+}
+template <typename T>
+OffsetGradients<T> gradients_in(const at::Tensor& grad_offset_mask) {
+  return {static_cast<unsigned char*>(grad_offset_mask.mutable_data_ptr()),
+          grad_offset_mask.scalar_type() == at::kFloat};
+}
+
 // Returns whether it did.
-template <typename T, typename Offset>
+template <typename T>
 bool try_window_forward(const Dcnv4Params& p, int32_t alignment, cudaStream_t stream,
-                        const T* value, const Offset* offset_mask, T* output) {
+                        const T* value, const OffsetNumbers<T>& offset_mask, T* output) {
   if constexpr (sizeof(T) == 2) {
     if (!is_fast()) return false;
     const WindowPlan plan =
@@ -107,15 +119,14 @@ at::Tensor dcnv4_forward_cuda(const at::Tensor& value, const at::Tensor& offset_
   const at::Tensor from = value.contiguous(), packed = offset_mask.contiguous();
   const LaunchPlan plan = plan_for(p, from, common_alignment({&from, &output}), false);
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  with_types(dtype_of(value), dtype_of(offset_mask), [&](auto type, auto offset_type) {
+  with_type(dtype_of(value), dtype_of(offset_mask), [&](auto type) {
     using T = typename decltype(type)::type;
-    using Offset = typename decltype(offset_type)::type;
     const auto* value_data = static_cast<const T*>(from.const_data_ptr());
-    const auto* packed_data = static_cast<const Offset*>(packed.const_data_ptr());
+    const OffsetNumbers<T> numbers = numbers_of<T>(packed);
     auto* output_data = static_cast<T*>(output.mutable_data_ptr());
     const int32_t alignment = common_alignment({&from, &packed, &output});
-    if (!try_window_forward(p, alignment, stream.stream(), value_data, packed_data, output_data))
-      launch_dcnv4_forward(p, plan, stream.stream(), value_data, packed_data, output_data);
+    if (!try_window_forward(p, alignment, stream.stream(), value_data, numbers, output_data))
+      launch_dcnv4_forward(p, plan, stream.stream(), value_data, numbers, output_data);
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return output;
@@ -123,7 +134,7 @@ at::Tensor dcnv4_forward_cuda(const at::Tensor& value, const at::Tensor& offset_
 
 // Returns grad_value, or an undefined tensor where it did nothing. Memory to work with comes from
 // the allocator of the current stream, which gives it away again in the order of the stream.
-template <typename T, typename Offset>
+template <typename T>
 at::Tensor try_window_backward(const Dcnv4Params& p, const at::Tensor& grad_output,
                                const at::Tensor& value, const at::Tensor& offset_mask,
                                const at::Tensor& grad_offset_mask, cudaStream_t stream) {
@@ -133,7 +144,7 @@ at::Tensor try_window_backward(const Dcnv4Params& p, const at::Tensor& grad_outp
         common_alignment({&grad_output, &value, &offset_mask, &grad_offset_mask});
     const WindowBackwardPlan plan =
         make_window_backward_plan(p, {int32_t(sizeof(T)), 4, alignment, true},
-                                  int32_t(sizeof(Offset)), current_device_limits());
+                                  int32_t(offset_mask.element_size()), current_device_limits());
     if (plan.value.reach == 0) return {};
     at::Tensor grad_value = at::empty(value.sizes(), value.options());
     const at::Tensor sum = at::empty(value.sizes(), value.options().dtype(at::kFloat));
@@ -146,9 +157,9 @@ at::Tensor try_window_backward(const Dcnv4Params& p, const at::Tensor& grad_outp
     if (launch_dcnv4_window_backward(p, plan, stream,
                                      static_cast<const T*>(grad_output.const_data_ptr()),
                                      static_cast<const T*>(value.const_data_ptr()),
-                                     static_cast<const Offset*>(offset_mask.const_data_ptr()),
-                                     scratch, static_cast<T*>(grad_value.mutable_data_ptr()),
-                                     static_cast<Offset*>(grad_offset_mask.mutable_data_ptr())))
+                                     numbers_of<T>(offset_mask), scratch,
+                                     static_cast<T*>(grad_value.mutable_data_ptr()),
+                                     gradients_in<T>(grad_offset_mask)))
       return grad_value;
   }
   return {};
@@ -156,7 +167,7 @@ at::Tensor try_window_backward(const Dcnv4Params& p, const at::Tensor& grad_outp
 
 // grad_value is summed in float32 (float64 for float64) and rounded once: sums of halves would lose
 // what is small beside them.
-template <typename T, typename Offset>
+template <typename T>
 at::Tensor direct_backward(const Dcnv4Params& p, const at::Tensor& grad_output,
                            const at::Tensor& value, const at::Tensor& offset_mask,
                            const at::Tensor& grad_offset_mask, cudaStream_t stream) {
@@ -164,10 +175,9 @@ at::Tensor direct_backward(const Dcnv4Params& p, const at::Tensor& grad_output,
   const LaunchPlan plan =
       plan_for(p, value, common_alignment({&value, &grad_output, &grad_value}), true);
   launch_dcnv4_backward(p, plan, stream, static_cast<const T*>(grad_output.const_data_ptr()),
-                        static_cast<const T*>(value.const_data_ptr()),
-                        static_cast<const Offset*>(offset_mask.const_data_ptr()),
+                        static_cast<const T*>(value.const_data_ptr()), numbers_of<T>(offset_mask),
                         FloatSum<wide_t<T>>{static_cast<wide_t<T>*>(grad_value.mutable_data_ptr())},
-                        static_cast<Offset*>(grad_offset_mask.mutable_data_ptr()));
+                        gradients_in<T>(grad_offset_mask));
   return grad_value.to(value.scalar_type());
 }
 
@@ -179,7 +189,7 @@ at::Tensor exponent_above(const at::Tensor& tensor) {
 
 // Bitwise repeatable: grad_value is summed in 64-bit fixed point, as finely as the largest of
 // grad_output and of the masks allow.
-template <typename T, typename Offset>
+template <typename T>
 at::Tensor deterministic_backward(const Dcnv4Params& p, const at::Tensor& grad_output,
                                   const at::Tensor& value, const at::Tensor& offset_mask,
                                   const at::Tensor& grad_offset_mask, cudaStream_t stream) {
@@ -198,9 +208,8 @@ at::Tensor deterministic_backward(const Dcnv4Params& p, const at::Tensor& grad_o
                                        static_cast<const double*>(scale.const_data_ptr())};
   launch_dcnv4_backward(p, plan_for(p, value, int32_t(sizeof(T)), true), stream,
                         static_cast<const T*>(grad_output.const_data_ptr()),
-                        static_cast<const T*>(value.const_data_ptr()),
-                        static_cast<const Offset*>(offset_mask.const_data_ptr()), grad_value,
-                        static_cast<Offset*>(grad_offset_mask.mutable_data_ptr()));
+                        static_cast<const T*>(value.const_data_ptr()), numbers_of<T>(offset_mask),
+                        grad_value, gradients_in<T>(grad_offset_mask));
   return sum.to(at::kDouble).div_(scale).add_(not_finite).to(value.scalar_type());
 }
 
@@ -218,17 +227,15 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(const at::Tensor& grad_ou
   const at::Tensor grad = grad_output.contiguous();
   const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
   at::Tensor grad_value;
-  with_types(dtype_of(value), dtype_of(offset_mask), [&](auto type, auto offset_type) {
+  with_type(dtype_of(value), dtype_of(offset_mask), [&](auto type) {
     using T = typename decltype(type)::type;
-    using Offset = typename decltype(offset_type)::type;
     if (at::globalContext().deterministicAlgorithms()) {
-      grad_value =
-          deterministic_backward<T, Offset>(p, grad, from, packed, grad_offset_mask, stream);
+      grad_value = deterministic_backward<T>(p, grad, from, packed, grad_offset_mask, stream);
       return;
     }
-    grad_value = try_window_backward<T, Offset>(p, grad, from, packed, grad_offset_mask, stream);
+    grad_value = try_window_backward<T>(p, grad, from, packed, grad_offset_mask, stream);
     if (!grad_value.defined())
-      grad_value = direct_backward<T, Offset>(p, grad, from, packed, grad_offset_mask, stream);
+      grad_value = direct_backward<T>(p, grad, from, packed, grad_offset_mask, stream);
   });
   C10_CUDA_KERNEL_LAUNCH_CHECK();
   return {grad_value, grad_offset_mask};

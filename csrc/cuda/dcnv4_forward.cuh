@@ -31,9 +31,9 @@ constexpr int32_t kTapsPerStep = 3; // gathered together where K is known at run
 
 // Computes the taps first ... first + slots of a row; slots past the last tap get zero weights.
 // Returns whether the row samples the image at all.
-template <bool kMaybeSoftmax, typename T, typename Offset>
+template <bool kMaybeSoftmax, typename T, typename V>
 MMDCNV4_DEVICE bool fill_forward_taps(const KernelArguments<T>& a, const Row& row,
-                                      const MaskRule<T>& rule, const Offset* __restrict__ packed,
+                                      const MaskRule<T>& rule, const OffsetNumbers<V>& packed,
                                       int32_t first, int32_t slots, const Taps<T>& taps) {
   const int32_t team = 1 << a.team_log2;
   uint32_t missing = 0;        // one bit per slot of this thread
@@ -44,7 +44,9 @@ MMDCNV4_DEVICE bool fill_forward_taps(const KernelArguments<T>& a, const Row& ro
     uint4 pixel = make_uint4(0, 0, 0, 0);
     bool is_inside = false;
     if (row.is_valid && first + slot < a.points) {
-      const Sample<T> sample = make_sample<kMaybeSoftmax>(a, row, rule, packed, first + slot);
+      const int32_t k = first + slot;
+      const Sample<T> sample =
+          make_sample<kMaybeSoftmax>(a, row, rule, packed.load_tap(k, a.points), k);
       is_inside = sample.bilinear.inside != 0;
       if (is_inside) {
         weight = corner_weights(sample);
@@ -91,12 +93,12 @@ MMDCNV4_DEVICE void add_taps(const char* __restrict__ pixels, uint32_t pixel_byt
 }
 
 // kIsPlain: K == 9, all taps unrolled, and no softmax.
-template <typename T, typename Offset, int kVec, bool kIsPlain>
+template <typename T, int kVec, bool kIsPlain>
 __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 2 : kIsPlain ? 4 : 3)
     dcnv4_forward_kernel(const KernelArguments<wide_t<T>> a,
-                         const T* __restrict__ value,            // [N, H, W, G, D]
-                         const Offset* __restrict__ offset_mask, // [N, Ho, Wo, P]
-                         T* __restrict__ output) {               // [N, Ho, Wo, G, D]
+                         const T* __restrict__ value,        // [N, H, W, G, D]
+                         const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
+                         T* __restrict__ output) {           // [N, Ho, Wo, G, D]
   MMDCNV4_SHARED_MEMORY(shared);
   const Row row = locate(a, blockIdx.x, int32_t(threadIdx.x));
   const int32_t points = kIsPlain ? kTapsPerPass : a.points;
@@ -104,13 +106,19 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 2 : kIsPlain ? 4
   const Taps<wide_t<T>> taps =
       taps_of_row<false, wide_t<T>>(shared, int32_t(blockDim.x) >> a.team_log2, row.index);
   const int64_t query = row.query(a), first_channel = int64_t(row.group) * a.group_channels;
-  const Offset* packed = offset_mask + query * a.offset_mask_channels +
-                         int64_t(row.group) * 3 * points;
+  const OffsetNumbers<T> packed =
+      offset_mask.from(query * a.offset_mask_channels + int64_t(row.group) * 3 * points);
   const int64_t image_pixels = int64_t(a.height) * a.width;
   const T* image = value + row.image * image_pixels * a.channels + first_channel;
   MaskRule<wide_t<T>> rule{};
   if (!kIsPlain && a.softmax) rule = make_mask_rule(a, row, packed);
   bool samples = false;
+  const auto fill = [&](int32_t first, int32_t slots) {
+    __syncwarp();
+    samples = fill_forward_taps<!kIsPlain>(a, row, rule, packed, first, slots, taps);
+    __syncwarp();
+  };
+  if (kIsPlain) fill(0, kTapsPerPass); // here: in the loop it would keep registers for later
 #pragma unroll 1
   for (int32_t begin = 0; begin < a.group_channels; begin += step) {
     const int32_t channel = begin + row.lane * kVec;
@@ -121,11 +129,8 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 2 : kIsPlain ? 4
     for (int32_t first = 0; first < points; first += kTapsPerPass) {
       const int32_t left = (points - first + kTapsPerStep - 1) / kTapsPerStep * kTapsPerStep;
       const int32_t slots = kIsPlain || left > kTapsPerPass ? kTapsPerPass : left;
-      if (begin == 0 || points > kTapsPerPass) { // else they are still there
-        __syncwarp();
-        samples = fill_forward_taps<!kIsPlain>(a, row, rule, packed, first, slots, taps);
-        __syncwarp();
-      }
+      if (!kIsPlain && (begin == 0 || points > kTapsPerPass)) // else they are still there
+        fill(first, slots);
       if (!samples || !has_channels) continue;
       constexpr int kCount = kIsPlain ? kTapsPerPass : kTapsPerStep;
 #pragma unroll 1
@@ -138,21 +143,21 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 2 : kIsPlain ? 4
   }
 }
 
-template <typename T, typename Offset>
+template <typename T>
 void launch_dcnv4_forward(const Dcnv4Params& p, const LaunchPlan& plan, Stream stream,
-                          const T* value, const Offset* offset_mask, T* output) {
+                          const T* value, const OffsetNumbers<T>& offset_mask, T* output) {
   const auto arguments = make_arguments<wide_t<T>>(p, plan);
   with_vec<T>(plan.vec, [&](auto vec) {
     constexpr int kVec = decltype(vec)::value;
-    auto* kernel = &dcnv4_forward_kernel<T, Offset, kVec, false>;
+    auto* kernel = &dcnv4_forward_kernel<T, kVec, false>;
     if constexpr (kVec * sizeof(T) == kMaxVectorBytes && sizeof(T) < 8) {
       if (p.points() == kTapsPerPass && !p.softmax)
-        kernel = &dcnv4_forward_kernel<T, Offset, kVec, true>;
+        kernel = &dcnv4_forward_kernel<T, kVec, true>;
     }
     for_each_launch(p, plan, [&](int64_t image, int64_t blocks) {
       launch(kernel, blocks, plan.threads, plan.shared_bytes, stream, arguments,
              value + image * p.height * p.width * p.channels(),
-             offset_mask + image * p.queries() * p.offset_mask_channels,
+             offset_mask.from(image * p.queries() * p.offset_mask_channels),
              output + image * p.queries() * p.channels());
     });
   });

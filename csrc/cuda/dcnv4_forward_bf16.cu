@@ -7,9 +7,7 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template void launch_dcnv4_forward(const Dcnv4Params&, const LaunchPlan&, Stream, const BFloat16*,
-                                   const BFloat16*, BFloat16*);
-template void launch_dcnv4_forward(const Dcnv4Params&, const LaunchPlan&, Stream, const BFloat16*,
-                                   const float*, BFloat16*);
+                                   const OffsetNumbers<BFloat16>&, BFloat16*);
 
 } // namespace cuda
 } // namespace mmdcnv4

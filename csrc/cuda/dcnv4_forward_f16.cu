@@ -7,9 +7,7 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template void launch_dcnv4_forward(const Dcnv4Params&, const LaunchPlan&, Stream, const Half*,
-                                   const Half*, Half*);
-template void launch_dcnv4_forward(const Dcnv4Params&, const LaunchPlan&, Stream, const Half*,
-                                   const float*, Half*);
+                                   const OffsetNumbers<Half>&, Half*);
 
 } // namespace cuda
 } // namespace mmdcnv4

@@ -7,7 +7,7 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template void launch_dcnv4_forward(const Dcnv4Params&, const LaunchPlan&, Stream, const float*,
-                                   const float*, float*);
+                                   const OffsetNumbers<float>&, float*);
 
 } // namespace cuda
 } // namespace mmdcnv4

@@ -7,7 +7,7 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template void launch_dcnv4_forward(const Dcnv4Params&, const LaunchPlan&, Stream, const double*,
-                                   const double*, double*);
+                                   const OffsetNumbers<double>&, double*);
 
 } // namespace cuda
 } // namespace mmdcnv4

@@ -19,10 +19,11 @@
 namespace mmdcnv4 {
 namespace cuda {
 
-template <typename T, typename Offset>
+template <typename T>
 void launch_window_grad_rest(const Dcnv4Params& p, const WindowBackwardPlan& plan, Stream stream,
-                             const T* grad_output, const T* value, const Offset* offset_mask,
-                             const WindowScratch& scratch, Offset* grad_offset_mask) {
+                             const T* grad_output, const T* value,
+                             const OffsetNumbers<T>& offset_mask, const WindowScratch& scratch,
+                             const OffsetGradients<T>& grad_offset_mask) {
   WindowArguments arguments = make_window_arguments(p, plan.offset_mask);
   arguments.call.team_log2 = log2_of(int32_t(p.group_channels / kChunkNumbers));
   const uint64_t count = uint64_t(p.batch) * uint64_t(p.height * p.width) *
@@ -37,7 +38,7 @@ void launch_window_grad_rest(const Dcnv4Params& p, const WindowBackwardPlan& pla
   for (uint64_t first = 0; first < rows; first += rows_per_launch) {
     const uint64_t left = (rows - first + rows_per_block - 1) / rows_per_block;
     const int64_t most = plan.blocks_per_launch;
-    launch(&dcnv4_window_grad_rest_kernel<T, Offset>,
+    launch(&dcnv4_window_grad_rest_kernel<T>,
            left < uint64_t(most) ? int64_t(left) : most, kMaxThreads, 0, stream, arguments,
            plan.offset_mask.reach, first, rows, grad_output, value, offset_mask,
            static_cast<const uint16_t*>(scratch.rest),
@@ -45,16 +46,17 @@ void launch_window_grad_rest(const Dcnv4Params& p, const WindowBackwardPlan& pla
   }
 }
 
-template <typename T, typename Offset>
+template <typename T>
 bool launch_dcnv4_window_backward(const Dcnv4Params& p, const WindowBackwardPlan& plan,
                                   Stream stream, const T* grad_output, const T* value,
-                                  const Offset* offset_mask, const WindowScratch& scratch,
-                                  T* grad_value, Offset* grad_offset_mask) {
+                                  const OffsetNumbers<T>& offset_mask,
+                                  const WindowScratch& scratch, T* grad_value,
+                                  const OffsetGradients<T>& grad_offset_mask) {
   bool is_launched = false;
   with_window(p.group_channels, plan.value.reach, [&](auto depth, auto reach) {
     constexpr int kDepth = decltype(depth)::value, kReach = decltype(reach)::value;
-    auto* offset_kernel = &dcnv4_window_grad_offset_kernel<T, Offset, kDepth, kReach>;
-    auto* value_kernel = &dcnv4_window_grad_value_kernel<T, Offset, kDepth, kReach>;
+    auto* offset_kernel = &dcnv4_window_grad_offset_kernel<T, kDepth, kReach>;
+    auto* value_kernel = &dcnv4_window_grad_value_kernel<T, kDepth, kReach>;
     if (!prepare_tensor_core_kernel(offset_kernel, plan.offset_mask.shared_bytes) ||
         !prepare_tensor_core_kernel(value_kernel, plan.value.shared_bytes))
       return;
@@ -67,8 +69,8 @@ bool launch_dcnv4_window_backward(const Dcnv4Params& p, const WindowBackwardPlan
              make_window_arguments(p, plan.offset_mask),
              begin(grad_output, image, out_pixels, p.channels()),
              begin(value, image, in_pixels, p.channels()),
-             begin(offset_mask, image, out_pixels, p.offset_mask_channels),
-             grad_offset_mask + image * out_pixels * p.offset_mask_channels,
+             offset_mask.from(image * out_pixels * p.offset_mask_channels),
+             grad_offset_mask.from(image * out_pixels * p.offset_mask_channels),
              scratch.rest + image * out_pixels * p.groups, scratch.has_rest);
     });
     launch_window_grad_rest(p, plan, stream, grad_output, value, offset_mask, scratch,
@@ -77,7 +79,7 @@ bool launch_dcnv4_window_backward(const Dcnv4Params& p, const WindowBackwardPlan
       launch(value_kernel, blocks, plan.value.threads, plan.value.shared_bytes, stream,
              make_window_arguments(p, plan.value),
              begin(grad_output, image, out_pixels, p.channels()),
-             begin(offset_mask, image, out_pixels, p.offset_mask_channels),
+             offset_mask.from(image * out_pixels * p.offset_mask_channels),
              static_cast<const uint32_t*>(scratch.has_rest),
              static_cast<const float*>(scratch.sum) + image * in_pixels * p.channels(),
              grad_value + image * in_pixels * p.channels());

@@ -7,11 +7,9 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template bool launch_dcnv4_window_backward(const Dcnv4Params&, const WindowBackwardPlan&, Stream,
-                                           const BFloat16*, const BFloat16*, const BFloat16*,
-                                           const WindowScratch&, BFloat16*, BFloat16*);
-template bool launch_dcnv4_window_backward(const Dcnv4Params&, const WindowBackwardPlan&, Stream,
-                                           const BFloat16*, const BFloat16*, const float*,
-                                           const WindowScratch&, BFloat16*, float*);
+                                           const BFloat16*, const BFloat16*,
+                                           const OffsetNumbers<BFloat16>&, const WindowScratch&,
+                                           BFloat16*, const OffsetGradients<BFloat16>&);
 
 } // namespace cuda
 } // namespace mmdcnv4

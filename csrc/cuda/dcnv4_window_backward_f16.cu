@@ -7,11 +7,9 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template bool launch_dcnv4_window_backward(const Dcnv4Params&, const WindowBackwardPlan&, Stream,
-                                           const Half*, const Half*, const Half*,
-                                           const WindowScratch&, Half*, Half*);
-template bool launch_dcnv4_window_backward(const Dcnv4Params&, const WindowBackwardPlan&, Stream,
-                                           const Half*, const Half*, const float*,
-                                           const WindowScratch&, Half*, float*);
+                                           const Half*, const Half*, const OffsetNumbers<Half>&,
+                                           const WindowScratch&, Half*,
+                                           const OffsetGradients<Half>&);
 
 } // namespace cuda
 } // namespace mmdcnv4

@@ -36,9 +36,9 @@ namespace mmdcnv4 {
 namespace cuda {
 
 // Adds the weights of a row to its column of A; returns the taps outside the window, as bits.
-template <typename Layout, int kReach, typename Numbers>
+template <typename Layout, int kReach>
 MMDCNV4_DEVICE uint32_t add_weights(const WindowArguments& a, uint32_t lane,
-                                    const Numbers& numbers, float factor, unsigned char* area) {
+                                    const RowNumbers& numbers, float factor, unsigned char* area) {
   // where the row's pixel is in the window
   const float rest_x = float(lane % kBlockSide + kReach);
   const float rest_y = float(lane / kBlockSide % kBlockSide + kReach);
@@ -48,7 +48,7 @@ MMDCNV4_DEVICE uint32_t add_weights(const WindowArguments& a, uint32_t lane,
 #pragma unroll
   for (int k = 0; k < kTaps; ++k) {
     enter_step(SharedPhase::kScatter);
-    const Place moved = move_of_tap(a, k, numbers.dx(k), numbers.dy(k));
+    const Place moved = move_of_tap(a, k, numbers.offset[2 * k], numbers.offset[2 * k + 1]);
     const float x = rest_x + moved.x, y = rest_y + moved.y;
     const bool is_near = (x >= 0) & (x < kLast) & (y >= 0) & (y < kLast); // not so for NaN
     if (!is_near) {
@@ -56,7 +56,7 @@ MMDCNV4_DEVICE uint32_t add_weights(const WindowArguments& a, uint32_t lane,
     } else if (k < kTaps - 1 || !is_ring) {
       const uint32_t column = uint32_t(x), line = uint32_t(y);
       const float fx = x - float(column), fy = y - float(line);
-      const float mask = numbers.mask_of(k) * factor;
+      const float mask = numbers.mask[k] * factor;
       const float top = mask * (1.0f - fy), bottom = mask * fy;
       const uint32_t cell = line * Layout::kSide + column;
       const float weight[4] = {top * (1.0f - fx), top * fx, bottom * (1.0f - fx), bottom * fx};
@@ -148,15 +148,16 @@ MMDCNV4_DEVICE void multiply(const WindowArguments& a, uint32_t unit, uint32_t l
 }
 
 // sum += the taps of a row that are set in `taps`, for 8 channels from `image` on.
-template <typename T, typename Offset>
+template <typename T>
 MMDCNV4_DEVICE void gather_taps(const WindowArguments& a, const Row& row,
-                                const Offset* __restrict__ packed, const T* __restrict__ image,
+                                const OffsetNumbers<T>& packed, const T* __restrict__ image,
                                 uint32_t taps, float (&sum)[kChunkNumbers]) {
   using Io = VectorIo<T, kChunkNumbers>;
 #pragma unroll 1
   for (; taps != 0; taps &= taps - 1) {
-    const Sample<float> sample =
-        make_sample<false>(a.call, row, MaskRule<float>{}, packed, __ffs(taps) - 1);
+    const int32_t k = __ffs(taps) - 1;
+    const Sample<float> sample = make_sample<false>(a.call, row, MaskRule<float>{},
+                                                    packed.load_tap(k, a.call.points), k);
     if (!sample.bilinear.inside) continue;
     const Four<float> weights = corner_weights(sample);
     const uint4 from = corner_pixels(a.call, sample.bilinear);
@@ -179,11 +180,11 @@ MMDCNV4_DEVICE bool are_finite(const float (&n)[kChunkNumbers]) {
 }
 
 // Pointers of one image.
-template <typename T, typename Offset>
+template <typename T>
 struct Image {
-  const T* value;       // [H, W, G, D]
-  const Offset* packed; // [Ho, Wo, P]
-  T* output;            // [Ho, Wo, G, D]
+  const T* value;          // [H, W, G, D]
+  OffsetNumbers<T> packed; // [Ho, Wo, P]
+  T* output;               // [Ho, Wo, G, D]
 };
 
 // Brings the sums from fragments to rows: 8 channels of a row per lane, a team per row.
@@ -206,10 +207,10 @@ MMDCNV4_DEVICE void collect(uint32_t lane, const float (&sum)[2][kDepth / 8][4],
 
 // The part of finish() that is one row of each team. Rows with far taps, or without finite sums,
 // wait for kGather; returns whether this lane's does.
-template <bool kGather, typename T, typename Offset, int kDepth, int kReach>
+template <bool kGather, typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE bool finish_row(const WindowArguments& a, const Tile& tile, uint32_t unit,
                                uint32_t pass, uint32_t lane, float inverse, uint32_t far,
-                               const Image<T, Offset>& image, const unsigned char* area) {
+                               const Image<T>& image, const unsigned char* area) {
   using Layout = DenseWindow<kDepth, kReach>;
   const uint32_t index = pass * (kWarp / Layout::kTeam) + lane / Layout::kTeam;
   const uint32_t column = lane % Layout::kTeam * kChunkNumbers;
@@ -235,8 +236,8 @@ MMDCNV4_DEVICE bool finish_row(const WindowArguments& a, const Tile& tile, uint3
       for (int i = 0; i < int(kChunkNumbers); ++i) number[i] = 0;
     }
     gather_taps(a, row,
-                image.packed + uint64_t(pixel) * a.packed_channels +
-                    uint32_t(row.group) * uint32_t(3 * a.call.points),
+                image.packed.from(int64_t(uint64_t(pixel) * a.packed_channels +
+                                          uint32_t(row.group) * uint32_t(3 * a.call.points))),
                 image.value + channel, taps, number);
   }
   VectorIo<T, kChunkNumbers>::store(
@@ -245,33 +246,32 @@ MMDCNV4_DEVICE bool finish_row(const WindowArguments& a, const Tile& tile, uint3
 }
 
 // Undoes the scale of the rows, adds far taps and writes the outputs of a unit.
-template <typename T, typename Offset, int kDepth, int kReach>
+template <typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE void finish(const WindowArguments& a, const Tile& tile, uint32_t unit, uint32_t lane,
-                           float inverse, uint32_t far, const Image<T, Offset>& image,
+                           float inverse, uint32_t far, const Image<T>& image,
                            const unsigned char* area) {
   constexpr uint32_t kPasses = DenseWindow<kDepth, kReach>::kTeam;
   bool has_more = false;
 #pragma unroll
   for (uint32_t pass = 0; pass < kPasses; ++pass)
-    has_more |= finish_row<false, T, Offset, kDepth, kReach>(a, tile, unit, pass, lane, inverse,
-                                                             far, image, area);
+    has_more |= finish_row<false, T, kDepth, kReach>(a, tile, unit, pass, lane, inverse, far, image,
+                                                     area);
   if (!__any_sync(kAllLanes, has_more)) return;
 #pragma unroll 1
   for (uint32_t pass = 0; pass < kPasses; ++pass)
-    finish_row<true, T, Offset, kDepth, kReach>(a, tile, unit, pass, lane, inverse, far, image,
-                                                area);
+    finish_row<true, T, kDepth, kReach>(a, tile, unit, pass, lane, inverse, far, image, area);
 }
 
-template <typename T, typename Offset, int kDepth, int kReach>
+template <typename T, int kDepth, int kReach>
 __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
                                   kDepth == 64 ? 3 : 2)
     dcnv4_window_forward_kernel(const WindowArguments a,
-                                const T* __restrict__ value,            // [N, H, W, G, D]
-                                const Offset* __restrict__ offset_mask, // [N, Ho, Wo, P]
-                                T* __restrict__ output) {               // [N, Ho, Wo, G, D]
+                                const T* __restrict__ value,        // [N, H, W, G, D]
+                                const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
+                                T* __restrict__ output) {           // [N, Ho, Wo, G, D]
 #if MMDCNV4_HAS_TENSOR_CORES
   using Layout = DenseWindow<kDepth, kReach>;
-  using Numbers = UnitNumbers<Offset, kDepth, kReach>;
+  using Numbers = UnitNumbers<T, kDepth, kReach>;
   MMDCNV4_SHARED_MEMORY(shared);
   const uint32_t warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const uint32_t points = uint32_t(a.call.points);
@@ -280,12 +280,12 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
       uint64_t(tile.image) * uint32_t(a.call.height) * uint32_t(a.call.width);
   const uint64_t out_pixels =
       uint64_t(tile.image) * uint32_t(a.call.out_height) * uint32_t(a.call.out_width);
-  const Image<T, Offset> image{value + in_pixels * a.call.channels,
-                               offset_mask + out_pixels * a.packed_channels,
-                               output + out_pixels * a.call.channels};
+  const Image<T> image{value + in_pixels * a.call.channels,
+                       offset_mask.from(int64_t(out_pixels * a.packed_channels)),
+                       output + out_pixels * a.call.channels};
   unsigned char* area = shared + warp * Layout::kAreaBytes;
   unsigned char* cells = shared + warps * Layout::kAreaBytes;
-  Numbers::copy(a, tile, warp, threadIdx.x % kWarp, image.packed, area);
+  Numbers::copy_unit(a, tile, warp, threadIdx.x % kWarp, image.packed, area);
   commit_copies();
   copy_cells<kDepth, kReach>(a, tile, image.value, cells);
   commit_copies();
@@ -296,8 +296,7 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
     const uint32_t lane = forget(threadIdx.x) % kWarp;
     const uint32_t first_group = tile.first_group + Layout::locate_matrix(a, 2 * unit).group;
     __syncwarp();
-    RowNumbers<Offset> numbers;
-    numbers.load(area, Numbers::place(a, first_group, lane), points);
+    const RowNumbers numbers = Numbers::load(a, lane, first_group, image.packed, area);
     __syncwarp();
 #pragma unroll
     for (uint32_t i = 0; i < Layout::kAreaBytes; i += kWarp * 16) {
@@ -317,10 +316,10 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
     __syncwarp();
     collect<kDepth, kReach>(lane, sum, area);
     __syncwarp();
-    finish<T, Offset, kDepth, kReach>(a, tile, unit, lane, scale.inverse, far, image, area);
+    finish<T, kDepth, kReach>(a, tile, unit, lane, scale.inverse, far, image, area);
     if (unit + warps >= a.units) break;
     __syncwarp();
-    Numbers::copy(a, tile, unit + warps, lane, image.packed, area);
+    Numbers::copy_unit(a, tile, unit + warps, lane, image.packed, area);
     commit_copies();
     wait_copies<0>();
   }
@@ -328,19 +327,19 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
 }
 
 // Returns false, and does nothing, where the device has no code for it.
-template <typename T, typename Offset>
+template <typename T>
 bool launch_dcnv4_window_forward(const Dcnv4Params& p, const WindowPlan& plan, Stream stream,
-                                 const T* value, const Offset* offset_mask, T* output) {
+                                 const T* value, const OffsetNumbers<T>& offset_mask, T* output) {
   const WindowArguments arguments = make_window_arguments(p, plan);
   bool is_launched = false;
   with_window(p.group_channels, plan.reach, [&](auto depth, auto reach) {
     auto* kernel =
-        &dcnv4_window_forward_kernel<T, Offset, decltype(depth)::value, decltype(reach)::value>;
+        &dcnv4_window_forward_kernel<T, decltype(depth)::value, decltype(reach)::value>;
     if (!prepare_tensor_core_kernel(kernel, plan.shared_bytes)) return;
     for_each_launch(p, plan, [&](int64_t image, int64_t blocks) {
       launch(kernel, blocks, plan.threads, plan.shared_bytes, stream, arguments,
              value + image * p.height * p.width * p.channels(),
-             offset_mask + image * p.queries() * p.offset_mask_channels,
+             offset_mask.from(image * p.queries() * p.offset_mask_channels),
              output + image * p.queries() * p.channels());
     });
     is_launched = true;

@@ -7,9 +7,8 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template bool launch_dcnv4_window_forward(const Dcnv4Params&, const WindowPlan&, Stream,
-                                          const BFloat16*, const BFloat16*, BFloat16*);
-template bool launch_dcnv4_window_forward(const Dcnv4Params&, const WindowPlan&, Stream,
-                                          const BFloat16*, const float*, BFloat16*);
+                                          const BFloat16*, const OffsetNumbers<BFloat16>&,
+                                          BFloat16*);
 
 } // namespace cuda
 } // namespace mmdcnv4

@@ -7,9 +7,7 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template bool launch_dcnv4_window_forward(const Dcnv4Params&, const WindowPlan&, Stream,
-                                          const Half*, const Half*, Half*);
-template bool launch_dcnv4_window_forward(const Dcnv4Params&, const WindowPlan&, Stream,
-                                          const Half*, const float*, Half*);
+                                          const Half*, const OffsetNumbers<Half>&, Half*);
 
 } // namespace cuda
 } // namespace mmdcnv4

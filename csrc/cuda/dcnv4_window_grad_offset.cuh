@@ -93,16 +93,16 @@ struct RowGradients {
   uint32_t rest; // taps that are left over, as bits
 };
 
-template <typename Layout, int kReach, typename Numbers>
+template <typename Layout, int kReach>
 MMDCNV4_DEVICE RowGradients read_taps(const WindowArguments& a, uint32_t lane, const Row& row,
-                                      const Numbers& numbers, const unsigned char* area) {
+                                      const RowNumbers& numbers, const unsigned char* area) {
   const uint32_t x = lane % kBlockSide + kReach, y = lane / kBlockSide % kBlockSide + kReach;
   const Place edge = edge_of_image(row.x + a.shift_x, row.y + a.shift_y);
   RowGradients grad{};
 #pragma unroll
   for (int k = 0; k < kTaps; ++k) {
     enter_step(SharedPhase::kTaps);
-    const Place move = move_of_tap(a, k, numbers.dx(k), numbers.dy(k));
+    const Place move = move_of_tap(a, k, numbers.offset[2 * k], numbers.offset[2 * k + 1]);
     bool is_done = false;
     if (is_near(move, edge, kReach) && (k < kTaps - 1 || a.call.points == kTaps)) {
       const NearSample sample = near_sample(move);
@@ -113,7 +113,7 @@ MMDCNV4_DEVICE RowGradients read_taps(const WindowArguments& a, uint32_t lane, c
       for (int c = 0; c < 4; ++c) dot[c] = read_shared<float>(area + at[c]);
       const BilinearGrad<float> of =
           bilinear_grad(dot[0], dot[1], dot[2], dot[3], sample.fx, sample.fy);
-      const float scale = a.call.scale * numbers.mask_of(k);
+      const float scale = a.call.scale * numbers.mask[k];
       grad.offset[2 * k] = scale * of.x;
       grad.offset[2 * k + 1] = scale * of.y;
       grad.mask[k] = of.mask;
@@ -152,7 +152,7 @@ MMDCNV4_DEVICE void write_unit(const WindowArguments& a, const Tile& tile, uint3
                                uint32_t lane, const unsigned char* area,
                                Offset* __restrict__ grad_packed) {
   using Layout = DenseWindow<kDepth, kReach>;
-  using Numbers = UnitNumbers<Offset, kDepth, kReach>;
+  using Numbers = NumbersLayout<Offset, (Layout::kGroups > 1 ? 2 : 1)>;
   // units of two groups begin with an even one, so that pairs of halves are aligned; where the
   // last group stands alone an odd number of them is followed by padding
   constexpr int32_t kTogether = sizeof(Offset) == 2 && Numbers::kPixels < kWarp ? 2 : 1;
@@ -187,19 +187,33 @@ MMDCNV4_DEVICE void write_unit(const WindowArguments& a, const Tile& tile, uint3
   }
 }
 
-template <typename T, typename Offset, int kDepth, int kReach>
+// The gradients of a unit's rows, in their own type, by way of its area.
+template <typename Offset, int kDepth, int kReach>
+MMDCNV4_DEVICE void write_gradients(const WindowArguments& a, const Tile& tile, uint32_t unit,
+                                    uint32_t lane, const RowGradients& grad, unsigned char* area,
+                                    unsigned char* grad_packed) {
+  using Layout = DenseWindow<kDepth, kReach>;
+  using Numbers = NumbersLayout<Offset, (Layout::kGroups > 1 ? 2 : 1)>;
+  const uint32_t first_group = tile.first_group + Layout::locate_matrix(a, 2 * unit).group;
+  write_row<Offset>(grad, a.call.points, area + Numbers::place(a, first_group, lane));
+  __syncwarp();
+  write_unit<Offset, kDepth, kReach>(a, tile, unit, lane, area,
+                                     reinterpret_cast<Offset*>(grad_packed));
+}
+
+template <typename T, int kDepth, int kReach>
 __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
                                   kDepth == 64 ? 3 : 2)
     dcnv4_window_grad_offset_kernel(const WindowArguments a,
-                                    const T* __restrict__ grad_output,      // [N, Ho, Wo, G, D]
-                                    const T* __restrict__ value,            // [N, H, W, G, D]
-                                    const Offset* __restrict__ offset_mask, // [N, Ho, Wo, P]
-                                    Offset* __restrict__ grad_offset_mask,  // [N, Ho, Wo, P]
-                                    uint16_t* __restrict__ rest,            // [N, Ho, Wo, G]
-                                    uint32_t* __restrict__ has_rest) {      // set, never cleared
+                                    const T* __restrict__ grad_output, // [N, Ho, Wo, G, D]
+                                    const T* __restrict__ value,       // [N, H, W, G, D]
+                                    const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
+                                    const OffsetGradients<T> grad_offset_mask, // [N, Ho, Wo, P]
+                                    uint16_t* __restrict__ rest,       // [N, Ho, Wo, G]
+                                    uint32_t* __restrict__ has_rest) { // set, never cleared
 #if MMDCNV4_HAS_TENSOR_CORES
   using Layout = DenseWindow<kDepth, kReach>;
-  using Numbers = UnitNumbers<Offset, kDepth, kReach>;
+  using Numbers = UnitNumbers<T, kDepth, kReach>;
   MMDCNV4_SHARED_MEMORY(shared);
   const uint32_t warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const Tile tile = Layout::locate_tile(a, blockIdx.x);
@@ -208,12 +222,13 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
   const uint64_t out_pixels =
       uint64_t(tile.image) * uint32_t(a.call.out_height) * uint32_t(a.call.out_width);
   grad_output += out_pixels * a.call.channels;
-  offset_mask += out_pixels * a.packed_channels;
-  grad_offset_mask += out_pixels * a.packed_channels;
+  const int64_t first_number = int64_t(out_pixels * a.packed_channels);
+  const OffsetNumbers<T> packed = offset_mask.from(first_number);
+  const OffsetGradients<T> grad_packed = grad_offset_mask.from(first_number);
   rest += out_pixels * uint32_t(a.call.groups);
   unsigned char* area = shared + warp * Layout::kAreaBytes;
   unsigned char* cells = shared + warps * Layout::kAreaBytes;
-  Numbers::copy(a, tile, warp, threadIdx.x % kWarp, offset_mask, area);
+  Numbers::copy_unit(a, tile, warp, threadIdx.x % kWarp, packed, area);
   commit_copies();
   copy_cells<kDepth, kReach>(a, tile, value + in_pixels * a.call.channels, cells);
   commit_copies();
@@ -224,11 +239,9 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
     // addresses kept from one unit to the next would fill the registers
     const uint32_t lane = forget(threadIdx.x) % kWarp;
     const Row row = Layout::locate_row(a, tile, unit, lane);
-    const uint32_t place =
-        Numbers::place(a, tile.first_group + Layout::locate_matrix(a, 2 * unit).group, lane);
+    const uint32_t first_group = tile.first_group + Layout::locate_matrix(a, 2 * unit).group;
     __syncwarp();
-    RowNumbers<Offset> numbers;
-    numbers.load(area, place, uint32_t(a.call.points));
+    const RowNumbers numbers = Numbers::load(a, lane, first_group, packed, area);
     __syncwarp();
     dot_cells<T, kDepth, kReach>(a, tile, unit, lane, grad_output, cells, area);
     __syncwarp();
@@ -239,12 +252,14 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
       if (grad.rest != 0) *has_rest = 1;
     }
     __syncwarp();
-    write_row<Offset>(grad, a.call.points, area + place);
-    __syncwarp();
-    write_unit<Offset, kDepth, kReach>(a, tile, unit, lane, area, grad_offset_mask);
+    if (packed.are_wider()) {
+      write_gradients<float, kDepth, kReach>(a, tile, unit, lane, grad, area, grad_packed.data);
+    } else {
+      write_gradients<T, kDepth, kReach>(a, tile, unit, lane, grad, area, grad_packed.data);
+    }
     if (unit + warps >= a.units) break;
     __syncwarp();
-    Numbers::copy(a, tile, unit + warps, lane, offset_mask, area);
+    Numbers::copy_unit(a, tile, unit + warps, lane, packed, area);
     commit_copies();
     wait_copies<0>();
   }

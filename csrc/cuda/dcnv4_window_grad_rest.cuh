@@ -32,17 +32,17 @@ __global__ void __launch_bounds__(kMaxThreads)
     if (i < count) numbers[i] = T{};
 }
 
-template <typename T, typename Offset>
+template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     dcnv4_window_grad_rest_kernel(const WindowArguments a, int32_t reach, uint64_t first,
                                   uint64_t rows,
-                                  const T* __restrict__ grad_output,      // [N, Ho, Wo, G, D]
-                                  const T* __restrict__ value,            // [N, H, W, G, D]
-                                  const Offset* __restrict__ offset_mask, // [N, Ho, Wo, P]
-                                  const uint16_t* __restrict__ rest,      // [N, Ho, Wo, G]
+                                  const T* __restrict__ grad_output,  // [N, Ho, Wo, G, D]
+                                  const T* __restrict__ value,        // [N, H, W, G, D]
+                                  const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
+                                  const uint16_t* __restrict__ rest,  // [N, Ho, Wo, G]
                                   const uint32_t* __restrict__ has_rest,
-                                  float* __restrict__ rest_sum,            // [N, H, W, G, D]
-                                  Offset* __restrict__ grad_offset_mask) { // [N, Ho, Wo, P]
+                                  float* __restrict__ rest_sum, // [N, H, W, G, D]
+                                  const OffsetGradients<T> grad_offset_mask) { // [N, Ho, Wo, P]
   constexpr int kVec = kChunkNumbers;
   if (*has_rest == 0) return;
   const int32_t team = 1 << a.call.team_log2, lane = int32_t(threadIdx.x) & (team - 1);
@@ -59,8 +59,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   row.x = int32_t(query - line * uint32_t(a.call.out_width));
   row.image = uint32_t(line / uint32_t(a.call.out_height));
   row.y = int32_t(line - uint64_t(row.image) * uint32_t(a.call.out_height));
-  const uint64_t packed =
-      query * a.packed_channels + uint32_t(row.group) * uint32_t(3 * a.call.points);
+  const int64_t first_number =
+      int64_t(query * a.packed_channels + uint32_t(row.group) * uint32_t(3 * a.call.points));
+  const OffsetNumbers<T> packed = offset_mask.from(first_number);
+  const OffsetGradients<T> grad_packed = grad_offset_mask.from(first_number);
   const uint64_t image = uint64_t(row.image) * uint32_t(a.call.height) * uint32_t(a.call.width) *
                              a.call.channels +
                          uint32_t(row.group) * uint32_t(a.call.group_channels);
@@ -81,14 +83,13 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (; __any_sync(kAllLanes, taps != 0); taps &= taps - 1) {
     const bool has_tap = taps != 0;
     const int32_t k = has_tap ? __ffs(taps) - 1 : 0;
-    const Offset* from = offset_mask + packed + 2 * k;
-    const Sample<float> sample =
-        make_sample<false>(a.call, row, MaskRule<float>{}, offset_mask + packed, k);
+    const TapNumbers<float> tap = packed.load_tap(k, a.call.points);
+    const Sample<float> sample = make_sample<false>(a.call, row, MaskRule<float>{}, tap, k);
     const uint32_t bits = has_tap ? corner_bits(sample.bilinear) : 0;
     const uint4 pixel = corner_pixels(a.call, sample.bilinear);
     float dot[4] = {};
     if (bits != 0) {
-      const Place move = move_of_tap(a, k, load_one(from), load_one(from + 1));
+      const Place move = move_of_tap(a, k, tap.dx, tap.dy);
       if (is_near(move, edge, reach)) {
         gather_tap<false>(channels, pixel, corner_weights(sample), bits, grad, dot);
       } else {
@@ -100,10 +101,9 @@ __global__ void __launch_bounds__(kMaxThreads)
     sum = {team_sum(sum.mask, team), team_sum(sum.x, team), team_sum(sum.y, team)};
     if (!has_tap || lane != 0) continue;
     const float scale = a.call.scale * sample.mask;
-    Offset* to = grad_offset_mask + packed;
-    store_one(bits ? scale * sum.x : 0.0f, to + 2 * k);
-    store_one(bits ? scale * sum.y : 0.0f, to + 2 * k + 1);
-    store_one(sum.mask, to + 2 * a.call.points + k);
+    grad_packed.store(bits ? scale * sum.x : 0.0f, 2 * k);
+    grad_packed.store(bits ? scale * sum.y : 0.0f, 2 * k + 1);
+    grad_packed.store(sum.mask, 2 * a.call.points + k);
   }
 }
 

@@ -57,13 +57,13 @@ struct PixelAround {
 };
 
 // Adds the weights of a pixel's row; `at` is its place in line 0, column 0.
-template <int kReach, typename Numbers>
+template <int kReach>
 MMDCNV4_DEVICE void add_stencil(const WindowArguments& a, const PixelAround& pixel,
-                                const Numbers& numbers, unsigned char* at) {
+                                const RowNumbers& numbers, unsigned char* at) {
 #pragma unroll
   for (int k = 0; k < kTaps; ++k) {
     enter_step(SharedPhase::kScatter);
-    const Place move = move_of_tap(a, k, numbers.dx(k), numbers.dy(k));
+    const Place move = move_of_tap(a, k, numbers.offset[2 * k], numbers.offset[2 * k + 1]);
     if (pixel.number == kNoPixel || !is_near(move, pixel.edge, kReach) ||
         (k == kTaps - 1 && a.call.points < kTaps))
       continue;
@@ -73,7 +73,7 @@ MMDCNV4_DEVICE void add_stencil(const WindowArguments& a, const PixelAround& pix
     corner[1] = corner[0] + a.stencil.column;
     corner[2] = corner[0] + a.stencil.line;
     corner[3] = corner[1] + a.stencil.line;
-    const float mask = numbers.mask_of(k);
+    const float mask = numbers.mask[k];
     const float top = mask * (1.0f - sample.fy), bottom = mask * sample.fy;
     const float left = 1.0f - sample.fx, right = sample.fx;
     // + 0.0f: of what is -0.0 it makes 0.0
@@ -240,27 +240,27 @@ MMDCNV4_DEVICE void write_block(const WindowArguments& a, const Tile& tile,
 }
 
 // with reach 4 there is shared memory for one block
-template <typename T, typename Offset, int kDepth, int kReach>
+template <typename T, int kDepth, int kReach>
 __global__ void __launch_bounds__(kMaxThreads, kReach == 2 ? 2 : 1)
     dcnv4_window_grad_value_kernel(const WindowArguments a,
-                                   const T* __restrict__ grad_output,      // [N, Ho, Wo, G, D]
-                                   const Offset* __restrict__ offset_mask, // [N, Ho, Wo, P]
+                                   const T* __restrict__ grad_output,  // [N, Ho, Wo, G, D]
+                                   const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
                                    const uint32_t* __restrict__ has_rest,
                                    const float* __restrict__ rest_sum, // [N, H, W, G, D]
                                    T* __restrict__ grad_value) {       // [N, H, W, G, D]
 #if MMDCNV4_HAS_TENSOR_CORES
   using Layout = DenseWindow<kDepth, kReach>;
-  using Numbers = NumbersLayout<Offset, 1>;
+  using Numbers = StagedNumbers<T, 1>;
   MMDCNV4_SHARED_MEMORY(weights);
   const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   unsigned char* pixels = weights + a.stencil.bytes;
-  unsigned char* staged = pixels + a.cells * kCellBytes + warp * Numbers::kBytes;
+  unsigned char* staged = pixels + a.cells * kCellBytes + warp * Numbers::bytes(offset_mask);
   const Tile tile = Layout::locate_tile(a, blockIdx.x);
   const uint64_t in_pixels = uint64_t(tile.image) * uint32_t(a.rows_h) * uint32_t(a.rows_w);
   const uint64_t out_pixels = uint64_t(tile.image) * uint32_t(a.map_h) * uint32_t(a.map_w);
+  const OffsetNumbers<T> packed = offset_mask.from(int64_t(out_pixels * a.packed_channels));
   const auto fetch_numbers = [&](uint32_t group, const PixelAround& pixel) {
-    Numbers::copy(a, lane, pixel.number, group, offset_mask + out_pixels * a.packed_channels,
-                  staged);
+    Numbers::copy(a, lane, pixel.number, group, packed, staged);
     commit_copies();
   };
   fetch_numbers(tile.first_group, PixelAround(a, tile, kReach, threadIdx.x));
@@ -285,8 +285,7 @@ __global__ void __launch_bounds__(kMaxThreads, kReach == 2 ? 2 : 1)
       const uint32_t index = first + threadIdx.x;
       if (first + pass != 0) wait_copies<0>();
       __syncwarp();
-      RowNumbers<Offset> numbers;
-      numbers.load(staged, Numbers::place(a, group, lane), uint32_t(a.call.points));
+      const RowNumbers numbers = Numbers::load(a, lane, group, packed, staged);
       __syncwarp();
       const bool is_done = first + blockDim.x >= a.cells;
       if (!is_done || !is_last)

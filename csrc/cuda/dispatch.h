@@ -21,21 +21,17 @@ struct Type {
   using type = T;
 };
 
-// visit(Type<T>, Type<Offset>) for the dtypes of value and offset_mask.
+// visit(Type<T>) for the dtype of value; that of offset_mask is only checked, see offset_numbers.cuh.
 template <typename Visit>
-void with_types(Dtype value, Dtype offset_mask, const Visit& visit) {
-  const bool is_mixed = value != offset_mask;
-  if (is_mixed && (offset_mask != Dtype::kFloat32 || value == Dtype::kFloat64))
+void with_type(Dtype value, Dtype offset_mask, const Visit& visit) {
+  if (value != offset_mask && (offset_mask != Dtype::kFloat32 || value == Dtype::kFloat64))
     throw std::invalid_argument("dcnv4: offset_mask must have the dtype of value, or be float32 "
                                 "beside a half-precision value");
   switch (value) {
-    case Dtype::kFloat64: return visit(Type<double>(), Type<double>());
-    case Dtype::kFloat32: return visit(Type<float>(), Type<float>());
-    case Dtype::kFloat16:
-      return is_mixed ? visit(Type<Half>(), Type<float>()) : visit(Type<Half>(), Type<Half>());
-    case Dtype::kBFloat16:
-      return is_mixed ? visit(Type<BFloat16>(), Type<float>())
-                      : visit(Type<BFloat16>(), Type<BFloat16>());
+    case Dtype::kFloat64: return visit(Type<double>());
+    case Dtype::kFloat32: return visit(Type<float>());
+    case Dtype::kFloat16: return visit(Type<Half>());
+    case Dtype::kBFloat16: return visit(Type<BFloat16>());
   }
   throw std::invalid_argument("dcnv4: the dtype must be one of 0, 1, 2, 3, got " +
                               std::to_string(int(value)));

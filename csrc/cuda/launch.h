@@ -1,42 +1,43 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// launch.h — the entries of the kernels, on plain pointers. Each pair of types is compiled in a
-// file of its own, so that builds run in parallel. No torch headers.
+// launch.h — the entries of the kernels, on plain pointers. Each type of value is compiled in files
+// of its own, so that builds run in parallel. No torch headers.
 #pragma once
 
 #include "../launch_plan.h"
-#include "vector_io.cuh"
+#include "offset_numbers.cuh"
 
 namespace mmdcnv4 {
 namespace cuda {
 
-template <typename T, typename Offset>
+template <typename T>
 void launch_dcnv4_forward(const Dcnv4Params& p, const LaunchPlan& plan, Stream stream,
-                          const T* value,            // [N, H, W, G, D]
-                          const Offset* offset_mask, // [N, Ho, Wo, P]
-                          T* output);                // [N, Ho, Wo, G, D], written whole
+                          const T* value,                      // [N, H, W, G, D]
+                          const OffsetNumbers<T>& offset_mask, // [N, Ho, Wo, P]
+                          T* output);                          // [N, Ho, Wo, G, D], written whole
 
-// The same on tensor cores, for plans whose reach is not 0; T and Offset as above, T of 16 bits.
+// The same on tensor cores, for plans whose reach is not 0; T of 16 bits.
 // Returns false, and does nothing, where the extension has no such code for the current device.
-template <typename T, typename Offset>
+template <typename T>
 bool launch_dcnv4_window_forward(const Dcnv4Params& p, const WindowPlan& plan, Stream stream,
-                                 const T* value, const Offset* offset_mask, T* output);
+                                 const T* value, const OffsetNumbers<T>& offset_mask, T* output);
 
-template <typename T, typename Offset>
+template <typename T>
 void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream stream,
-                           const T* grad_output,       // [N, Ho, Wo, G, D]
-                           const T* value,             // [N, H, W, G, D]
-                           const Offset* offset_mask,  // [N, Ho, Wo, P]
+                           const T* grad_output,                  // [N, Ho, Wo, G, D]
+                           const T* value,                        // [N, H, W, G, D]
+                           const OffsetNumbers<T>& offset_mask,   // [N, Ho, Wo, P]
                            const FloatSum<wide_t<T>>& grad_value, // [N, H, W, G, D], added to
-                           Offset* grad_offset_mask);  // [N, Ho, Wo, P], written whole
+                           const OffsetGradients<T>& grad_offset_mask); // [N, Ho, Wo, P], written
 
 // The same, bitwise repeatable; for plans of vector width 1.
-template <typename T, typename Offset>
+template <typename T>
 void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream stream,
-                           const T* grad_output, const T* value, const Offset* offset_mask,
+                           const T* grad_output, const T* value,
+                           const OffsetNumbers<T>& offset_mask,
                            const FixedSum<wide_t<T>>& grad_value, // [N, H, W, G, D], added to
-                           Offset* grad_offset_mask);
+                           const OffsetGradients<T>& grad_offset_mask);
 
 // Memory that launch_dcnv4_window_backward() works with.
 struct WindowScratch {
@@ -46,12 +47,13 @@ struct WindowScratch {
 };
 
 // The same on tensor cores, as launch_dcnv4_window_forward().
-template <typename T, typename Offset>
+template <typename T>
 bool launch_dcnv4_window_backward(const Dcnv4Params& p, const WindowBackwardPlan& plan,
                                   Stream stream, const T* grad_output, const T* value,
-                                  const Offset* offset_mask, const WindowScratch& scratch,
-                                  T* grad_value,              // [N, H, W, G, D], written whole
-                                  Offset* grad_offset_mask);  // [N, Ho, Wo, P], written whole
+                                  const OffsetNumbers<T>& offset_mask,
+                                  const WindowScratch& scratch,
+                                  T* grad_value, // [N, H, W, G, D], written whole
+                                  const OffsetGradients<T>& grad_offset_mask);
 
 } // namespace cuda
 } // namespace mmdcnv4

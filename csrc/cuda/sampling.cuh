@@ -9,7 +9,7 @@
 #include <cmath>
 
 #include "arguments.h"
-#include "vector_io.cuh"
+#include "offset_numbers.cuh"
 
 namespace mmdcnv4 {
 namespace cuda {
@@ -56,15 +56,16 @@ struct MaskRule {
   MMDCNV4_DEVICE T operator()(T logit) const { return exp(logit - largest) * factor; }
 };
 
-template <typename T, typename Offset>
+// `packed` begins with the numbers of the row.
+template <typename T, typename V>
 MMDCNV4_DEVICE MaskRule<T> make_mask_rule(const KernelArguments<T>& a, const Row& row,
-                                          const Offset* __restrict__ packed) {
+                                          const OffsetNumbers<V>& packed) {
   const int32_t team = 1 << a.team_log2;
-  const Offset* logits = packed + 2 * a.points;
-  T largest = row.is_valid ? T(load_one(logits)) : T(0);
+  const int32_t logits = 2 * a.points;
+  T largest = row.is_valid ? packed.load(logits) : T(0);
 #pragma unroll 1
   for (int32_t k = row.lane; row.is_valid && k < a.points; k += team) {
-    const T logit = T(load_one(logits + k));
+    const T logit = packed.load(logits + k);
     largest = logit > largest ? logit : largest;
   }
 #pragma unroll 1
@@ -75,7 +76,7 @@ MMDCNV4_DEVICE MaskRule<T> make_mask_rule(const KernelArguments<T>& a, const Row
   T total = 0;
 #pragma unroll 1
   for (int32_t k = row.lane; row.is_valid && k < a.points; k += team)
-    total += exp(T(load_one(logits + k)) - largest);
+    total += exp(packed.load(logits + k) - largest);
   return {largest, T(1) / team_sum(total, team)};
 }
 
@@ -87,19 +88,18 @@ struct Sample {
 
 // Tap k of a row: where it samples the image, and with which mask. kMaybeSoftmax: `rule` holds
 // where a.softmax is set; else that is known to be false.
-template <bool kMaybeSoftmax, typename T, typename Offset>
+template <bool kMaybeSoftmax, typename T>
 MMDCNV4_DEVICE Sample<T> make_sample(const KernelArguments<T>& a, const Row& row,
-                                     const MaskRule<T>& rule, const Offset* __restrict__ packed,
+                                     const MaskRule<T>& rule, const TapNumbers<T>& tap,
                                      int32_t k) {
   uint32_t j = uint32_t(k + int32_t(k >= a.removed_tap)); // taps go column by column
   const uint32_t i = a.kernel_h.split(j);
-  const T dx = T(load_one(packed + 2 * k)), dy = T(load_one(packed + 2 * k + 1));
   const T x = T(row.x) * a.stride_x + a.origin_x +
-              (T(int32_t(i)) * a.dilation_x - a.center_x + dx) * a.scale;
+              (T(int32_t(i)) * a.dilation_x - a.center_x + tap.dx) * a.scale;
   const T y = T(row.y) * a.stride_y + a.origin_y +
-              (T(int32_t(j)) * a.dilation_y - a.center_y + dy) * a.scale;
-  const T mask = T(load_one(packed + 2 * a.points + k));
-  return {make_bilinear(x, y, a.height, a.width), kMaybeSoftmax && a.softmax ? rule(mask) : mask};
+              (T(int32_t(j)) * a.dilation_y - a.center_y + tap.dy) * a.scale;
+  return {make_bilinear(x, y, a.height, a.width),
+          kMaybeSoftmax && a.softmax ? rule(tap.mask) : tap.mask};
 }
 
 template <typename T>

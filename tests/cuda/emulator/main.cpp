@@ -79,16 +79,24 @@ class Buffer {
   char* memory_;
 };
 
-template <typename T, typename Offset>
-void run(const Dcnv4Params& p, const DeviceLimits& limits, int alignment, std::fstream& file) {
+// Bytes of a number of offset_mask: beside half types it may be float32.
+template <typename T>
+int offset_bytes(bool are_float) {
+  return OffsetNumbers<T>{nullptr, are_float}.number_bytes();
+}
+
+template <typename T>
+void run(const Dcnv4Params& p, const DeviceLimits& limits, int alignment, bool are_float,
+         std::fstream& file) {
   constexpr int kUnwritten = 0xff; // NaN in every type
   const int64_t value_count = p.batch * p.height * p.width * p.channels();
   const int64_t output_count = p.batch * p.queries() * p.channels();
-  const int64_t packed_count = p.batch * p.queries() * p.offset_mask_channels;
+  const int64_t packed_bytes =
+      p.batch * p.queries() * p.offset_mask_channels * offset_bytes<T>(are_float);
   Buffer<T> value(value_count, alignment, 0), grad_output(output_count, alignment, 0);
   Buffer<T> output(output_count, alignment, kUnwritten);
-  Buffer<Offset> packed(packed_count, sizeof(Offset), 0);
-  Buffer<Offset> grad_packed(packed_count, sizeof(Offset), kUnwritten);
+  Buffer<unsigned char> packed(packed_bytes, offset_bytes<T>(are_float), 0);
+  Buffer<unsigned char> grad_packed(packed_bytes, offset_bytes<T>(are_float), kUnwritten);
   Buffer<wide_t<T>> grad_value(value_count, kMaxVectorBytes, 0);
   value.read(file);
   packed.read(file);
@@ -98,11 +106,12 @@ void run(const Dcnv4Params& p, const DeviceLimits& limits, int alignment, std::f
   const LaunchPlan forward = make_launch_plan(p, {bytes, wide, alignment, false}, limits);
   const LaunchPlan backward = make_launch_plan(p, {bytes, wide, alignment, true}, limits);
   launch_dcnv4_forward(p, forward, Stream(), static_cast<const T*>(value.data()),
-                       static_cast<const Offset*>(packed.data()), output.data());
+                       OffsetNumbers<T>{packed.data(), are_float}, output.data());
   launch_dcnv4_backward(p, backward, Stream(), static_cast<const T*>(grad_output.data()),
                         static_cast<const T*>(value.data()),
-                        static_cast<const Offset*>(packed.data()),
-                        FloatSum<wide_t<T>>{grad_value.data()}, grad_packed.data());
+                        OffsetNumbers<T>{packed.data(), are_float},
+                        FloatSum<wide_t<T>>{grad_value.data()},
+                        OffsetGradients<T>{grad_packed.data(), are_float});
   file.seekp(0, std::ios::end);
   output.write(file);
   grad_value.write(file);
@@ -111,13 +120,14 @@ void run(const Dcnv4Params& p, const DeviceLimits& limits, int alignment, std::f
 }
 
 // The backward kernel with sums in fixed point: what is needed of dcnv4_cuda.cu, without torch.
-template <typename T, typename Offset>
-void run_fixed(const Dcnv4Params& p, const DeviceLimits& limits, std::fstream& file) {
+template <typename T>
+void run_fixed(const Dcnv4Params& p, const DeviceLimits& limits, bool are_float,
+               std::fstream& file) {
   const int bytes = sizeof(T), wide = sizeof(wide_t<T>);
   const int64_t in = p.batch * p.height * p.width * p.channels(), rows = p.batch * p.queries();
   Buffer<T> value(in, bytes, 0), grad_output(rows * p.channels(), bytes, 0);
-  Buffer<Offset> packed(rows * p.offset_mask_channels, 16, 0);
-  Buffer<Offset> grad_packed(rows * p.offset_mask_channels, 16, 0xff);
+  const int64_t packed_bytes = rows * p.offset_mask_channels * offset_bytes<T>(are_float);
+  Buffer<unsigned char> packed(packed_bytes, 16, 0), grad_packed(packed_bytes, 16, 0xff);
   Buffer<uint64_t> sum(in, 16, 0);
   Buffer<wide_t<T>> not_finite(in, 16, 0);
   value.read(file);
@@ -130,9 +140,9 @@ void run_fixed(const Dcnv4Params& p, const DeviceLimits& limits, std::fstream& f
   const LaunchPlan plan = make_launch_plan(p, {bytes, wide, bytes, true}, limits);
   launch_dcnv4_backward(p, plan, Stream(), static_cast<const T*>(grad_output.data()),
                         static_cast<const T*>(value.data()),
-                        static_cast<const Offset*>(packed.data()),
+                        OffsetNumbers<T>{packed.data(), are_float},
                         FixedSum<wide_t<T>>{sum.data(), not_finite.data(), &scale},
-                        grad_packed.data());
+                        OffsetGradients<T>{grad_packed.data(), are_float});
   Buffer<double> grad_value(in, 16, 0xff);
   for (int64_t i = 0; i < in; ++i)
     grad_value.data()[i] = double(int64_t(sum.data()[i])) / scale + not_finite.data()[i];
@@ -146,11 +156,12 @@ const char* const kPhases[] = {"copy",   "numbers", "clear", "scatter", "weights
                                "pixels", "collect", "taps",  "finish"};
 
 // The forward kernel on tensor cores, with its accesses to shared memory counted.
-template <typename T, typename Offset>
-void run_window(const Dcnv4Params& p, const DeviceLimits& limits, int alignment,
+template <typename T>
+void run_window(const Dcnv4Params& p, const DeviceLimits& limits, int alignment, bool are_float,
                 std::fstream& file) {
   Buffer<T> value(p.batch * p.height * p.width * p.channels(), alignment, 0);
-  Buffer<Offset> packed(p.batch * p.queries() * p.offset_mask_channels, alignment, 0);
+  Buffer<unsigned char> packed(
+      p.batch * p.queries() * p.offset_mask_channels * offset_bytes<T>(are_float), alignment, 0);
   Buffer<T> output(p.batch * p.queries() * p.channels(), alignment, 0xff);
   value.read(file);
   packed.read(file);
@@ -158,21 +169,22 @@ void run_window(const Dcnv4Params& p, const DeviceLimits& limits, int alignment,
   const WindowPlan plan = make_window_plan(p, {int32_t(sizeof(T)), 4, alignment, false}, limits);
   if (plan.reach == 0) throw std::invalid_argument("emulator: not a call for tensor cores");
   launch_dcnv4_window_forward(p, plan, Stream(), static_cast<const T*>(value.data()),
-                              static_cast<const Offset*>(packed.data()), output.data());
+                              OffsetNumbers<T>{packed.data(), are_float}, output.data());
   file.seekp(0, std::ios::end);
   output.write(file);
   std::cout << "[" << to_json(plan) << ", " << emulator::take_counts(kPhases, 9) << "]\n";
 }
 
 // The backward kernels on tensor cores; scratch memory holds NaN before.
-template <typename T, typename Offset>
+template <typename T>
 void run_window_backward(const Dcnv4Params& p, const DeviceLimits& limits, int alignment,
-                         std::fstream& file) {
+                         bool are_float, std::fstream& file) {
   const int64_t in = p.batch * p.height * p.width * p.channels(), rows = p.batch * p.queries();
   Buffer<T> value(in, alignment, 0), grad_value(in, alignment, 0xff);
   Buffer<T> grad_output(rows * p.channels(), alignment, 0);
-  Buffer<Offset> packed(rows * p.offset_mask_channels, alignment, 0);
-  Buffer<Offset> grad_packed(rows * p.offset_mask_channels, alignment, 0xff);
+  const int64_t packed_bytes = rows * p.offset_mask_channels * offset_bytes<T>(are_float);
+  Buffer<unsigned char> packed(packed_bytes, alignment, 0);
+  Buffer<unsigned char> grad_packed(packed_bytes, alignment, 0xff);
   Buffer<float> sum(in, 16, 0xff);
   Buffer<uint16_t> rest(rows * p.groups, 2, 0xff);
   uint32_t has_rest = 0;
@@ -181,13 +193,14 @@ void run_window_backward(const Dcnv4Params& p, const DeviceLimits& limits, int a
   grad_output.read(file);
   if (!file) throw std::invalid_argument("emulator: the file is too short");
   const WindowBackwardPlan plan = make_window_backward_plan(
-      p, {int32_t(sizeof(T)), 4, alignment, true}, int32_t(sizeof(Offset)), limits);
+      p, {int32_t(sizeof(T)), 4, alignment, true}, offset_bytes<T>(are_float), limits);
   if (plan.value.reach == 0) throw std::invalid_argument("emulator: not a call for tensor cores");
   launch_dcnv4_window_backward(p, plan, Stream(), static_cast<const T*>(grad_output.data()),
                                static_cast<const T*>(value.data()),
-                               static_cast<const Offset*>(packed.data()),
+                               OffsetNumbers<T>{packed.data(), are_float},
                                WindowScratch{sum.data(), rest.data(), &has_rest},
-                               grad_value.data(), grad_packed.data());
+                               grad_value.data(),
+                               OffsetGradients<T>{grad_packed.data(), are_float});
   file.seekp(0, std::ios::end);
   grad_value.write(file);
   grad_packed.write(file);
@@ -203,14 +216,14 @@ void run_call(std::istream& line, const std::string& mode) {
   const Dcnv4Params p = read_sizes(line);
   std::fstream file(name, std::ios::in | std::ios::out | std::ios::binary);
   emulator::set_order(emulator::Order(order));
-  with_types(Dtype(dtype), Dtype(offset_dtype), [&](auto type, auto offset_type) {
+  const bool are_float = Dtype(offset_dtype) == Dtype::kFloat32;
+  with_type(Dtype(dtype), Dtype(offset_dtype), [&](auto type) {
     using T = typename decltype(type)::type;
-    using Offset = typename decltype(offset_type)::type;
-    if (mode == "run") return run<T, Offset>(p, limits, alignment, file);
-    if (mode == "fixed") return run_fixed<T, Offset>(p, limits, file);
+    if (mode == "run") return run<T>(p, limits, alignment, are_float, file);
+    if (mode == "fixed") return run_fixed<T>(p, limits, are_float, file);
     if constexpr (sizeof(T) == 2) {
-      if (mode == "window") return run_window<T, Offset>(p, limits, alignment, file);
-      return run_window_backward<T, Offset>(p, limits, alignment, file);
+      if (mode == "window") return run_window<T>(p, limits, alignment, are_float, file);
+      return run_window_backward<T>(p, limits, alignment, are_float, file);
     }
     throw std::invalid_argument("emulator: tensor cores want 16-bit numbers");
   });
@@ -281,7 +294,7 @@ void cover_call(std::istream& line) {
   line >> alignment >> dtype >> backward;
   const DeviceLimits limits = read_device(line);
   const Dcnv4Params p = read_sizes(line);
-  with_types(Dtype(dtype), Dtype(dtype), [&](auto type, auto) {
+  with_type(Dtype(dtype), Dtype(dtype), [&](auto type) {
     using T = typename decltype(type)::type;
     const LaunchRequest request{sizeof(T), sizeof(wide_t<T>), alignment, backward != 0};
     const LaunchPlan plan = make_launch_plan(p, request, limits);
