@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import itertools
+import math
 import os
 import re
 import shutil
@@ -34,6 +35,8 @@ TYPES = {'d': ('float64', 8), 'f': ('float32', 4), 'Half': ('float16', 2),
 # should move beside the copies in the background
 WINDOW_VECTORS = {'window_forward': 8, 'window_grad_offset': 2, 'window_grad_value': 2}
 DIRECTIONS = {'forward', 'backward', 'window_grad_rest', 'window_clear', *WINDOW_VECTORS}
+# direct kernels that most calls take, by their variant
+PLAIN = {'forward': 'K=9', 'backward': ''}
 # 65536 registers and 256 threads per block: this many blocks have to fit on a multiprocessor
 REGISTERS = {4: 64, 3: 80, 2: 128}
 # in machine code and in PTX: copies in the background, matrices from shared memory, their product
@@ -45,8 +48,11 @@ INTRODUCTION = """# What the compiler makes of the kernels
 
 Written by `tools/check_ptxas.py --write`, with nvcc {nvcc}, for {archs}. One line per kind of
 kernel and dtype of `value`: the largest number among its kernels. Instructions are those in the
-code, and those that a warp executes for 256 outputs where a block of 16x8 pixels has no far tap and
-offsets have the dtype of `value`.
+code, and those that a warp executes for 256 outputs of a 3x3 kernel where offsets have the dtype of
+`value`: with the widest loads and groups of 32 channels, without softmax; on tensor cores a block
+of 16x8 pixels without far taps. For comparison, the released DCNv4 kernels in float16 with groups
+of 32 channels, compiled with nvcc 13.0, execute about 1670 forward, with 56 registers and 40 bytes
+of stack, and about 21600 backward.
 
 """
 
@@ -200,51 +206,87 @@ def add_ptx(kernels: dict[str, Kernel], ptx: str) -> None:
         kernel.widest_reduction = max((4 * int(count or 1) for count in counts), default=None)
 
 
-def executed_instructions(lines: list[tuple[int, str]], kernel: Kernel) -> float:
-    """Instructions per 256 outputs that a warp of a tensor-core kernel executes, all taps near.
+def loop_bodies(lines: list[tuple[int, str]]) -> Iterator[tuple[int, int, str]]:
+    """Loops in machine code, inner ones first: first and last instruction, and the text."""
+    starts = {address: i for i, (address, _) in enumerate(lines)}
+    for i, (_, line) in enumerate(lines):
+        target = re.search(r'\bBRA\b.*?\b0x([0-9a-f]+)', line)
+        begin = starts.get(int(target[1], 16), i) if target else i
+        if begin < i:  # else not the end of a loop
+            yield begin, i, ' '.join(text for _, text in lines[begin:i + 1])
 
-    From machine code: straight through, both sides of branches included, with loops weighed, of a
-    block that covers 16x8 pixels by 64 channels.
-    """
+
+def direct_turns(body: str, kernel: Kernel) -> float:
+    """How often a loop of a direct kernel runs: 9 taps, 32 channels."""
+    team = 32 // kernel.vec
+    if kernel.direction == 'backward' and 'RED' in body:
+        return 9 if 'SHFL' in body and 'STG' not in body else 1  # taps; taps by nines, channels
+    if 'SHFL' in body:
+        return math.log2(team)
+    if 'LDG.E.128' in body:  # forward, channels
+        return 1
+    if 'F2I' in body:  # coefficients
+        return -(-9 // team)
+    return -(-27 // team) if 'STG' in body and 'LDS' in body else 0  # results; borders, padding
+
+
+def window_turns(body: str, kernel: Kernel) -> float:
+    """How often a loop of a kernel on tensor cores runs: 16x8 pixels, 64 channels."""
     depth, reach = map(int, re.findall(r'\d+', kernel.variant))
     cells = (16 + 2 * reach) * (8 + 2 * reach)  # of 8 chunks, copied by all threads
     # the gradient of value takes group after group, all of its warps together; the others take
     # units of 32 rows
     is_value = kernel.direction == 'window_grad_value'
     warps = 4 if depth == 64 and not is_value else 8
-    turns = 64 // depth if is_value else {16: 2, 32: 1, 64: 1}[depth]  # of each warp
+    if 'HMMA' in body:
+        return window_units(kernel)
+    if 'LDG.E.128' in body or is_value and 'STS' not in body:  # far taps; sums again
+        return 0
+    if is_value and 'F2I' in body:  # output pixels, a thread each
+        return -(-cells // (32 * warps))
+    if 'LDGSTS' in body:
+        return cells * 8 / (32 * warps) / body.count('LDGSTS')
+    if not is_value:
+        return 1
     side = 2 * reach + 1
     stencil = side * side * (cells + 23) // 32 * 32 * 4  # about the bytes that are cleared
+    return stencil / (16 * 32 * warps) / body.count('STS')
+
+
+def window_units(kernel: Kernel) -> int:
+    """How many units of work a warp does in turn."""
+    depth = int(re.findall(r'\d+', kernel.variant)[0])
+    if kernel.direction == 'window_grad_value':
+        return 64 // depth
+    return {16: 2, 32: 1, 64: 1}[depth]
+
+
+def executed_instructions(lines: list[tuple[int, str]], kernel: Kernel) -> float:
+    """Instructions per 256 outputs that a warp executes, see INTRODUCTION.
+
+    From machine code: straight through, both sides of branches included, with loops weighed.
+    """
     last = max(i for i, (_, line) in enumerate(lines) if 'EXIT' in line)  # then: detours
-    starts = {address: i for i, (address, _) in enumerate(lines[:last])}
     weights = [1.0] * (last + 1)
-    for i, (_, line) in enumerate(lines[:last]):
-        target = re.search(r'\bBRA\b.*?\b0x([0-9a-f]+)', line)
-        begin = starts.get(int(target[1], 16), i) if target else i
-        if begin >= i:  # not the end of a loop
-            continue
-        body = ' '.join(text for _, text in lines[begin:i + 1])
-        factor = 1.0
-        if 'HMMA' in body:
-            factor = turns
-        elif 'LDG.E.128' in body or is_value and 'STS' not in body:  # far taps; sums again
-            factor = 0.0
-        elif is_value and 'F2I' in body:  # output pixels, a thread each
-            factor = -(-cells // (32 * warps))
-        elif 'LDGSTS' in body:
-            factor = cells * 8 / (32 * warps) / body.count('LDGSTS')
-        elif is_value:  # weights cleared
-            factor = stencil / (16 * 32 * warps) / body.count('STS')
-        for j in range(begin, i + 1):
-            weights[j] *= factor
-    return sum(weights) * 256 / ((16 if is_value else 32) * depth * turns)
+    for begin, end, body in loop_bodies(lines[:last]):
+        factor = (window_turns if kernel.is_window else direct_turns)(body, kernel)
+        for i in range(begin, end + 1):
+            weights[i] *= factor
+    if not kernel.is_window:
+        return sum(weights) * 256 / (32 * kernel.vec)
+    depth = int(re.findall(r'\d+', kernel.variant)[0])
+    rows = 16 if kernel.direction == 'window_grad_value' else 32
+    return sum(weights) * 256 / (rows * depth * window_units(kernel))
 
 
 def add_executed(kernels: dict[str, Kernel], sass: str) -> None:
-    """Counts what warps of the tensor-core kernels execute, in disassembled code."""
+    """Counts what warps execute of the kernels that INTRODUCTION names, in disassembled code."""
     for name, lines in functions(sass):
-        if kernels[name].is_window:
-            kernels[name].executed = executed_instructions(lines, kernels[name])
+        kernel = kernels[name]
+        is_widest = kernel.vector_bytes == 16 and kernel.dtype != 'float64'
+        is_plain = is_widest and kernel.variant == PLAIN.get(kernel.direction)
+        if kernel.is_window or is_plain:
+            kernel.executed = executed_instructions(lines, kernel)
 
 
 def compile_kernels(arch: str, source: Path, folder: Path, count: bool) -> list[Kernel]:
