@@ -244,6 +244,11 @@ def window_turns(body: str, kernel: Kernel) -> float:
         return 0
     if is_value and 'F2I' in body:  # output pixels, a thread each
         return -(-cells // (32 * warps))
+    rows = 32 if depth == 64 or is_value else 16  # of offset_mask, at a time
+    if 'LDGSTS' in body and 'SHFL' in body:
+        return rows * 8 / 32 / body.count('LDGSTS')
+    if 'STG' in body and 'LDS' in body:  # gradients of offset_mask
+        return rows / 4
     if 'LDGSTS' in body:
         return cells * 8 / (32 * warps) / body.count('LDGSTS')
     if not is_value:

@@ -285,16 +285,16 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
                        output + out_pixels * a.call.channels};
   unsigned char* area = shared + warp * Layout::kAreaBytes;
   unsigned char* cells = shared + warps * Layout::kAreaBytes;
-  Numbers::copy_unit(a, tile, warp, threadIdx.x % kWarp, image.packed, area);
-  commit_copies();
-  copy_cells<kDepth, kReach>(a, tile, image.value, cells);
-  commit_copies();
-  wait_copies<1>(); // the cells may take until A is there
 #pragma unroll 1
   for (uint32_t unit = warp; unit < a.units; unit += warps) {
     // addresses kept from one unit to the next would fill the registers
     const uint32_t lane = forget(threadIdx.x) % kWarp;
     const uint32_t first_group = tile.first_group + Layout::locate_matrix(a, 2 * unit).group;
+    Numbers::copy_unit(a, tile, unit, lane, image.packed, area);
+    commit_copies();
+    if (unit == warp) copy_cells<kDepth, kReach>(a, tile, image.value, cells);
+    commit_copies();
+    wait_copies<1>(); // the cells may take until A is there
     __syncwarp();
     const RowNumbers numbers = Numbers::load(a, lane, first_group, image.packed, area);
     __syncwarp();
@@ -317,11 +317,7 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
     collect<kDepth, kReach>(lane, sum, area);
     __syncwarp();
     finish<T, kDepth, kReach>(a, tile, unit, lane, scale.inverse, far, image, area);
-    if (unit + warps >= a.units) break;
     __syncwarp();
-    Numbers::copy_unit(a, tile, unit + warps, lane, image.packed, area);
-    commit_copies();
-    wait_copies<0>();
   }
 #endif
 }

@@ -168,7 +168,7 @@ MMDCNV4_DEVICE void write_unit(const WindowArguments& a, const Tile& tile, uint3
   constexpr int32_t kMost = kWarp / int32_t(Numbers::kPixels) * 3 * kTaps + 7; // with padding
   area += Numbers::lead(a, first_group) + lane * sizeof(Word);
   grad_packed += first_group * uint32_t(3 * a.call.points) + lane * kTogether;
-#pragma unroll
+#pragma unroll 4 // a line of a block
   for (uint32_t i = 0; i < Numbers::kPixels; ++i) {
     const Row row = Layout::locate_row(a, tile, unit, i);
     enter_step(SharedPhase::kFinish);
@@ -228,18 +228,17 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
   rest += out_pixels * uint32_t(a.call.groups);
   unsigned char* area = shared + warp * Layout::kAreaBytes;
   unsigned char* cells = shared + warps * Layout::kAreaBytes;
-  Numbers::copy_unit(a, tile, warp, threadIdx.x % kWarp, packed, area);
-  commit_copies();
   copy_cells<kDepth, kReach>(a, tile, value + in_pixels * a.call.channels, cells);
-  commit_copies();
-  wait_copies<0>();
-  __syncthreads();
 #pragma unroll 1
   for (uint32_t unit = warp; unit < a.units; unit += warps) {
     // addresses kept from one unit to the next would fill the registers
     const uint32_t lane = forget(threadIdx.x) % kWarp;
     const Row row = Layout::locate_row(a, tile, unit, lane);
     const uint32_t first_group = tile.first_group + Layout::locate_matrix(a, 2 * unit).group;
+    Numbers::copy_unit(a, tile, unit, lane, packed, area);
+    commit_copies(); // the first time with the cells
+    wait_copies<0>();
+    if (unit == warp) __syncthreads();
     __syncwarp();
     const RowNumbers numbers = Numbers::load(a, lane, first_group, packed, area);
     __syncwarp();
@@ -257,11 +256,7 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
     } else {
       write_gradients<T, kDepth, kReach>(a, tile, unit, lane, grad, area, grad_packed.data);
     }
-    if (unit + warps >= a.units) break;
     __syncwarp();
-    Numbers::copy_unit(a, tile, unit + warps, lane, packed, area);
-    commit_copies();
-    wait_copies<0>();
   }
 #endif
 }

@@ -45,7 +45,7 @@ struct NumbersLayout {
     const bool has_chunk = chunk * kChunkBytes < lead(a, first_group) + groups * group_bytes(a);
     const unsigned char* from = packed + uint64_t(first_group) * group_bytes(a) -
                                 lead(a, first_group) + chunk * kChunkBytes;
-#pragma unroll
+#pragma unroll 2 // kernels hold this for two types of numbers: more would be much code
     for (uint32_t i = 0; i < kPixels * kChunks / kWarp; ++i) {
       const uint32_t index = lane / kChunks + i * (kWarp / kChunks);
       const uint32_t number = __shfl_sync(kAllLanes, pixel, int(index));
