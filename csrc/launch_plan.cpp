@@ -17,13 +17,14 @@ constexpr int64_t kLargest = int64_t(1) << 32; // pixels and bytes of a pixel ar
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The widest vector that divides the channels of a group and the alignment of the pointers.
+// The widest vector that divides the channels of a group and the alignment of the pointers; float64
+// is for checks, and has none.
 int32_t choose_vec(const Dcnv4Params& p, const LaunchRequest& request) {
-  int32_t vec = kMaxVectorBytes / request.element_bytes;
-  while (vec > 1 && (p.group_channels % vec != 0 ||
-                     request.alignment % (vec * request.element_bytes) != 0))
-    vec /= 2;
-  return vec;
+  if (request.element_bytes == 8) return 1;
+  for (const int32_t bytes : {kMaxVectorBytes, kMinVectorBytes})
+    if (p.group_channels * request.element_bytes % bytes == 0 && request.alignment % bytes == 0)
+      return bytes / request.element_bytes;
+  return 1;
 }
 
 // The largest team of which at most a quarter is idle in the last step over the channels.

@@ -16,7 +16,8 @@ namespace mmdcnv4 {
 constexpr int32_t kWarp = 32;          // threads that run in step
 constexpr int32_t kMaxThreads = 256;   // per block; the kernels are compiled for at most as many
 constexpr int32_t kTapsPerPass = 9;    // taps whose coefficients are in shared memory at a time
-constexpr int32_t kMaxVectorBytes = 16; // what a thread loads at once
+// What a thread loads at once, if not one number: as many bytes, or as few.
+constexpr int32_t kMaxVectorBytes = 16, kMinVectorBytes = 8;
 
 // What the plan needs to know about a device.
 struct DeviceLimits {

@@ -109,7 +109,8 @@ class Kernel:
         if self.direction in ('backward', 'window_grad_rest') and self.dtype != 'float64' and \
                 self.widest_reduction != expected:
             found.append(f'reductions of {self.widest_reduction} bytes, expected {expected}')
-        if self.is_window and self.tensor_core_words != set(TENSOR_CORE_WORDS):
+        has_body = int(self.arch) >= 80  # of kernels on tensor cores
+        if self.is_window and has_body and self.tensor_core_words != set(TENSOR_CORE_WORDS):
             found.append(f'tensor cores: found only {sorted(self.tensor_core_words or [])}')
         return [f'{self.label}: {text}' for text in found]
 
@@ -188,8 +189,9 @@ def add_sass(kernels: dict[str, Kernel], sass: str) -> None:
         kernel = kernels[name]
         kernel.instructions = len(lines)
         widths = re.findall(r'\bLDG\.E(?:\.\w+)*', ' '.join(lines))
-        kernel.widest_load = max(int((re.findall(r'\.(\d+)\b', load) or ['32'])[0]) // 8
-                                 if not re.search(r'\.[US]16', load) else 2 for load in widths)
+        kernel.widest_load = max((int((re.findall(r'\.(\d+)\b', load) or ['32'])[0]) // 8
+                                  if not re.search(r'\.[US]16', load) else 2 for load in widths),
+                                 default=None)
         kernel.tensor_core_words = words_in(' '.join(lines))
         counts = re.findall(r'\bRED[G.]\S*?\.F32(?:x(\d))?\.', ' '.join(lines))
         kernel.widest_reduction = max((4 * int(count or 1) for count in counts), default=None)
@@ -200,7 +202,8 @@ def add_ptx(kernels: dict[str, Kernel], ptx: str) -> None:
     for part in ptx.split('.entry ')[1:]:
         kernel = kernels[re.match(r'\S+?(?=\()', part)[0]]
         loads = re.findall(r'ld\.global(?:\.nc)?(?:\.v(\d))?\.[bufs](\d+)', part)
-        kernel.widest_load = max(int(count or 1) * int(bits) // 8 for count, bits in loads)
+        kernel.widest_load = max((int(count or 1) * int(bits) // 8 for count, bits in loads),
+                                 default=None)
         kernel.tensor_core_words = words_in(part)
         counts = re.findall(r'red\.global\.add(?:\.v(\d))?\.f32', part)
         kernel.widest_reduction = max((4 * int(count or 1) for count in counts), default=None)
@@ -249,8 +252,9 @@ def window_turns(body: str, kernel: Kernel) -> float:
         return rows * 8 / 32 / body.count('LDGSTS')
     if 'STG' in body and 'LDS' in body:  # gradients of offset_mask
         return rows / 4
-    if 'LDGSTS' in body:
-        return cells * 8 / (32 * warps) / body.count('LDGSTS')
+    if 'LDGSTS' in body:  # cells; the forward kernel copies them in its first turn
+        turns = window_units(kernel) if kernel.direction == 'window_forward' else 1
+        return cells * 8 / (32 * warps) / body.count('LDGSTS') / turns
     if not is_value:
         return 1
     side = 2 * reach + 1
@@ -322,7 +326,7 @@ def print_table(kernels: list[Kernel]) -> None:
         count = '-' if kernel.instructions is None else kernel.instructions
         reduction = kernel.widest_reduction or '-'
         print(f'{kernel.label:58} {kernel.registers:9} {kernel.stack:6} {kernel.spills:7} '
-              f'{kernel.widest_load:5} {reduction:>9} {count:>13}')
+              f'{kernel.widest_load or '-':>5} {reduction:>9} {count:>13}')
 
 
 def summary(kernels: list[Kernel]) -> str:

@@ -55,6 +55,8 @@ for name in ('dcnv4', '_dcnv4_backward'):
 print('torch', torch.__version__, '-', _extension.build_info['cuda'])
 PYTHON
 )
-size=$(stat -c %s "$build"/check/mmdcnv4/_C*.so)
+library=$(echo "$build"/check/mmdcnv4/_C*.so)
+size=$(stat -c %s "$library")
+packed=$(gzip -9 -c "$library" | wc -c)
 echo "built and linked in $seconds s with $(nvcc --version | sed -n 's/.*release \([0-9.]*\),.*/nvcc \1/p');" \
-  "$size bytes; the CUDA kernels have NOT run: this takes a GPU"
+  "$size bytes, $packed compressed; the CUDA kernels have NOT run: this takes a GPU"

@@ -7,8 +7,8 @@
 //             grad_mask = h_k, or with softmax m_k (h_k - sum_j m_j h_j);
 //             grad_offset = offset_scale * m_k * d h_k / d(x, y);
 //             grad_value[corner] += m_k * weight(corner) * grad_out
-// Work split  as in dcnv4_forward.cuh. With softmax the samples are gathered twice, first for the
-//             sum over j: it keeps nothing per tap, so that any K fits
+// Work split  as in dcnv4_forward.cuh. With softmax the taps are gone over twice, first for the sum
+//             over j: it keeps nothing per tap, so that any K fits
 // Memory      grad_value is added to, by reductions of up to four float32 at once (sm_90 and
 //             newer); grad_offset_mask is summed over the team by shuffles, collected in shared
 //             memory and written once, in its own type, its padding included
@@ -66,10 +66,10 @@ struct Channels {
   }
 };
 
-// dot[c] += <grad_output, corner c>, over the channels of this thread; kScatter: also adds to
+// dot[c] += <grad_output, corner c>, over the channels of this thread; `scatters`: also adds to
 // grad_value. `grad` holds the first channels of grad_output.
-template <bool kScatter, typename T, typename Sum, int kVec>
-MMDCNV4_DEVICE void gather_tap(const Channels<T, Sum>& channels, const uint4& pixel,
+template <typename T, typename Sum, int kVec>
+MMDCNV4_DEVICE void gather_tap(bool scatters, const Channels<T, Sum>& channels, const uint4& pixel,
                                const Four<wide_t<T>>& weight, uint32_t bits,
                                wide_t<T> (&grad)[kVec], wide_t<T> (&dot)[4]) {
   using Io = VectorIo<T, kVec>;
@@ -92,7 +92,7 @@ MMDCNV4_DEVICE void gather_tap(const Channels<T, Sum>& channels, const uint4& pi
         Io::widen(corner[c - pair], number);
 #pragma unroll
         for (int i = 0; i < kVec; ++i) dot[c] += grad[i] * number[i];
-        if constexpr (kScatter) {
+        if (scatters) {
           wide_t<T> part[kVec];
 #pragma unroll
           for (int i = 0; i < kVec; ++i) part[i] = w[c] * grad[i];
@@ -101,33 +101,6 @@ MMDCNV4_DEVICE void gather_tap(const Channels<T, Sum>& channels, const uint4& pi
       }
     }
   }
-}
-
-// <grad_output, output> = sum_k m_k h_k of a row.
-template <typename T, typename Sum, int kVec>
-MMDCNV4_DEVICE wide_t<T> expected_dot(const KernelArguments<wide_t<T>>& a, const Row& row,
-                                      const MaskRule<wide_t<T>>& rule,
-                                      const OffsetNumbers<T>& packed,
-                                      const Channels<T, Sum>& channels, wide_t<T> (&grad)[kVec],
-                                      const Taps<wide_t<T>>& taps) {
-  wide_t<T> expected = 0;
-#pragma unroll 1
-  for (int32_t first = 0; first < a.points; first += kTapsPerPass) {
-    const int32_t count = a.points - first < kTapsPerPass ? a.points - first : kTapsPerPass;
-    __syncwarp();
-    fill_backward_taps<true>(a, row, rule, packed, first, count, taps);
-    __syncwarp();
-#pragma unroll 1
-    for (int32_t slot = 0; slot < count; ++slot) {
-      const Four<wide_t<T>> extra = taps.extra[slot];
-      const uint32_t bits = uint32_t(extra.w);
-      if (bits == 0) continue;
-      wide_t<T> dot[4] = {};
-      gather_tap<false>(channels, taps.pixel[slot], taps.weight[slot], bits, grad, dot);
-      expected += extra.x * bilinear_grad(dot[0], dot[1], dot[2], dot[3], extra.y, extra.z).mask;
-    }
-  }
-  return team_sum(expected, 1 << a.team_log2);
 }
 
 // Writes the gradients of `count` taps, collected in taps.extra, and after the last tap of the last
@@ -182,38 +155,46 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) < 8 ? 3 : 2)
   if (row.is_valid && channels.begin < channels.end)
     VectorIo<T, kVec>::widen(
         VectorIo<T, kVec>::load(grad_output + channels.row + channels.begin), grad);
+  const bool has_softmax = kMaybeSoftmax && a.softmax;
   MaskRule<W> rule{};
-  W expected = 0;
-  if (kMaybeSoftmax && a.softmax) {
-    rule = make_mask_rule(a, row, offset_mask.from(packed));
-    expected = expected_dot(a, row, rule, offset_mask.from(packed), channels, grad, taps);
-  }
+  if (has_softmax) rule = make_mask_rule(a, row, offset_mask.from(packed));
+  W expected = 0; // sum_j m_j h_j
 #pragma unroll 1
-  for (int32_t first = 0; first < a.points; first += kTapsPerPass) {
-    const int32_t count = a.points - first < kTapsPerPass ? a.points - first : kTapsPerPass;
-    __syncwarp();
-    fill_backward_taps<kMaybeSoftmax>(a, row, rule, offset_mask.from(packed), first, count, taps);
-    __syncwarp();
+  for (bool is_last = !has_softmax;; is_last = true) {
 #pragma unroll 1
-    for (int32_t slot = 0; slot < count; ++slot) {
-      const uint32_t bits = uint32_t(taps.extra[slot].w);
-      W dot[4] = {};
-      if (bits != 0)
-        gather_tap<true>(channels, taps.pixel[slot], taps.weight[slot], bits, grad, dot);
-      BilinearGrad<W> sum = bilinear_grad(dot[0], dot[1], dot[2], dot[3], taps.extra[slot].y,
-                                          taps.extra[slot].z);
-      sum = {team_sum(sum.mask, team), team_sum(sum.x, team), team_sum(sum.y, team)};
-      __syncwarp(); // the team has read what is overwritten
-      if (row.lane == 0) {
-        const W mask = taps.extra[slot].x, scale = a.scale * mask;
-        taps.extra[slot] = {bits ? scale * sum.x : W(0), bits ? scale * sum.y : W(0),
-                            kMaybeSoftmax && a.softmax ? mask * (sum.mask - expected) : sum.mask,
-                            W(0)};
+    for (int32_t first = 0; first < a.points; first += kTapsPerPass) {
+      const int32_t count = a.points - first < kTapsPerPass ? a.points - first : kTapsPerPass;
+      __syncwarp();
+      fill_backward_taps<kMaybeSoftmax>(a, row, rule, offset_mask.from(packed), first, count,
+                                        taps);
+      __syncwarp();
+#pragma unroll 1
+      for (int32_t slot = 0; slot < count; ++slot) {
+        const uint32_t bits = uint32_t(taps.extra[slot].w);
+        W dot[4] = {};
+        if (bits != 0)
+          gather_tap(!kMaybeSoftmax || is_last, channels, taps.pixel[slot], taps.weight[slot], bits,
+                     grad, dot);
+        BilinearGrad<W> sum = bilinear_grad(dot[0], dot[1], dot[2], dot[3], taps.extra[slot].y,
+                                            taps.extra[slot].z);
+        if (kMaybeSoftmax && !is_last) {
+          if (bits != 0) expected += taps.extra[slot].x * sum.mask;
+          continue;
+        }
+        sum = {team_sum(sum.mask, team), team_sum(sum.x, team), team_sum(sum.y, team)};
+        __syncwarp(); // the team has read what is overwritten
+        if (row.lane == 0) {
+          const W mask = taps.extra[slot].x, scale = a.scale * mask;
+          taps.extra[slot] = {bits ? scale * sum.x : W(0), bits ? scale * sum.y : W(0),
+                              has_softmax ? mask * (sum.mask - expected) : sum.mask, W(0)};
+        }
       }
+      __syncwarp();
+      if (row.is_valid && (!kMaybeSoftmax || is_last))
+        write_grad_offset_mask(a, row, first, count, taps, grad_offset_mask.from(packed));
     }
-    __syncwarp();
-    if (row.is_valid)
-      write_grad_offset_mask(a, row, first, count, taps, grad_offset_mask.from(packed));
+    if (!kMaybeSoftmax || is_last) break;
+    expected = team_sum(expected, team);
   }
 }
 
@@ -241,8 +222,10 @@ void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream 
                            const OffsetGradients<T>& grad_offset_mask) {
   with_vec<T>(plan.vec, [&](auto vec) {
     constexpr int kVec = decltype(vec)::value;
-    auto* launch_it = p.softmax ? &launch_backward<kVec, true, T, FloatSum<wide_t<T>>>
-                                : &launch_backward<kVec, false, T, FloatSum<wide_t<T>>>;
+    auto* launch_it = &launch_backward<kVec, true, T, FloatSum<wide_t<T>>>;
+    if constexpr (kVec * sizeof(T) == kMaxVectorBytes) {
+      if (!p.softmax) launch_it = &launch_backward<kVec, false, T, FloatSum<wide_t<T>>>;
+    }
     launch_it(p, plan, stream, grad_output, value, offset_mask, grad_value, grad_offset_mask);
   });
 }

@@ -40,19 +40,15 @@ void with_type(Dtype value, Dtype offset_mask, const Visit& visit) {
 // visit(std::integral_constant<int, vec>) for the vector widths of type T.
 template <typename T, typename Visit>
 void with_vec(int32_t vec, const Visit& visit) {
-  constexpr int kWidest = kMaxVectorBytes / int(sizeof(T));
-  switch (vec) {
-    case 1: return visit(std::integral_constant<int, 1>());
-    case 2: return visit(std::integral_constant<int, 2>());
-    case 4:
-      if constexpr (kWidest >= 4) return visit(std::integral_constant<int, 4>());
-      break;
-    case 8:
-      if constexpr (kWidest >= 8) return visit(std::integral_constant<int, 8>());
-      break;
+  constexpr int kMost = kMaxVectorBytes / int(sizeof(T)), kFew = kMinVectorBytes / int(sizeof(T));
+  if (vec == 1) return visit(std::integral_constant<int, 1>());
+  if constexpr (sizeof(T) < 8) {
+    if (vec == kMost) return visit(std::integral_constant<int, kMost>());
+    if (vec == kFew) return visit(std::integral_constant<int, kFew>());
   }
-  throw std::invalid_argument("dcnv4: the vector width must be a power of two from 1 to " +
-                              std::to_string(kWidest) + ", got " + std::to_string(vec));
+  throw std::invalid_argument("dcnv4: the vector width must be 1, " + std::to_string(kFew) +
+                              " or " + std::to_string(kMost) + " (float64: 1), got " +
+                              std::to_string(vec));
 }
 
 // visit(depth, reach), both std::integral_constant, for the plans of make_window_plan().

@@ -103,13 +103,14 @@ def test_many_taps(emulator, tmp_path, dtypes):
 @pytest.mark.parametrize('dtypes', DTYPES)
 @pytest.mark.parametrize('elements', [1, 2, 4])
 def test_alignment(emulator, tmp_path, dtypes, elements):
-    """Tensors that start in the middle of a vector get narrower loads."""
+    """Tensors that start in the middle of a vector get narrower loads: 8 bytes, or one number."""
     dtypes = DTYPES[dtypes]
     alignment = min(16, elements * dtypes[0].itemsize)
     plans = check(emulator, tmp_path, (2, 3, 5, 2, 16), dtypes, GEOMETRIES['3x3'],
                   alignment=alignment)
     for plan in plans:
-        assert plan['vec'] * dtypes[0].itemsize == alignment
+        has_vectors = alignment >= 8 and dtypes[0] != torch.float64
+        assert plan['vec'] == (alignment // dtypes[0].itemsize if has_vectors else 1)
 
 
 @pytest.mark.parametrize('shared_bytes', [48 * 1024, 24 * 1024, 16 * 1024, 4 * 1024])
