@@ -324,9 +324,9 @@ def print_table(kernels: list[Kernel]) -> None:
           f'{"reduction":>9} {"instructions":>13}')
     for kernel in kernels:
         count = '-' if kernel.instructions is None else kernel.instructions
-        reduction = kernel.widest_reduction or '-'
+        load, reduction = kernel.widest_load or '-', kernel.widest_reduction or '-'
         print(f'{kernel.label:58} {kernel.registers:9} {kernel.stack:6} {kernel.spills:7} '
-              f'{kernel.widest_load or '-':>5} {reduction:>9} {count:>13}')
+              f'{load:>5} {reduction:>9} {count:>13}')
 
 
 def summary(kernels: list[Kernel]) -> str:

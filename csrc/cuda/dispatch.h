@@ -21,7 +21,7 @@ struct Type {
   using type = T;
 };
 
-// visit(Type<T>) for the dtype of value; that of offset_mask is only checked, see offset_numbers.cuh.
+// visit(Type<T>) for the dtype of value. That of offset_mask is only checked: offset_numbers.cuh.
 template <typename Visit>
 void with_type(Dtype value, Dtype offset_mask, const Visit& visit) {
   if (value != offset_mask && (offset_mask != Dtype::kFloat32 || value == Dtype::kFloat64))
