@@ -67,15 +67,22 @@ def test_package_without_kernels_works_with_one_warning(wheel_without_compiler, 
     assert result.returncode == 0, result.stderr
 
 
-def test_source_archive_holds_the_kernels(tmp_path):
+def test_source_archive_is_complete(tmp_path):
     run(sys.executable, 'setup.py', 'egg_info', '--egg-base', str(tmp_path), 'sdist',
         '--dist-dir', str(tmp_path), MMDCNV4_NATIVE='0')
     with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as archive:
         names = archive.getnames()
     held = {'/'.join(name.split('/')[1:]) for name in names}
-    tracked = run('git', 'ls-files', 'csrc', 'configs', 'mmdcnv4').split()
+    tracked = [name for name in run('git', 'ls-files').split() if not name.startswith('.')]
     missing = [name for name in tracked if name not in held]
     assert not missing, missing
+
+
+def test_no_links_are_tracked():
+    """A link `.venv`, once pushed, takes the place of the environment of whoever pulls it."""
+    links = [line for line in run('git', 'ls-files', '--stage').splitlines()
+             if line.startswith('120000')]
+    assert not links, links
 
 
 def test_info_reports_kernels_and_registrations():
