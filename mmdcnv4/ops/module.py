@@ -10,6 +10,7 @@ Differs:  (N, H, W, C) input instead of tokens; `in_channels`, `softmax`, `mask_
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Optional
 
 import torch
@@ -18,6 +19,18 @@ from torch import Tensor, nn
 
 from .contract import IntOrPair, make_geometry, offset_mask_channels, output_size
 from .functional import dcnv4
+
+
+def _check_type(name: str, value: object, kind: type, words: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f'DCNv4: {name} must be {words}, got {value!r}')
+
+
+def _check_integers(**values: int) -> None:
+    for name, value in values.items():
+        _check_type(name, value, Integral, 'an int')
+        if value < 1:
+            raise ValueError(f'DCNv4: {name} must be >= 1, got {value}')
 
 
 class OffsetMaskProj(nn.Module):
@@ -90,9 +103,12 @@ class DCNv4(nn.Module):
         super().__init__()
         self.channels = channels
         self.in_channels = channels if in_channels is None else in_channels
+        _check_integers(channels=channels, in_channels=self.in_channels, group=group)
+        _check_type('mask_init', mask_init, Real, 'a number')
         self.geometry = make_geometry(
-            kernel_size=kernel_size, groups=group, stride=stride, padding=pad, dilation=dilation,
-            offset_scale=offset_scale, remove_center=remove_center, softmax=softmax)
+            kernel_size=kernel_size, groups=int(group), stride=stride, padding=pad,
+            dilation=dilation, offset_scale=offset_scale, remove_center=remove_center,
+            softmax=softmax)
         self.mask_init = mask_init
         self._check_options(group, dw_kernel_size, center_feature_scale, without_pointwise)
 
@@ -120,12 +136,11 @@ class DCNv4(nn.Module):
 
     def _check_options(self, group: int, dw_kernel_size: Optional[int],
                        center_feature_scale: bool, without_pointwise: bool) -> None:
-        if self.channels < 1 or self.in_channels < 1:
-            raise ValueError('DCNv4: channels and in_channels must be >= 1, '
-                             f'got {self.channels} and {self.in_channels}')
         if self.channels % group != 0:
             raise ValueError(f'DCNv4: group must divide channels ({self.channels}), got {group}')
-        if dw_kernel_size is not None and (dw_kernel_size < 1 or dw_kernel_size % 2 == 0):
+        if dw_kernel_size is not None:
+            _check_integers(dw_kernel_size=dw_kernel_size)
+        if dw_kernel_size is not None and dw_kernel_size % 2 == 0:
             raise ValueError('DCNv4: dw_kernel_size must be odd, or the map would change its '
                              f'size, got {dw_kernel_size}')
         if without_pointwise and self.in_channels != self.channels:

@@ -77,6 +77,7 @@ def test_default_group(channels, group):
 @pytest.mark.parametrize('options, error, words', [
     (dict(groups=2), ValueError, ('groups=2', '`group`', 'ResNeXt')),
     (dict(group=3), ValueError, ('group', '16', '3')),
+    (dict(group=0), ValueError, ('DCNv4: group must be >= 1, got 0',)),
     (dict(kernel_size=0), ValueError, ('kernel_size', '0')),
     (dict(without_pointwise=True), ValueError, ('in_channels', '8')),
     (dict(deform_groups=1), TypeError, ('deform_groups=1', '`group`', '_delete_=True')),

@@ -76,7 +76,7 @@ class DCNv4Conv2d(DCNv4):
                              f'set by `group`, got groups={groups}')
         group = default_group(out_channels) if group is None else group
         if mask_init is None:
-            mask_init = 1 / make_geometry(kernel_size=kernel_size, groups=group,
+            mask_init = 1 / make_geometry(kernel_size=kernel_size, groups=1,
                                           remove_center=remove_center).points
         super().__init__(
             out_channels, kernel_size, stride, padding, dilation, group, offset_scale,
