@@ -11,6 +11,7 @@ from typing import Literal, Optional
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 from . import _extension
@@ -66,8 +67,13 @@ def _why_not_native(device_type: str) -> Optional[str]:
         return _extension.missing_reason
     if device_type not in (*_extension.build_info, 'meta'):
         return f'no kernel was compiled for {device_type} tensors'
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling():
+        return None
+    if forward_ad._current_level >= 0:
         return 'they have no forward-mode derivative'
+    transforms = get_interpreter_stack() or ()
+    if any(transform.key() == TransformType.Grad for transform in transforms):
+        return 'they have no form for torch.func.grad, vjp and jacrev'
     return None
 
 

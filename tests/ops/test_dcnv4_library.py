@@ -287,3 +287,27 @@ def test_forward_mode_derivative_takes_the_pytorch_path():
     with pytest.raises(NotImplementedError, match='forward-mode'):
         torch.func.jvp(lambda v: dcnv4(v, offset_mask, kernel_size=3, groups=1, padding=1,
                                        backend='native'), (value,), (value,))
+
+
+@pytest.mark.parametrize('transform', ['grad', 'jacrev', 'per sample'])
+def test_reverse_mode_of_torch_func_takes_the_pytorch_path(transform):
+    # torch's own error would be about autograd.Function and setup_context
+    value = torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    offset_mask = torch.randn(2, 3, 5, 32, dtype=torch.float64)
+
+    def total(value, offset_mask, **options):
+        return dcnv4(value, offset_mask, kernel_size=3, groups=1, padding=1,
+                     **options).square().sum()
+
+    leaf = value.clone().requires_grad_()
+    expected, = torch.autograd.grad(total(leaf, offset_mask), leaf)
+    derive = torch.func.jacrev if transform == 'jacrev' else torch.func.grad
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', RuntimeWarning)
+        if transform == 'per sample':
+            grad = torch.func.vmap(derive(lambda v, o: total(v[None], o[None])))(value, offset_mask)
+        else:
+            grad = derive(total)(value, offset_mask)
+    torch.testing.assert_close(grad, expected)
+    with pytest.raises(NotImplementedError, match='no form for torch.func.grad'):
+        derive(lambda v: total(v, offset_mask, backend='native'))(value)
