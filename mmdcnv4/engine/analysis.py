@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from inspect import signature
 from typing import Any
 
 from mmengine.analysis import complexity_analysis
@@ -87,4 +88,7 @@ class ModelPart(nn.Module):
         sample = getattr(importlib.import_module(module), name)
         samples = [sample(metainfo=meta) for _ in images]
         with DefaultScope.overwrite_default_scope(self.scope):
+            head = getattr(self.model, 'decode_head', None)
+            if head is not None and 'batch_data_samples' in signature(head.forward).parameters:
+                return head(self.model.extract_feat(images), samples)  # mmseg leaves them out
             return self.model(images, samples, mode='tensor')

@@ -14,7 +14,7 @@ import pytest
 import torch
 from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config
-from tool_runner import TINY, load_tool
+from tool_runner import REPOSITORY, TINY, load_tool
 from torch import nn
 
 from mmdcnv4.engine.analysis import ModelPart
@@ -88,6 +88,28 @@ def test_get_flops(capsys):
         with pytest.raises(SystemExit):
             tool.main([str(UPERNET), '--shape', *shape])
         assert 'must be one or two positive numbers, got' in capsys.readouterr().err
+
+
+@needs_kernels
+def test_get_flops_of_an_image_that_is_too_small_for_the_head(capsys):
+    tool = load_tool('analysis_tools/get_flops')
+    with pytest.raises(SystemExit) as caught:
+        tool.main([str(MASK_RCNN), '--shape', '1'])
+    assert re.search(r'^error: the model fails on an image of 1 x 1 .*larger --shape',
+                     str(caught.value))
+    tool.main([str(MASK_RCNN), '--shape', '1', '--part', 'backbone'])
+    assert 'backbone at 1 x 1' in capsys.readouterr().out
+
+
+def test_model_with_a_head_that_asks_for_samples():
+    """Mask2Former, which mmseg's own `mode='tensor'` calls without them."""
+    cfg = Config.fromfile(REPOSITORY / 'configs' / 'flash_intern_image' /
+                          'mask2former_flash-intern-image-t_8xb2-160k_ade20k-512x512.py')
+    cfg.model.backbone.update(SMALL, arch=None)
+    cfg.model.decode_head.update(in_channels=[8, 16, 32, 64], num_queries=5)
+    with torch.no_grad():
+        classes, masks = ModelPart(cfg).eval()(torch.zeros(1, 3, 64, 64))
+    assert classes[-1].shape == (1, 5, 151) and masks[-1].shape == (1, 5, 16, 16)
 
 
 @pytest.mark.parametrize('options, words', [

@@ -52,7 +52,8 @@ def count(cfg: Config, height: int, width: int, part: str = 'model') -> Cost:
         part: of :class:`mmdcnv4.engine.analysis.ModelPart`.
 
     Raises:
-        UserError: the operator is not compiled, so that it cannot be told in a trace.
+        UserError: the operator is not compiled, so that it cannot be told in a trace, or the model
+            fails on such an image.
     """
     if not _extension.is_available:
         raise UserError('the compiled operator is needed: '
@@ -63,7 +64,12 @@ def count(cfg: Config, height: int, width: int, part: str = 'model') -> Cost:
         warnings.simplefilter('ignore')  # of the tracer, about shapes that it fixes
         analyzer = FlopAnalyzer(model, (torch.zeros(1, 3, height, width),))
         analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-        found = analyzer.by_operator()
+        try:
+            found = analyzer.by_operator()
+        except (IndexError, RuntimeError, ValueError) as error:
+            raise UserError(f'the {part} fails on an image of {height} x {width} '
+                            f'({type(error).__name__}: {error}); heads need maps of some size: '
+                            'take a larger --shape, or --part backbone.') from error
     traced = getattr(model.model, part) if part == 'backbone' else model.model
     parameters = sum(parameter.numel() for parameter in traced.parameters())
     return Cost(parameters, {name: int(n) for name, n in found.items() if name in PRODUCTS},
