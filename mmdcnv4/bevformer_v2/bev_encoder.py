@@ -91,7 +91,7 @@ class BEVFormerV2Encoder(BaseModule):
         if embed_dims % 2 or embed_dims % num_heads:
             raise ValueError('BEVFormerV2Encoder: embed_dims must be even and a multiple of '
                              f'num_heads ({num_heads}), got {embed_dims}')
-        self.bev_size = (bev_size[0], bev_size[1])
+        self.bev_size, self.embed_dims = (bev_size[0], bev_size[1]), embed_dims
         self.num_cams, self.num_levels, self.with_cp = num_cams, num_levels, with_cp
         rows, columns = self.bev_size
         self.bev_embedding = nn.Embedding(rows * columns, embed_dims)
@@ -191,7 +191,7 @@ class TemporalFusion(BaseModule):
         if num_frames < 2:
             raise ValueError(f'TemporalFusion: num_frames must be 2 or more, got {num_frames}')
         norm_cfg = dict(type='BN') if norm_cfg is None else norm_cfg
-        self.bev_size = (bev_size[0], bev_size[1])
+        self.bev_size, self.embed_dims = (bev_size[0], bev_size[1]), embed_dims
         channels = num_frames * embed_dims
         width = channels if inter_channels is None else inter_channels
         shortcut = None

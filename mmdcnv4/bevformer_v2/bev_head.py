@@ -153,7 +153,7 @@ class BEVFormerV2Head(BaseModule):
         super().__init__()
         self.num_classes = num_classes
         self.pc_range = check_range('BEVFormerV2Head', pc_range)
-        self.bev_size = (bev_size[0], bev_size[1])
+        self.bev_size, self.embed_dims = (bev_size[0], bev_size[1]), embed_dims
         self.num_queries, self.num_groups = num_queries, num_groups
         self.query_embedding = nn.Embedding(num_groups * num_queries, 2 * embed_dims)
         self.reference = nn.Linear(embed_dims, 3)

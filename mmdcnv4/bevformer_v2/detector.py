@@ -127,6 +127,20 @@ class BEVFormerV2(Base3DDetector):
             None if perspective_head is None else MODELS.build(perspective_head))
         self.temporal_fusion = None if temporal_fusion is None else MODELS.build(
             dict(num_frames=len(self.frames), **temporal_fusion))
+        self._check_ground_plane()
+
+    def _check_ground_plane(self) -> None:
+        """Another range in one of the parts would train without an error, on shifted boxes."""
+        for name in ('bev_size', 'embed_dims', 'pc_range'):
+            parts = {part: getattr(self, part) for part in
+                     ('bev_encoder', 'temporal_fusion', 'bev_head')}
+            values = {part: getattr(module, name) for part, module in parts.items()
+                      if hasattr(module, name)}
+            # only x and y: pillars and boxes may have heights of their own
+            seen = {v[:2] + v[3:5] if name == 'pc_range' else v for v in values.values()}
+            if len(seen) > 1:
+                raise ValueError(f'BEVFormerV2: {name} must be the same in {" and ".join(values)}, '
+                                 f'got {values}')
 
     def extract_feat(self, images: Tensor, flip: Tensor) -> list[Tensor]:
         """Feature maps of one frame.

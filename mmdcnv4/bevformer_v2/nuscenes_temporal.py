@@ -14,6 +14,9 @@ from mmdet3d.registry import DATASETS
 
 _INFO_VERSION = '1.1'
 _CREATE = '`mim run mmdet3d create_data nuscenes` (mmdetection3d 1.x)'
+# what model and pipeline read of each sample, and of each of its cameras
+_SAMPLE_KEYS = ('ego2global', 'images', 'lidar_points', 'lidar_points.lidar2ego')
+_CAMERA_KEYS = ('img_path', 'cam2img', 'lidar2cam')
 
 
 class Link(NamedTuple):
@@ -43,6 +46,7 @@ class NuScenesTemporalDataset(NuScenesDataset):
         ValueError: `frames` is no such list, `metainfo.classes` names a class that nuScenes has
             not, or the info file has another version.
         FileNotFoundError: links are needed and there is no table.
+        KeyError: a sample lacks an entry; the message names both.
     """
 
     def __init__(self, data_root: str, ann_file: str, *, frames: Sequence[int] = (0,),
@@ -67,7 +71,7 @@ class NuScenesTemporalDataset(NuScenesDataset):
         """Reads the info file and checks its version."""
         try:
             data_list = super().load_data_list()
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(
                 f'NuScenesTemporalDataset: ann_file {self.ann_file} must hold data_list and '
                 f'metainfo (version {_INFO_VERSION}); infos of mmdetection3d 0.x use other box '
@@ -78,6 +82,22 @@ class NuScenesTemporalDataset(NuScenesDataset):
                              f'{_INFO_VERSION!r}, got {version!r} in {self.ann_file}; make it '
                              f'with {_CREATE}')
         return data_list
+
+    def parse_data_info(self, info: dict) -> Union[list[dict], dict]:
+        """Parses one sample as the parent does, after a look at what it holds."""
+        required = [*_SAMPLE_KEYS]
+        required += ['instances'] if self.load_eval_anns or not self.test_mode else []
+        required += [f'images.{camera}.{key}' for camera in info.get('images') or ()
+                     for key in _CAMERA_KEYS]
+        for path in required:
+            node: Any = info
+            for key in path.split('.'):
+                node = node.get(key) if isinstance(node, dict) else None
+            if node is None:
+                raise KeyError(f'NuScenesTemporalDataset: ann_file {self.ann_file} must give '
+                               f'{path} for every sample, got none for {info.get("token")}; '
+                               f'make it with {_CREATE}')
+        return super().parse_data_info(info)
 
     def filter_data(self) -> list[dict]:
         """Filters as the parent does, and notes where each sample stands in its scene."""

@@ -147,11 +147,19 @@ class MultiViewCropResize(BaseTransform):
         img_flip_prob: probability of `img_flip`.
 
     Raises:
-        ValueError: the crop is not inside the image.
+        ValueError: the crop is not four numbers, or not inside the image; a height is no positive
+            integer.
     """
 
     def __init__(self, crop: Sequence[int] = (0, 260, 1600, 900), heights: Sequence[int] = (640,),
                  img_flip_prob: float = 0.0) -> None:
+        if not isinstance(crop, (list, tuple)) or len(crop) != 4:
+            raise ValueError('MultiViewCropResize: crop must be four numbers x1, y1, x2, y2, '
+                             f'got {crop!r}')
+        if not isinstance(heights, (list, tuple)) or not heights or not all(
+                isinstance(height, int) and height > 0 for height in heights):
+            raise ValueError('MultiViewCropResize: heights must be a list of integers > 0, got '
+                             f'{heights!r}')
         self.crop, self.heights = tuple(crop), tuple(heights)
         self.img_flip_prob = img_flip_prob
 

@@ -96,9 +96,30 @@ def test_refused_files(make_dataset, edit_infos, tmp_path):
     with pytest.raises(ValueError, match="info_version '1.1', got '1.0'"):
         make_dataset(ann_file=edit_infos(lambda data: None, info_version='1.0'))
     old = tmp_path / 'old.pkl'
-    old.write_bytes(pickle.dumps(dict(infos=[], metadata=dict(version='v1.0-trainval'))))
-    with pytest.raises(ValueError, match='0.x use other box conventions'):
-        make_dataset(ann_file=str(old))
+    for content in (dict(infos=[], metadata=dict(version='v1.0-trainval')), [dict(token='a')]):
+        old.write_bytes(pickle.dumps(content))
+        with pytest.raises(ValueError, match='0.x use other box conventions'):
+            make_dataset(ann_file=str(old))
+
+
+@pytest.mark.parametrize('path', [
+    'instances', 'ego2global', 'images', 'lidar_points', 'lidar_points.lidar2ego',
+    'images.CAM_BACK.cam2img', 'images.CAM_BACK.lidar2cam', 'images.CAM_BACK.img_path'])
+def test_refuses_a_sample_without_an_entry(make_dataset, edit_infos, path):
+    *parents, last = path.split('.')
+
+    def drop(data_list):
+        node = data_list[1]
+        for key in parents:
+            node = node[key]
+        node[last] = None
+
+    with pytest.raises(KeyError, match=f'infos.pkl must give {path} for .*, got none for sample-0'):
+        make_dataset(ann_file=edit_infos(drop))
+    if path == 'instances':  # not needed to test
+        assert len(make_dataset(ann_file=edit_infos(
+            lambda data: [info.pop(path) for info in data]), test_mode=True,
+            load_eval_anns=False)) > 1
 
 
 def test_a_subset_has_neighbours_in_the_subset(make_dataset):
@@ -185,6 +206,11 @@ def test_crop_and_resize(make_dataset):
         results['cam2img'][0, 0] @ np.linalg.inv(cam2img[0, 0]) @ pixel, [42, 20, 1, 0], atol=1e-9)
     with pytest.raises(ValueError, match='crop must be inside the image 144 x 60'):
         MultiViewCropResize((0, 0, 145, 60))(results)
+    with pytest.raises(ValueError, match=r'MultiViewCropResize: crop must be four .*\(0, 0, 9\)'):
+        MultiViewCropResize((0, 0, 9))
+    for heights in (64, (), (0,), (64.5,)):
+        with pytest.raises(ValueError, match='MultiViewCropResize: heights must be a list of int'):
+            MultiViewCropResize((0, 0, 9, 9), heights)
 
 
 def test_clip():

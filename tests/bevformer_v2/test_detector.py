@@ -243,7 +243,17 @@ def test_frames_of_model_and_data_set_must_agree(make_model, make_batch):
 
 @pytest.mark.parametrize('changes, message', [
     (dict(frames=(0, -1)), 'frames must be ascending'), (dict(frames=(-1,)), 'contain 0'),
-    (dict(temporal_fusion=None), 'temporal_fusion must be given exactly')])
+    (dict(temporal_fusion=None), 'temporal_fusion must be given exactly'),
+    (dict(bev_encoder=dict(bev_size=(16, 8))),
+     r"bev_size must be the same .*'bev_encoder': \(16, 8\), 'temporal_fusion'"),
+    (dict(bev_head=dict(embed_dims=32)), 'embed_dims must be the same in .*got .*32'),
+    (dict(bev_head=dict(pc_range=[-50., -50., -5., 50., 50., 3.])),
+     "pc_range must be the same in bev_encoder and bev_head, got .*-50.0")])
 def test_refuses(make_model, changes, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f'^BEVFormerV2: .*{message}'):
         make_model(**changes)
+
+
+def test_boxes_may_have_another_height_than_the_pillars(make_model):
+    low, high = make_model().bev_head.pc_range[:3], make_model().bev_head.pc_range[3:]
+    make_model(bev_head=dict(pc_range=[*low[:2], -9., *high[:2], 9.]))
