@@ -29,9 +29,9 @@ from .progress import close_bar
 
 OUR_TYPES = ('ChannelLN', 'DCNv4', 'FlashInternImage', 'InternImage')
 # classes and modules whose errors name what the config or the data set holds
-_OWN_MESSAGES = ('NuScenesTemporalDataset', 'LoadTemporalMultiViewImages', 'MultiViewCropResize',
-                 'BEVFormerV2', 'BEVFormerV2Encoder', 'BEVFormerV2Head', 'PerspectiveHead',
-                 'analysis')
+_OWN_MESSAGES = ('DCNv4', 'FlashInternImage', 'NuScenesTemporalDataset',
+                 'LoadTemporalMultiViewImages', 'MultiViewCropResize', 'BEVFormerV2',
+                 'BEVFormerV2Encoder', 'BEVFormerV2Head', 'PerspectiveHead', 'analysis')
 _LIBRARIES = ('mmcv', 'mmdet', 'mmdet3d', 'mmpretrain', 'mmseg')
 _IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg', '.pdf', '.svg')  # that matplotlib writes
@@ -361,6 +361,16 @@ def _explain_own(text: str) -> Optional[str]:
             'metainfo.classes of the data sets and num_classes of every head alike.')
 
 
+def _explain_argument(text: str) -> Optional[str]:
+    """An argument that a class of this package does not have, often one of an inherited config."""
+    match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    name = match and {'DCNv4Conv2d': 'DCNv4'}.get(match[1], match[1])
+    if match is None or name not in {*OUR_TYPES, *_OWN_MESSAGES}:
+        return None
+    return (f'{name} has no argument {match[2]}. If it comes from an inherited config, replace '
+            f"that entry as a whole: dict(_delete_=True, type='{name}', ...).")
+
+
 def translate(error: BaseException, cfg: Optional[Config] = None) -> Optional[str]:
     """What an exception of a run means to its user; None when it is not known to be theirs.
 
@@ -371,7 +381,7 @@ def translate(error: BaseException, cfg: Optional[Config] = None) -> Optional[st
     if isinstance(error, UserError):
         return str(error)
     text = str(error)
-    own = _explain_own(text)
+    own = _explain_own(text) or _explain_argument(text)
     if own:
         return own
     names = re.findall(r'failed to load image: ([^{\n]+)$', text, re.MULTILINE)
@@ -380,6 +390,10 @@ def translate(error: BaseException, cfg: Optional[Config] = None) -> Optional[st
     if 'need at least one array to concatenate' in text:
         return ('a data set has no image left. Check that its folders hold images, and that '
                 'metainfo.classes are the category names of its annotation file.')
+    if 'Cannot find valid image after' in text:
+        return ('the pipeline of the training data leaves no object in any sample that was tried. '
+                'Check metainfo.classes, point_cloud_range, and that the annotation file holds '
+                'objects.')
     match = re.search(r"No such file or directory: ['\"](.+?)['\"]", text)
     if match:
         return f'the file {match[1]} does not exist.'

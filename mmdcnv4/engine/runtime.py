@@ -191,7 +191,12 @@ class OptionsAction(DictAction):
         for value in values:
             if '=' not in value:
                 raise argparse.ArgumentError(self, f'must be KEY=VALUE, got {value!r}')
-        super().__call__(parser, namespace, values, option_string)
+        try:
+            super().__call__(parser, namespace, values, option_string)
+        except (AssertionError, RecursionError):  # what MMEngine makes of brackets and of dicts
+            raise argparse.ArgumentError(
+                self, 'a value must be a number, a text, "[a,b]" or "(a,b)"; a dict is set entry '
+                f'by entry, KEY.ENTRY=VALUE; got {values}') from None
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -309,6 +314,9 @@ def apply_show(cfg: Config, show: bool, show_dir: Optional[str], wait_time: floa
     if hook is None or scope not in _VISUALIZATION_OPTIONS:
         raise UserError('--show and --show-dir need a visualization hook in default_hooks and a '
                         f'default_scope of {sorted(_VISUALIZATION_OPTIONS)}, got {scope}.')
+    if str(cfg.model.get('type')).endswith('BEVFormerV2'):
+        raise UserError('--show and --show-dir: the hook of mmdet3d draws one camera, '
+                        f'{cfg.model.type} has several; use tools/demo/bev_demo.py.')
     switch, folder = _VISUALIZATION_OPTIONS[scope]
     hook[switch] = True
     hook.interval = 1

@@ -168,6 +168,11 @@ def test_an_option_without_a_value_is_named(capsys: pytest.CaptureFixture) -> No
     with pytest.raises(SystemExit):
         parser.parse_args(['--cfg-options', 'a=1', 'foo'])
     assert "argument --cfg-options: must be KEY=VALUE, got 'foo'" in capsys.readouterr().err
+    for value in ("{'type':(1,2)}", '[1,2', '((1,2)'):
+        with pytest.raises(SystemExit):
+            parser.parse_args(['--cfg-options', f'a={value}'])
+        err = capsys.readouterr().err
+        assert 'a dict is set entry by entry, KEY.ENTRY=VALUE; got' in err and value in err
 
 
 def test_amp(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,6 +229,9 @@ def test_show_dir_of_each_library(tmp_path: Path, scope: str, expected: dict) ->
     assert cfg.visualizer.get('save_dir') == (folder if scope == 'mmseg' else None)
     with pytest.raises(UserError, match='visualization hook'):
         runtime.apply_show(base_config(), False, folder, 0)
+    cfg.model.type = 'TwoStageBEVFormerV2'
+    with pytest.raises(UserError, match='--show-dir.* TwoStageBEVFormerV2 .*bev_demo.py'):
+        runtime.apply_show(cfg, False, folder, 0)
 
 
 def test_tta() -> None:

@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmcv.cnn import build_conv_layer
 from mmengine.config import Config
 from tool_runner import TINY, data_options, load_tool
 from torch import nn
@@ -88,6 +89,14 @@ def test_categories_of_another_name(data: Path, tmp_path: Path) -> None:
     assert 'has no image left' in message and 'metainfo.classes' in message
 
 
+def test_pipeline_that_drops_every_sample(data: Path, tmp_path: Path) -> None:
+    message = train_message(data, tmp_path / 'work', **{
+        'train_dataloader.dataset.max_refetch': 3,
+        'train_dataloader.dataset.pipeline.2.type': 'FilterAnnotations',
+        'train_dataloader.dataset.pipeline.2.min_gt_bbox_wh': '(999,999)'})
+    assert 'leaves no object in any sample' in message
+
+
 @pytest.mark.parametrize(('content', 'workers'), [(b'', 0), (b'\xff\xd8\xff\xe0 no image', 1)])
 def test_corrupt_image(data: Path, tmp_path: Path, content: bytes, workers: int) -> None:
     file = data / 'coco/images/train/000003.jpg'
@@ -123,6 +132,27 @@ def test_missing_pretrained_weights(data: Path, tmp_path: Path) -> None:
 def test_unknown_type(data: Path, tmp_path: Path) -> None:
     message = train_message(data, tmp_path / 'work', **{'model.neck.type': 'FPNN'})
     assert 'FPNN is in no registry' in message
+
+
+@pytest.mark.parametrize(('entry', 'expected'), [
+    ('norm_eval', 'FlashInternImage has no argument norm_eval. If it comes from an inherited'),
+    ('frozen_stages', 'FlashInternImage: frozen_stages must be '),
+])
+def test_bad_argument_of_the_backbone(data: Path, tmp_path: Path, entry: str,
+                                      expected: str) -> None:
+    message = train_message(data, tmp_path / 'work', **{f'model.backbone.{entry}': 'yes'})
+    assert message.startswith(f'error: {expected}')
+
+
+def test_dcn_of_an_inherited_config() -> None:
+    """What mmengine makes of the errors of a layer deep in a backbone."""
+    for options, expected in ((dict(deform_groups=1), 'DCNv4: deform_groups must not be given'),
+                              (dict(groups_=1), 'DCNv4 has no argument groups_. ')):
+        with pytest.raises(TypeError) as caught:
+            build_conv_layer(dict(type='DCNv4', **options), 16, 16, 3)
+        assert str(preflight.translate(caught.value)).startswith(expected)
+    assert preflight.translate(TypeError("ResNet.__init__() got an unexpected keyword argument "
+                                         "'depths'")) is None
 
 
 def test_missing_checkpoint(data: Path, tmp_path: Path) -> None:
