@@ -18,8 +18,11 @@
 #include <atomic>
 #include <climits>
 #include <cstdlib>
+#include <map>
+#include <mutex>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "../dcnv4_check.h"
 #include "dispatch.h"
@@ -39,15 +42,28 @@ Dtype dtype_of(const at::Tensor& tensor) {
   }
 }
 
-DeviceLimits current_device_limits() {
-  int device = 0, multiprocessors = 0, shared_bytes = 0, most_shared_bytes = 0;
+int32_t device_number(cudaDeviceAttr attribute) {
+  int device = 0, number = 0;
   C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(
-      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&shared_bytes, cudaDevAttrMaxSharedMemoryPerBlock, device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&most_shared_bytes,
-                                        cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-  return {multiprocessors, shared_bytes, most_shared_bytes, INT_MAX};
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&number, attribute, device));
+  return number;
+}
+
+// Asked for once per device.
+const DeviceLimits& current_device_limits() {
+  static std::mutex mutex;
+  static std::map<int, DeviceLimits> limits;
+  int device = 0;
+  C10_CUDA_CHECK(cudaGetDevice(&device));
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto known = limits.find(device);
+  if (known == limits.end()) {
+    const DeviceLimits answer{device_number(cudaDevAttrMultiProcessorCount),
+                              device_number(cudaDevAttrMaxSharedMemoryPerBlock),
+                              device_number(cudaDevAttrMaxSharedMemoryPerBlockOptin), INT_MAX};
+    known = limits.emplace(device, answer).first;
+  }
+  return known->second;
 }
 
 // Bytes, at most a vector, to which every tensor is aligned.
@@ -109,6 +125,41 @@ bool try_window_forward(const Dcnv4Params& p, int32_t alignment, cudaStream_t st
   }
 }
 
+#define MMDCNV4_TEXT_OF(...) #__VA_ARGS__
+#define MMDCNV4_TEXT(...) MMDCNV4_TEXT_OF(__VA_ARGS__)
+
+// What the kernels were compiled for: {"sm_75", "sm_90"}.
+std::vector<std::string> architectures() {
+#ifdef __CUDA_ARCH_LIST__
+  std::string list = MMDCNV4_TEXT(__CUDA_ARCH_LIST__); // 750,900
+#else
+  std::string list;
+#endif
+  list.erase(std::remove(list.begin(), list.end(), ' '), list.end());
+  std::vector<std::string> names;
+  for (size_t begin = 0; begin < list.size();) {
+    const size_t end = std::min(list.find(',', begin), list.size());
+    names.push_back("sm_" + list.substr(begin, end - begin - 1));
+    begin = end + 1;
+  }
+  return names;
+}
+
+// The standard check; of a device that there is no code for it says what to do.
+void check_launches() {
+  if (cudaPeekAtLastError() == cudaErrorNoKernelImageForDevice) {
+    cudaGetLastError();
+    const int32_t major = device_number(cudaDevAttrComputeCapabilityMajor);
+    const int32_t minor = device_number(cudaDevAttrComputeCapabilityMinor);
+    std::string names;
+    for (const std::string& name : architectures()) names += (names.empty() ? "" : ", ") + name;
+    TORCH_CHECK(false, "dcnv4: this build of mmdcnv4 has kernels for ", names,
+                ", the device is sm_", major, minor, ": build it with TORCH_CUDA_ARCH_LIST=", major,
+                ".", minor);
+  }
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
 at::Tensor dcnv4_forward_cuda(const at::Tensor& value, const at::Tensor& offset_mask,
                               MMDCNV4_SCALARS) {
   const Dcnv4Params p = check_dcnv4(value, offset_mask, MMDCNV4_SCALAR_NAMES);
@@ -117,18 +168,18 @@ at::Tensor dcnv4_forward_cuda(const at::Tensor& value, const at::Tensor& offset_
       at::empty({p.batch, p.out_height, p.out_width, p.channels()}, value.options());
   if (output.numel() == 0) return output;
   const at::Tensor from = value.contiguous(), packed = offset_mask.contiguous();
-  const LaunchPlan plan = plan_for(p, from, common_alignment({&from, &output}), false);
-  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream().stream();
   with_type(dtype_of(value), dtype_of(offset_mask), [&](auto type) {
     using T = typename decltype(type)::type;
     const auto* value_data = static_cast<const T*>(from.const_data_ptr());
     const OffsetNumbers<T> numbers = numbers_of<T>(packed);
     auto* output_data = static_cast<T*>(output.mutable_data_ptr());
     const int32_t alignment = common_alignment({&from, &packed, &output});
-    if (!try_window_forward(p, alignment, stream.stream(), value_data, numbers, output_data))
-      launch_dcnv4_forward(p, plan, stream.stream(), value_data, numbers, output_data);
+    if (try_window_forward(p, alignment, stream, value_data, numbers, output_data)) return;
+    const LaunchPlan plan = plan_for(p, from, common_alignment({&from, &output}), false);
+    launch_dcnv4_forward(p, plan, stream, value_data, numbers, output_data);
   });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launches();
   return output;
 }
 
@@ -237,29 +288,16 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(const at::Tensor& grad_ou
     if (!grad_value.defined())
       grad_value = direct_backward<T>(p, grad, from, packed, grad_offset_mask, stream);
   });
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  check_launches();
   return {grad_value, grad_offset_mask};
 }
 
-#define MMDCNV4_TEXT_OF(...) #__VA_ARGS__
-#define MMDCNV4_TEXT(...) MMDCNV4_TEXT_OF(__VA_ARGS__)
-
 // What was compiled: {"architectures": ["sm_90"], "toolkit": "13.0", "fast": false}.
 std::string info() {
-#ifdef __CUDA_ARCH_LIST__
-  std::string list = MMDCNV4_TEXT(__CUDA_ARCH_LIST__); // 750,800,900
-#else
-  std::string list;
-#endif
-  list.erase(std::remove(list.begin(), list.end(), ' '), list.end());
-  std::string architectures;
-  for (size_t begin = 0; begin < list.size();) {
-    const size_t end = std::min(list.find(',', begin), list.size());
-    const std::string separator = architectures.empty() ? "" : ", ";
-    architectures += separator + "\"sm_" + list.substr(begin, end - begin - 1) + "\"";
-    begin = end + 1;
-  }
-  return "{\"architectures\": [" + architectures + "], \"toolkit\": \"" +
+  std::string names;
+  for (const std::string& name : architectures())
+    names += (names.empty() ? "\"" : ", \"") + name + "\"";
+  return "{\"architectures\": [" + names + "], \"toolkit\": \"" +
          std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__) +
          "\", \"fast\": " + (is_fast() ? "true" : "false") + "}";
 }

@@ -57,8 +57,7 @@ bool launch_dcnv4_window_backward(const Dcnv4Params& p, const WindowBackwardPlan
     constexpr int kDepth = decltype(depth)::value, kReach = decltype(reach)::value;
     auto* offset_kernel = &dcnv4_window_grad_offset_kernel<T, kDepth, kReach>;
     auto* value_kernel = &dcnv4_window_grad_value_kernel<T, kDepth, kReach>;
-    if (!prepare_tensor_core_kernel(offset_kernel, plan.offset_mask.shared_bytes) ||
-        !prepare_tensor_core_kernel(value_kernel, plan.value.shared_bytes))
+    if (!prepare_tensor_core_kernel(offset_kernel) || !prepare_tensor_core_kernel(value_kernel))
       return;
     const auto begin = [&](const auto* tensor, int64_t image, int64_t pixels, int64_t channels) {
       return tensor + image * pixels * channels;

@@ -331,7 +331,7 @@ bool launch_dcnv4_window_forward(const Dcnv4Params& p, const WindowPlan& plan, S
   with_window(p.group_channels, plan.reach, [&](auto depth, auto reach) {
     auto* kernel =
         &dcnv4_window_forward_kernel<T, decltype(depth)::value, decltype(reach)::value>;
-    if (!prepare_tensor_core_kernel(kernel, plan.shared_bytes)) return;
+    if (!prepare_tensor_core_kernel(kernel)) return;
     for_each_launch(p, plan, [&](int64_t image, int64_t blocks) {
       launch(kernel, blocks, plan.threads, plan.shared_bytes, stream, arguments,
              value + image * p.height * p.width * p.channels(),

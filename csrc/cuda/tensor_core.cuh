@@ -37,6 +37,12 @@ enum class SharedPhase {
 
 #if defined(__CUDACC__)
 
+#include <map>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
 namespace mmdcnv4 {
 namespace cuda {
 
@@ -125,20 +131,41 @@ MMDCNV4_DEVICE uint32_t forget(uint32_t number) {
   return number;
 }
 
+inline void check_cuda(cudaError_t error) {
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("dcnv4: CUDA error: ") + cudaGetErrorString(error));
+}
+
 // Whether there is code of `kernel` for the current device that uses tensor cores: an extension may
-// have been built for older ones. If so, allows the kernel `shared_bytes` of shared memory.
+// have been built for older ones. Asked once per kernel and device; then the kernel is also allowed
+// all shared memory that there is, whatever a call needs: another thread may be about to launch it.
 template <typename... Parameters>
-bool prepare_tensor_core_kernel(void (*kernel)(Parameters...), int32_t shared_bytes) {
+bool prepare_tensor_core_kernel(void (*kernel)(Parameters...)) {
   constexpr int kOldest = 80; // MMDCNV4_HAS_TENSOR_CORES
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, bool> answers;
+  int device = 0, most_shared_bytes = 0;
+  check_cuda(cudaGetDevice(&device));
+  const std::pair<const void*, int> question(reinterpret_cast<const void*>(kernel), device);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto known = answers.find(question);
+  if (known != answers.end()) return known->second;
   cudaFuncAttributes attributes{};
-  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess ||
-      attributes.ptxVersion < kOldest ||
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes) !=
-          cudaSuccess) {
-    cudaGetLastError(); // not an error of the caller: there is another kernel
-    return false;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    cudaGetLastError(); // clears it: there is no code at all
+  } else {
+    check_cuda(error);
   }
-  return true;
+  const bool is_there = error == cudaSuccess && attributes.ptxVersion >= kOldest;
+  if (is_there) {
+    check_cuda(cudaDeviceGetAttribute(&most_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                      device));
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    most_shared_bytes));
+  }
+  answers.emplace(question, is_there);
+  return is_there;
 }
 
 } // namespace cuda
