@@ -172,9 +172,11 @@ class BuildWithConfigs(build_py):
         if getattr(self, 'editable_mode', False):  # setuptools >= 64
             return
         target = Path(self.build_lib, 'mmdcnv4', '.mim')
+        # without the tools that build and check the sources, which a wheel does not have
+        left_out = shutil.ignore_patterns('__pycache__', '*gpu*', 'cuda_*', 'check_ptxas.py',
+                                          'sanitize.sh', 'setup_venv.sh')
         for folder in ('configs', 'tools'):
-            shutil.copytree(ROOT / folder, target / folder, dirs_exist_ok=True,
-                            ignore=shutil.ignore_patterns('__pycache__'))
+            shutil.copytree(ROOT / folder, target / folder, dirs_exist_ok=True, ignore=left_out)
         shutil.copy(ROOT / 'model-index.yml', target)
 
 

@@ -93,6 +93,10 @@ def test_the_wheel_holds_configs_and_tools(installed):
     assert (mim / 'tools' / 'train.py').is_file() and (mim / 'tools' / 'test.py').is_file()
     assert (mim / 'model-index.yml').is_file()
     assert not list(mim.rglob('__pycache__'))
+    # tools that build and check the sources are of no use without them
+    tools = {path.name for path in (mim / 'tools').iterdir()}
+    assert tools >= {'analysis_tools', 'benchmark_op.py', 'dist_train.sh', 'launchers.sh'}
+    assert not tools & {'test_gpu.sh', 'benchmark_gpu.py', 'cuda_build.sh', 'sanitize.sh'}
 
 
 def test_a_config_elsewhere_inherits_from_the_wheel(installed, tmp_path):
