@@ -16,7 +16,7 @@ BUDGET = 100  # kernels per architecture
 
 
 @pytest.mark.skipif(shutil.which('nvcc') is None, reason='nvcc is not installed')
-@pytest.mark.parametrize('arch', ['80', '90', '100'])
+@pytest.mark.parametrize('arch', ['75', '80', '90', '100', '120'])
 def test_compiled_kernels(arch):
     result = subprocess.run([sys.executable, ROOT / 'tools' / 'check_ptxas.py', '--arch', arch],
                             capture_output=True, text=True)
