@@ -35,8 +35,8 @@ optim_wrapper = dict(
     optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
     paramwise_cfg=dict(
         norm_decay_mult=0.0, bias_decay_mult=0.0,
-        # Predictors of offsets and masks that learn at the full rate spoil what the other layers
-        # have learnt: docs/convergence.md.
+        # Predictors of offsets and masks that learn at the full rate cost 4 points of mIoU:
+        # docs/convergence.md.
         custom_keys=dict(offset_mask=dict(lr_mult=0.1))),
     clip_grad=dict(max_norm=10.0, norm_type=2))
 param_scheduler = [

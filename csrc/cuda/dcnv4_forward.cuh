@@ -150,7 +150,7 @@ void launch_dcnv4_forward(const Dcnv4Params& p, const LaunchPlan& plan, Stream s
   with_vec<T>(plan.vec, [&](auto vec) {
     constexpr int kVec = decltype(vec)::value;
     auto* kernel = &dcnv4_forward_kernel<T, kVec, false>;
-    if constexpr (kVec * sizeof(T) == kMaxVectorBytes && sizeof(T) < 8) {
+    if constexpr (kVec * sizeof(T) == kMaxVectorBytes) {
       if (p.points() == kTapsPerPass && !p.softmax)
         kernel = &dcnv4_forward_kernel<T, kVec, true>;
     }
