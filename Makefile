@@ -25,8 +25,8 @@ help:
 	@echo 'make cuda-build  compile and link the CUDA kernels, without a GPU'
 	@echo 'make build     compile the extension after a change in csrc/'
 
-$(VENV)/.installed: tools/setup_venv.sh $(wildcard requirements/*.txt)
-	bash tools/setup_venv.sh $(PYTHON) $(VENV)
+$(VENV)/.installed: dev/setup_venv.sh $(wildcard requirements/*.txt)
+	bash dev/setup_venv.sh $(PYTHON) $(VENV)
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)
@@ -46,21 +46,21 @@ demo: $(VENV)/.built
 	$(BIN)/python tools/demo/quick_start.py
 
 bench: $(VENV)/.built
-	$(BIN)/python tools/benchmark_op.py
+	$(BIN)/python benchmarks/cpu.py
 
 sanitize: $(VENV)/.built
-	bash tools/sanitize.sh $(BIN)/python
+	bash dev/sanitize.sh $(BIN)/python
 
 # These two use the Python of the machine, with its CUDA build of torch; no mm package is needed.
 test-gpu:
-	bash tools/test_gpu.sh $(or $(GPU_PYTHON),python3)
+	bash dev/gpu/test.sh $(or $(GPU_PYTHON),python3)
 
 bench-gpu:
-	bash tools/build_gpu.sh $(or $(GPU_PYTHON),python3)
-	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(or $(GPU_PYTHON),python3) tools/benchmark_gpu.py $(BENCH_ARGS)
+	bash dev/gpu/build.sh $(or $(GPU_PYTHON),python3)
+	PYTHONPATH=$(CURDIR):$(PYTHONPATH) $(or $(GPU_PYTHON),python3) benchmarks/gpu.py $(BENCH_ARGS)
 
 cuda-build:
-	bash tools/cuda_build.sh
+	bash dev/cuda/build.sh
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

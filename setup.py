@@ -74,7 +74,7 @@ def cuda_wanted() -> bool:
     """Whether to compile csrc/cuda: by toolkit and choice, never by the GPUs of this machine."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
-    sources = list((ROOT / 'csrc' / 'cuda').glob('*.cu'))
+    sources = list((ROOT / 'csrc' / 'cuda').rglob('*.cu'))
     choice = os.environ.get('MMDCNV4_CUDA', os.environ.get('FORCE_CUDA', ''))
     if choice == '0' or not sources:
         return False
@@ -155,7 +155,8 @@ def make_extension() -> dict:
     kind = cpp_extension.CppExtension
     if with_cuda:
         kind = cpp_extension.CUDAExtension
-        sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'csrc/cuda').glob('*.cu'))
+        sources += sorted(str(path.relative_to(ROOT))
+                          for path in (ROOT / 'csrc/cuda').rglob('*.cu'))
         arguments['cxx'].append('-DMMDCNV4_WITH_CUDA=1')
         arguments['nvcc'] = cuda_flags(cpp_extension.CUDA_HOME)
     links = [SANITIZERS] if os.environ.get('MMDCNV4_SANITIZE') == '1' else []
@@ -172,9 +173,8 @@ class BuildWithConfigs(build_py):
         if getattr(self, 'editable_mode', False):  # setuptools >= 64
             return
         target = Path(self.build_lib, 'mmdcnv4', '.mim')
-        # without the tools that build and check the sources, which a wheel does not have
-        left_out = shutil.ignore_patterns('__pycache__', '*gpu*', 'cuda_*', 'check_ptxas.py',
-                                          'sanitize.sh', 'setup_venv.sh')
+        # dev/ and benchmarks/ need the sources, which a wheel does not have
+        left_out = shutil.ignore_patterns('__pycache__')
         for folder in ('configs', 'tools'):
             shutil.copytree(ROOT / folder, target / folder, dirs_exist_ok=True, ignore=left_out)
         shutil.copy(ROOT / 'model-index.yml', target)

@@ -34,9 +34,9 @@ TABLE = {
     'mmdcnv4.bevformer_v2': (('mmdcnv4.bevformer_v2', 'mmdcnv4.ops'),
                              ('mmengine', 'mmcv', 'mmdet', 'mmdet3d')),
     'mmdcnv4.datasets': (('mmdcnv4.datasets',), ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmdet3d')),
-    # the tools' start-up may say which registrations were skipped
-    'mmdcnv4.engine': (('mmdcnv4.engine', 'mmdcnv4.registration', 'mmdcnv4.version'),
-                       ('mmengine',)),
+    'mmdcnv4.engine': (('mmdcnv4.engine', 'mmdcnv4.version'), ('mmengine',)),
+    # start-up of the tools; it may say which registrations were skipped
+    'mmdcnv4.cli': (('mmdcnv4.cli', 'mmdcnv4.engine', 'mmdcnv4.registration'), ('mmengine',)),
 }
 TORCH_FREE_HEADERS = ('bilinear.h', 'dcnv4_params.h', 'launch_plan.h')
 

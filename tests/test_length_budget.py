@@ -27,7 +27,7 @@ ALLOWED = {
 
 
 def python_files():
-    for folder in ('mmdcnv4', 'tools', 'tests'):
+    for folder in ('mmdcnv4', 'tools', 'tests', 'dev', 'benchmarks'):
         yield from sorted((ROOT / folder).rglob('*.py'))
     yield ROOT / 'setup.py'
 

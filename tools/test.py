@@ -12,8 +12,11 @@ from typing import Optional
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
-from mmdcnv4.engine import preflight, runtime
-from mmdcnv4.engine.preflight import explain
+from mmdcnv4.cli import preflight
+from mmdcnv4.cli.arguments import add_common_arguments
+from mmdcnv4.cli.config import apply_show, apply_tta, dump_metric, load_config
+from mmdcnv4.cli.explain import explain
+from mmdcnv4.cli.runner import build_runner
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -27,7 +30,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--wait-time', type=float, default=2, help='seconds per shown picture')
     parser.add_argument('--tta', action='store_true',
                         help='test-time augmentation, as tta_model and tta_pipeline say')
-    runtime.add_common_arguments(parser)
+    add_common_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -35,15 +38,15 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     """Tests; returns the values of the metric."""
     args = parse_args(argv)
     with explain(debug=args.debug):
-        cfg = runtime.load_config(args)
+        cfg = load_config(args)
     with explain(cfg, args.debug):
         preflight.check_checkpoint(args.checkpoint, 'checkpoint')
         cfg.load_from = args.checkpoint
-        runtime.apply_show(cfg, args.show, args.show_dir, args.wait_time)
+        apply_show(cfg, args.show, args.show_dir, args.wait_time)
         if args.tta:
-            runtime.apply_tta(cfg)
-        dump = None if args.out is None else runtime.dump_metric(cfg, args.out)
-        runner: Runner = runtime.build_runner(cfg, splits=('test',))
+            apply_tta(cfg)
+        dump = None if args.out is None else dump_metric(cfg, args.out)
+        runner: Runner = build_runner(cfg, splits=('test',))
         if dump is not None:
             runner.test_evaluator.metrics.append(METRICS.build(dump))
         return runner.test()

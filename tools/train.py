@@ -11,8 +11,10 @@ from typing import Optional
 
 from mmengine.runner import Runner
 
-from mmdcnv4.engine import runtime
-from mmdcnv4.engine.preflight import explain
+from mmdcnv4.cli.arguments import add_common_arguments
+from mmdcnv4.cli.config import apply_amp, apply_auto_scale_lr, apply_resume, load_config
+from mmdcnv4.cli.explain import explain
+from mmdcnv4.cli.runner import build_runner
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -25,7 +27,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the total batch size')
-    runtime.add_common_arguments(parser)
+    add_common_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -33,14 +35,14 @@ def main(argv: Optional[Sequence[str]] = None) -> Runner:
     """Trains; returns the runner, for programs that build on this one."""
     args = parse_args(argv)
     with explain(debug=args.debug):
-        cfg = runtime.load_config(args)
+        cfg = load_config(args)
     with explain(cfg, args.debug):
         if args.amp:
-            runtime.apply_amp(cfg)
+            apply_amp(cfg)
         if args.auto_scale_lr:
-            runtime.apply_auto_scale_lr(cfg)
-        runtime.apply_resume(cfg, args.resume)
-        runner = runtime.build_runner(cfg, splits=('train', 'val'))
+            apply_auto_scale_lr(cfg)
+        apply_resume(cfg, args.resume)
+        runner = build_runner(cfg, splits=('train', 'val'))
         runner.train()
     return runner
 

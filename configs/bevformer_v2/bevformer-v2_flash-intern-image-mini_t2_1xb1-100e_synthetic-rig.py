@@ -1,5 +1,5 @@
 # Minutes on two CPU cores. First write the data set:
-#   python tests/bevformer_v2/synthetic.py data/synthetic-rig
+#   python tools/dataset_converters/synthetic_rig.py data/synthetic-rig
 _base_ = './bevformer-v2_flash-intern-image-s_t8_16xb1-24e_nus.py'
 
 pc_range = [-25.6, -25.6, -5.0, 25.6, 25.6, 3.0]  # metres, LiDAR frame

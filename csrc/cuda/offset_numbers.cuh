@@ -28,7 +28,8 @@ struct NumbersOf {
   bool are_float; // float32 beside a half type; means nothing where T is none
 
   MMDCNV4_HD bool are_wider() const {
-#if defined(MMDCNV4_OFFSETS_AS_VALUE) // tools/check_ptxas.py counts the instructions of that path
+// dev/cuda/check_ptxas.py counts the instructions of that path
+#if defined(MMDCNV4_OFFSETS_AS_VALUE)
     return false;
 #else
     return sizeof(T) == 2 && are_float;

@@ -6,21 +6,21 @@ Make it known to a config with
 `custom_imports = dict(imports=['mmdcnv4', 'mmdcnv4.bevformer_v2'], allow_failed_imports=False)`.
 """
 
-from .bev_encoder import BEVFormerV2Encoder, TemporalFusion
-from .bev_head import BEVFormerV2Head
-from .box_code import BBox3DCodeSmoothL1Cost
-from .detector import BEVFormerV2
-from .mono_targets import MonoTargets
-from .nuscenes_temporal import NuScenesTemporalDataset
-from .perspective_head import PerspectiveHead
-from .transforms import (
+from .data.nuscenes_temporal import NuScenesTemporalDataset
+from .data.transforms import (
     BEVAugment,
     ClipToUint8,
     LoadTemporalMultiViewImages,
     MultiViewCropResize,
     PackBEVInputs,
 )
-from .two_stage import ProposalQueries, TwoStageBEVFormerV2
+from .models.bev_encoder import BEVFormerV2Encoder, TemporalFusion
+from .models.bev_head import BEVFormerV2Head
+from .models.box_code import BBox3DCodeSmoothL1Cost
+from .models.detector import BEVFormerV2
+from .models.perspective_head import PerspectiveHead
+from .models.two_stage import ProposalQueries, TwoStageBEVFormerV2
+from .targets.mono_targets import MonoTargets
 
 __all__ = [
     'BBox3DCodeSmoothL1Cost', 'BEVAugment', 'BEVFormerV2', 'BEVFormerV2Encoder',

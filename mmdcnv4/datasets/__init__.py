@@ -1,7 +1,3 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets that the host libraries lack."""
-
-from .drawn_scenes import CLASSES, PALETTE, write_drawn_scenes
-
-__all__ = ['CLASSES', 'PALETTE', 'write_drawn_scenes']
+"""Data sets that need no download: drawn shapes, and a rig of cameras in nuScenes layout."""

@@ -1,10 +1,10 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Training parts that know no model: optimiser constructors, hooks, what the tools share."""
+"""Training parts that know no model: optimiser constructors and hooks."""
 
-from . import analysis  # noqa: F401  mmengine's FLOP counter learns the operator
+from . import flops  # noqa: F401  mmengine's FLOP counter learns the operator
+from .hooks import ProgressBarHook
 from .inheritance import forget_scope  # mmengine learns to read `mmdcnv4::...`
-from .layer_decay import CustomLayerDecayOptimizerConstructor
-from .progress import ProgressBarHook
+from .optimizers import CustomLayerDecayOptimizerConstructor
 
 __all__ = ['CustomLayerDecayOptimizerConstructor', 'ProgressBarHook', 'forget_scope']

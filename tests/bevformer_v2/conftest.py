@@ -20,9 +20,9 @@ def pytest_report_header():
 @pytest.fixture(scope='session')
 def rig(tmp_path_factory):
     """Folder with two scenes of three key frames."""
-    import synthetic
+    from mmdcnv4.datasets import synthetic_rig
     root = tmp_path_factory.mktemp('rig')
-    synthetic.write(root, num_frames=3)
+    synthetic_rig.write(root, num_frames=3)
     return root
 
 
@@ -38,7 +38,8 @@ def _scope():
 @pytest.fixture
 def tiny(rig):
     from mmengine.config import Config
-    from places import TINY
+
+    from helpers.bevformer import TINY
     cfg = Config.fromfile(TINY)
     cfg.train_dataloader.dataset.data_root = str(rig)
     return cfg

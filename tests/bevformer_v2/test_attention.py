@@ -6,12 +6,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import synthetic
 import torch
 from torch.nn import functional as F
 
 from mmdcnv4.bevformer_v2 import geometry
-from mmdcnv4.bevformer_v2.attention import (
+from mmdcnv4.bevformer_v2.models.attention import (
     BEVSelfAttention,
     PillarDeformableAttention,
     SpatialCrossAttention,
@@ -19,7 +18,8 @@ from mmdcnv4.bevformer_v2.attention import (
     deformable_attention,
     ring_offsets,
 )
-from mmdcnv4.bevformer_v2.bev_encoder import BEVFormerV2Encoder, TemporalFusion
+from mmdcnv4.bevformer_v2.models.bev_encoder import BEVFormerV2Encoder, TemporalFusion
+from mmdcnv4.datasets import synthetic_rig
 
 RANGE = (-16.0, -16.0, -3.0, 16.0, 16.0, 3.0)
 SIZES = [(6, 9), (3, 5)]
@@ -106,8 +106,8 @@ def rig_matrices(batch, width=90, height=60):
     """lidar2img (B, V, 4, 4) of the synthetic cameras; each sample is turned its own way."""
     cam2img = np.eye(4)
     cam2img[:3, :3] = [[60, 0, width / 2], [0, 60, height / 2], [0, 0, 1]]
-    views = [[cam2img @ np.linalg.inv(synthetic.camera2ego(degrees + 17 * sample))
-              @ synthetic.LIDAR2EGO for degrees in (0, -60, 60)] for sample in range(batch)]
+    views = [[cam2img @ np.linalg.inv(synthetic_rig.camera2ego(degrees + 17 * sample))
+              @ synthetic_rig.LIDAR2EGO for degrees in (0, -60, 60)] for sample in range(batch)]
     return torch.tensor(np.array(views)).float()
 
 
@@ -196,13 +196,13 @@ def test_two_frames_of_a_standing_scene_agree():
     height, width, focal = 120, 180, 100.0
     cam2img = np.eye(4)
     cam2img[:3, :3] = [[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]]
-    now = synthetic.ego2global(0, 0.5)
+    now = synthetic_rig.ego2global(0, 0.5)
     found = []
     for time in (0.5, 0.0):
-        then = synthetic.ego2global(0, time)
-        motion = geometry.current2frame(synthetic.LIDAR2EGO, now, then)
-        cam2ego = synthetic.camera2ego(0)
-        lidar2img = cam2img @ np.linalg.inv(cam2ego) @ synthetic.LIDAR2EGO @ motion
+        then = synthetic_rig.ego2global(0, time)
+        motion = geometry.current2frame(synthetic_rig.LIDAR2EGO, now, then)
+        cam2ego = synthetic_rig.camera2ego(0)
+        lidar2img = cam2img @ np.linalg.inv(cam2ego) @ synthetic_rig.LIDAR2EGO @ motion
         # every pixel's place on the ground (z = 0), in metres of the current ego frame
         v, u = np.mgrid[0:height, 0:width] + 0.5
         rays = np.stack([(u - width / 2) / focal, (v - height / 2) / focal, np.ones_like(u)], -1)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from mmdet3d.registry import MODELS
 from mmengine.config import Config
-from places import TINY
-from tool_runner import load_tool
+
+from helpers.bevformer import TINY
+from helpers.tool_runner import load_tool
 
 
 @pytest.fixture(scope='module')

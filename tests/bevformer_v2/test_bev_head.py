@@ -12,8 +12,8 @@ import torch
 from mmdet3d.structures import LiDARInstance3DBoxes
 from mmengine.structures import InstanceData
 
-from mmdcnv4.bevformer_v2.bev_head import BEVFormerV2Head
-from mmdcnv4.bevformer_v2.box_code import (
+from mmdcnv4.bevformer_v2.models.bev_head import BEVFormerV2Head
+from mmdcnv4.bevformer_v2.models.box_code import (
     BBox3DCodeSmoothL1Cost,
     decode_boxes,
     encode_boxes,

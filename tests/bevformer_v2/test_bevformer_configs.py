@@ -8,10 +8,10 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
-from places import CONFIGS, TINY
-from tool_runner import load_tool
 
-from mmdcnv4.engine.layer_decay import layer_id
+from helpers.bevformer import CONFIGS, TINY
+from helpers.tool_runner import load_tool
+from mmdcnv4.engine.optimizers.layer_decay import layer_id
 
 # name -> (parameters, frames, groups)
 MODELS = {

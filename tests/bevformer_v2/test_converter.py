@@ -9,10 +9,10 @@ import pytest
 import torch
 from mmdet3d.registry import MODELS
 from mmengine.config import Config
-from places import CONFIGS
-from tool_runner import load_tool
 
-from mmdcnv4.bevformer_v2.box_code import decode_boxes
+from helpers.bevformer import CONFIGS
+from helpers.tool_runner import load_tool
+from mmdcnv4.bevformer_v2.models.box_code import decode_boxes
 
 CONFIG = CONFIGS / 'bevformer-v2_r50_t8_16xb1-24e_nus.py'
 C, LAYERS, FRAMES, WIDTH = 256, 6, 8, 512

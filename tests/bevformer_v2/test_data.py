@@ -11,20 +11,20 @@ import random
 import mmcv
 import numpy as np
 import pytest
-import synthetic
 import torch
 
 from mmdcnv4.bevformer_v2 import geometry
-from mmdcnv4.bevformer_v2.mono_targets import MonoTargets
-from mmdcnv4.bevformer_v2.transforms import (
+from mmdcnv4.bevformer_v2.data.transforms import (
     CAMERAS,
     BEVAugment,
     ClipToUint8,
     LoadTemporalMultiViewImages,
     MultiViewCropResize,
 )
+from mmdcnv4.bevformer_v2.targets.mono_targets import MonoTargets
+from mmdcnv4.datasets import synthetic_rig
 
-LABELS = {name: index for index, name in enumerate(sorted(synthetic.CLASSES))}  # of the model
+LABELS = {name: index for index, name in enumerate(sorted(synthetic_rig.CLASSES))}  # of the model
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_packed_sample(make_dataset):
     assert data.cam2img.shape == data.lidar2cam.shape == (6, 4, 4)
     assert data.frame_valid.tolist() == [True, True] and data.sample_idx == 1
     assert data.gt_instances_3d.bboxes_3d.tensor.shape == (8, 9)
-    names = [item.name for item in synthetic.make_objects(0, 8)]
+    names = [item.name for item in synthetic_rig.make_objects(0, 8)]
     assert data.gt_instances_3d.labels_3d.tolist() == [LABELS[name] for name in names]
     assert data.gt_mono.bboxes.dtype == torch.float32 and len(data.gt_mono) > 5
     first = dataset[0]
@@ -155,9 +155,9 @@ def test_cameras_keep_their_order(make_dataset, rig):
     for position, camera in enumerate(CAMERAS):
         path = rig / 'samples' / camera / 'sample-0-0.jpg'
         np.testing.assert_array_equal(results['img'][position], mmcv.imread(str(path)))
-        expected = np.linalg.inv(synthetic.camera2ego(synthetic.CAMERAS[camera]))
+        expected = np.linalg.inv(synthetic_rig.camera2ego(synthetic_rig.CAMERAS[camera]))
         np.testing.assert_allclose(results['lidar2cam'][1, position],
-                                   expected @ synthetic.LIDAR2EGO, atol=1e-9)
+                                   expected @ synthetic_rig.LIDAR2EGO, atol=1e-9)
 
 
 def test_a_point_that_stands_still(make_dataset):
@@ -166,11 +166,11 @@ def test_a_point_that_stands_still(make_dataset):
     lidar2img = results['cam2img'] @ results['lidar2cam']
     rng = np.random.default_rng(0)
     for point in np.append(rng.uniform(-9, 9, (20, 3)), np.ones((20, 1)), 1):
-        world = synthetic.ego2global(0, 0.5) @ synthetic.LIDAR2EGO @ point
+        world = synthetic_rig.ego2global(0, 0.5) @ synthetic_rig.LIDAR2EGO @ point
         for position, camera in enumerate(CAMERAS):
-            own = np.linalg.inv(synthetic.ego2global(0, 0.0)
-                                @ synthetic.camera2ego(synthetic.CAMERAS[camera])) @ world
-            raw = synthetic.CAM2IMG @ own[:3]
+            own = np.linalg.inv(synthetic_rig.ego2global(0, 0.0)
+                                @ synthetic_rig.camera2ego(synthetic_rig.CAMERAS[camera])) @ world
+            raw = synthetic_rig.CAM2IMG @ own[:3]
             if raw[2] > 0.5:
                 raw = raw[:2] / raw[2]
                 expected = [raw[0] * 259 / 320, (raw[1] - 40) * 97 / 120]
@@ -332,14 +332,14 @@ def test_augmented_boxes_do_not_reach_the_perspective_targets(make_dataset, tiny
 def test_drawn_objects_are_where_the_matrices_say(make_dataset):
     """The colour at the projected centre of a box that nothing hides is that of its class."""
     results = pipeline(make_dataset)
-    colours = {synthetic.CLASSES.index(name): np.array(kind[1])
-               for name, kind in synthetic.KINDS.items()}
+    colours = {synthetic_rig.CLASSES.index(name): np.array(kind[1])
+               for name, kind in synthetic_rig.KINDS.items()}
     hits = 0
     for position in range(6):
         boxes = torch.tensor([item['bbox_3d'] for item in results['instances']]).double()
         lidar2cam = torch.from_numpy(results['lidar2cam'][1, position])
         centers, _, _ = geometry.lidar_boxes_to_camera(boxes, lidar2cam)
-        pixels = centers.numpy() @ synthetic.CAM2IMG.T
+        pixels = centers.numpy() @ synthetic_rig.CAM2IMG.T
         for item, pixel in zip(results['instances'], pixels):
             u, v = (pixel[:2] / pixel[2]).round().astype(int) if pixel[2] > 2 else (-1, -1)
             if 4 <= u < 316 and 4 <= v < 156:

@@ -10,8 +10,8 @@ import torch
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
-from mmdcnv4.bevformer_v2.detector import Geometry, without_training
-from mmdcnv4.bevformer_v2.grid_mask import GridMask
+from mmdcnv4.bevformer_v2.models.detector import Geometry, without_training
+from mmdcnv4.bevformer_v2.models.grid_mask import GridMask
 
 TODAY = dict(frames=(0,))
 

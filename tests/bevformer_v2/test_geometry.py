@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import synthetic
 import torch
 
 from mmdcnv4.bevformer_v2 import geometry
+from mmdcnv4.datasets import synthetic_rig
 
 RANGE = (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0)
 CAM2IMG = torch.tensor([[200.0, 0, 130], [0, 190, 70], [0, 0, 1]])
@@ -61,14 +61,14 @@ def test_projection_is_that_of_numpy_for_every_sample():
 
 def test_ego_motion():
     """A point that stands still, through the matrices of another frame and of the current one."""
-    now, then = synthetic.ego2global(0, 1.0), synthetic.ego2global(0, 0.0)
-    motion = geometry.current2frame(synthetic.LIDAR2EGO, now, then)
+    now, then = synthetic_rig.ego2global(0, 1.0), synthetic_rig.ego2global(0, 0.0)
+    motion = geometry.current2frame(synthetic_rig.LIDAR2EGO, now, then)
     point = np.array([3.0, 12.0, -1.0, 1.0])  # current LiDAR frame
-    world = now @ synthetic.LIDAR2EGO @ point
-    expected = np.linalg.inv(then @ synthetic.LIDAR2EGO) @ world
+    world = now @ synthetic_rig.LIDAR2EGO @ point
+    expected = np.linalg.inv(then @ synthetic_rig.LIDAR2EGO) @ world
     np.testing.assert_allclose(motion @ point, expected, atol=1e-8)
     assert np.abs(expected - point).max() > 1
-    np.testing.assert_allclose(geometry.current2frame(synthetic.LIDAR2EGO, now, now), np.eye(4),
+    np.testing.assert_allclose(geometry.current2frame(synthetic_rig.LIDAR2EGO, now, now), np.eye(4),
                                atol=1e-9)
 
 
@@ -151,8 +151,8 @@ def test_unproject_inverts_the_projection():
 def test_lidar_box_to_camera_and_back():
     from mmdet3d.structures import LiDARInstance3DBoxes
     tensor = torch.tensor([[4.0, 9, -0.5, 4.5, 1.9, 1.6, 0.8], [-7, 2, 0, 0.7, 0.8, 1.7, -2.5]])
-    lidar2cam = torch.from_numpy(np.linalg.inv(synthetic.camera2ego(-60)) @ synthetic.LIDAR2EGO)
-    lidar2cam = lidar2cam.float()
+    ego2camera = np.linalg.inv(synthetic_rig.camera2ego(-60))
+    lidar2cam = torch.from_numpy(ego2camera @ synthetic_rig.LIDAR2EGO).float()
     centers, sizes, rotations = geometry.lidar_boxes_to_camera(tensor, lidar2cam)
     assert sizes[0].tolist() == pytest.approx([1.9, 4.5, 1.6])
     corners = geometry.box_corners(centers, sizes, rotations)

@@ -8,12 +8,13 @@ import copy
 
 import numpy as np
 import pytest
-import synthetic
 import torch
 from mmdet3d.structures import LiDARInstance3DBoxes
 from mmengine.config import Config
 from mmengine.structures import InstanceData
-from places import TINY
+
+from helpers.bevformer import TINY
+from mmdcnv4.datasets import synthetic_rig
 
 PREFIX = 'NuScenes metric/pred_instances_3d_NuScenes'
 
@@ -21,7 +22,7 @@ PREFIX = 'NuScenes metric/pred_instances_3d_NuScenes'
 @pytest.fixture
 def two_by_two(tmp_path):
     """The data set that the tiny config is for."""
-    synthetic.write(tmp_path / 'rig')
+    synthetic_rig.write(tmp_path / 'rig')
     return tmp_path / 'rig'
 
 
@@ -80,10 +81,10 @@ def test_file_for_the_test_server(two_by_two, tmp_path):
     assert sorted(boxes.sample_tokens) == [f'sample-{s}-{f}' for s in (0, 1) for f in (0, 1)]
     for scene, frame in ((0, 0), (0, 1), (1, 0), (1, 1)):
         found = boxes[f'sample-{scene}-{frame}']
-        objects = synthetic.make_objects(scene, 8)
+        objects = synthetic_rig.make_objects(scene, 8)
         assert len(found) == len(objects)
         for item in objects:
-            time = frame * synthetic.PERIOD
+            time = frame * synthetic_rig.PERIOD
             match = min(found, key=lambda box: np.linalg.norm(
                 np.array(box.translation) - item.at(time)))
             assert match.detection_name == item.name

@@ -13,15 +13,19 @@ import torch
 from mmengine.structures import InstanceData
 
 from mmdcnv4.bevformer_v2 import geometry
-from mmdcnv4.bevformer_v2.perspective_head import BOX3D, CANONICAL_SIZES, PerspectiveHead
-from mmdcnv4.bevformer_v2.perspective_losses import (
+from mmdcnv4.bevformer_v2.models.perspective_head import BOX3D, CANONICAL_SIZES, PerspectiveHead
+from mmdcnv4.bevformer_v2.models.perspective_losses import (
     CameraBoxes,
     centerness,
     decode,
     disentangled_losses,
     giou_loss,
 )
-from mmdcnv4.bevformer_v2.perspective_targets import Locations, assign_images, assign_locations
+from mmdcnv4.bevformer_v2.targets.perspective_targets import (
+    Locations,
+    assign_images,
+    assign_locations,
+)
 
 CPU = torch.device('cpu')
 CAM2IMG = torch.tensor([[200.0, 0, 64], [0, 200, 32], [0, 0, 1]])

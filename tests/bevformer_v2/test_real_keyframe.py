@@ -14,7 +14,8 @@ import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.model import revert_sync_batchnorm
-from places import CONFIGS, ROOT
+
+from helpers.bevformer import CONFIGS, ROOT
 
 FOLDER = Path(__file__).parents[3] / 'shared' / 'data' / 'nuscenes_sample'
 INFOS = sorted(FOLDER.glob('*.pkl')) if FOLDER.is_dir() else []
@@ -128,7 +129,7 @@ def test_overfit(cfg, tmp_path):
     from mmdet3d.registry import DATASETS, MODELS
     from mmengine.runner import load_checkpoint
 
-    from mmdcnv4.engine.runtime import allow_mmengine_checkpoints
+    from mmdcnv4.cli.checkpoints import allow_mmengine_checkpoints
     norm_cfg, plane = dict(type='BN'), dict(bev_size=(64, 64))
     cfg.merge_from_dict(dict(
         model=dict(

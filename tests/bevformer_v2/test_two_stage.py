@@ -11,8 +11,8 @@ from mmdet3d.structures import LiDARInstance3DBoxes
 from mmengine.structures import InstanceData
 
 from mmdcnv4.bevformer_v2 import geometry
-from mmdcnv4.bevformer_v2.bev_head import BEVFormerV2Head
-from mmdcnv4.bevformer_v2.two_stage import ProposalQueries, sine_code
+from mmdcnv4.bevformer_v2.models.bev_head import BEVFormerV2Head
+from mmdcnv4.bevformer_v2.models.two_stage import ProposalQueries, sine_code
 
 RANGE = (-20.0, -10.0, -3.0, 20.0, 10.0, 3.0)
 DTYPE = dict(type='TwoStageBEVFormerV2', proposals=dict(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import DictAction
-from zoo import BASES, CONFIGS, LEAVES, ZOO, build_model, build_optimiser, leaf, read
+from helpers.zoo import BASES, CONFIGS, LEAVES, ZOO, build_model, build_optimiser, leaf, read
 
 PART = r'[a-z0-9]+([-.][a-z0-9]+)*'
 # {algorithm}_{components ...}_{devices}xb{images}-{schedule}_{dataset}; `_` between parts

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 from mmengine.config import Config
 from mmengine.fileio import load
-from zoo import CONFIGS, LEAVES, ROOT
+from helpers.zoo import CONFIGS, LEAVES, ROOT
 
 from mmdcnv4.engine import forget_scope
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, HOOKS, MODELS, DefaultScope
-from zoo import build_model, leaf, read
+from helpers.zoo import build_model, leaf, read
 
 K1, K22 = '1k_224', '22k_384'
 DEPTHS = dict(t=(4, 4, 18, 4), s=(4, 4, 21, 4), b=(4, 4, 21, 4), l=(5, 5, 22, 5))

@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
-from zoo import LEAVES, SHARED_DATA, build_model, build_optimiser, read
+from helpers.zoo import LEAVES, SHARED_DATA, build_model, build_optimiser, read
 
 FACTOR = 8
 SIZES = ('scale', 'scales', 'crop_size')

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from gpu_cases import set_fast
+
+from helpers.gpu_cases import set_fast
 
 ROOT = Path(__file__).parents[2]
 CSRC, EMULATOR = ROOT / 'csrc', Path(__file__).parent / 'emulator'
@@ -37,9 +38,9 @@ def emulator(request: pytest.FixtureRequest) -> Path:
     compiler = os.environ.get('CXX', 'g++')
     if shutil.which(compiler) is None:
         pytest.skip(f'the emulator of the CUDA kernels needs a C++ compiler ({compiler})')
-    kernels = sorted((CSRC / 'cuda').glob('dcnv4_*ward_*.cu'))
+    kernels = sorted((CSRC / 'cuda').rglob('dcnv4_*ward_*.cu'))
     units = [*sorted(EMULATOR.glob('*.cpp')), CSRC / 'launch_plan.cpp', *kernels]
-    headers = [*CSRC.glob('*.h'), *(CSRC / 'cuda').glob('*.*h'), *EMULATOR.glob('*.h')]
+    headers = [*CSRC.glob('*.h'), *(CSRC / 'cuda').rglob('*.*h'), *EMULATOR.glob('*.h')]
     digest = hashlib.sha256(' '.join((compiler, *FLAGS)).encode())
     for path in sorted({*units, *headers}):
         digest.update(path.read_bytes())

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels on a GPU, in every dtype, against the reference in float64.
 
-Skipped without a GPU. `tools/test_gpu.sh` builds the kernels, runs this file and more, and fails
+Skipped without a GPU. `dev/gpu/test.sh` builds the kernels, runs this file and more, and fails
 where a test was skipped for want of kernels. These tests take the kernels that a user gets: the
 direct ones, or with MMDCNV4_FAST=1 those on tensor cores where they are made for a call.
 """
@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_cases import DTYPES, F16, F32, F64, SIZES, hostile_offsets, make_call, size_name
-from gpu_cases import (
+
+from helpers.cuda_cases import DTYPES, F16, F32, F64, SIZES, hostile_offsets, make_call, size_name
+from helpers.gpu_cases import (
     DEVICE,
     NAMES,
     SAME,
@@ -27,7 +28,6 @@ from gpu_cases import (
     on_a_gpu,
     on_gpu,
 )
-
 from mmdcnv4.ops import dcnv4, dcnv4_reference
 from mmdcnv4.ops.contract import make_geometry
 from mmdcnv4.testing import GEOMETRIES, assert_matches_reference

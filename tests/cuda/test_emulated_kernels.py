@@ -14,9 +14,9 @@ import subprocess
 
 import pytest
 import torch
-from cuda_cases import DTYPES, F32, F64, SIZES, hostile_offsets, make_call, size_name
-from emulate import CODE, GPU, ONE_PROCESSOR, ORDERS, from_bytes, sizes_text, to_bytes
 
+from helpers.cuda_cases import DTYPES, F32, F64, SIZES, hostile_offsets, make_call, size_name
+from helpers.emulate import CODE, GPU, ONE_PROCESSOR, ORDERS, from_bytes, sizes_text, to_bytes
 from mmdcnv4.ops import dcnv4_reference, offset_mask_channels
 from mmdcnv4.ops.contract import make_geometry
 from mmdcnv4.testing import GEOMETRIES, assert_as_accurate, forward_backward

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_cases import BF16, DTYPES, F16, F32, hostile_offsets, make_call, size_name
-from gpu_cases import (
+
+from helpers.cuda_cases import BF16, DTYPES, F16, F32, hostile_offsets, make_call, size_name
+from helpers.gpu_cases import (
     DEVICE,
     NAMES,
     SAME,
@@ -19,8 +20,7 @@ from gpu_cases import (
     on_gpu,
     set_fast,
 )
-from window_cases import GEOMETRIES, HALVES
-
+from helpers.window_cases import GEOMETRIES, HALVES
 from mmdcnv4.ops import dcnv4_reference
 from mmdcnv4.ops.contract import make_geometry
 from mmdcnv4.testing import forward_backward

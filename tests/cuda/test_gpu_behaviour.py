@@ -9,10 +9,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cuda_cases import BF16, DTYPES, F16, F32, make_call
-from gpu_cases import DEVICE, NAMES, SAME, assert_all, gpu_inputs, gradients, on_a_gpu, on_gpu
 from torch import nn
 
+from helpers.cuda_cases import BF16, DTYPES, F16, F32, make_call
+from helpers.gpu_cases import (
+    DEVICE,
+    NAMES,
+    SAME,
+    assert_all,
+    gpu_inputs,
+    gradients,
+    on_a_gpu,
+    on_gpu,
+)
 from mmdcnv4.ops import DCNv4, dcnv4, dcnv4_reference
 from mmdcnv4.testing import assert_as_accurate, forward_backward
 

@@ -16,13 +16,13 @@ import torch
 
 from mmdcnv4.ops import _extension, dcnv4_reference
 
-TOOLS = Path(__file__).parents[2] / 'tools'
+BENCHMARKS = Path(__file__).parents[2] / 'benchmarks'
 
 
 @pytest.fixture
 def tools(monkeypatch):
-    monkeypatch.syspath_prepend(str(TOOLS))
-    return importlib.import_module('gpu_peers'), importlib.import_module('benchmark_gpu')
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module('gpu_peers'), importlib.import_module('gpu')
 
 
 @pytest.fixture

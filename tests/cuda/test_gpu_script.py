@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""`tools/test_gpu.sh` with a Python that only pretends: its order, its summary, its exit code."""
+"""`dev/gpu/test.sh` with a Python that only pretends: its order, its summary, its exit code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / 'tools' / 'test_gpu.sh'
+SCRIPT = Path(__file__).parents[2] / 'dev' / 'gpu' / 'test.sh'
 PYTHON = '''#!/bin/bash
 case "$*" in
   -) case "$(cat)" in *is_available*)

@@ -18,7 +18,8 @@ BUDGET = 100  # kernels per architecture
 @pytest.mark.skipif(shutil.which('nvcc') is None, reason='nvcc is not installed')
 @pytest.mark.parametrize('arch', ['75', '80', '90', '100', '120'])
 def test_compiled_kernels(arch):
-    result = subprocess.run([sys.executable, ROOT / 'tools' / 'check_ptxas.py', '--arch', arch],
+    program = ROOT / 'dev' / 'cuda' / 'check_ptxas.py'
+    result = subprocess.run([sys.executable, program, '--arch', arch],
                             capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     count = int(result.stdout.splitlines()[-2].split()[0])

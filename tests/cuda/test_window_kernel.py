@@ -13,10 +13,10 @@ import subprocess
 
 import pytest
 import torch
-from cuda_cases import BF16, F16, hostile_offsets, make_call, size_name
-from emulate import GPU, ONE_PROCESSOR, ORDERS, emulate_window
-from window_cases import GEOMETRIES, HALVES, SIZES
 
+from helpers.cuda_cases import BF16, F16, hostile_offsets, make_call, size_name
+from helpers.emulate import GPU, ONE_PROCESSOR, ORDERS, emulate_window
+from helpers.window_cases import GEOMETRIES, HALVES, SIZES
 from mmdcnv4.ops import dcnv4_reference
 from mmdcnv4.ops.contract import make_geometry
 from mmdcnv4.testing import assert_as_accurate

@@ -14,11 +14,11 @@ import pytest
 import torch
 from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config
-from tool_runner import REPOSITORY, TINY, load_tool
 from torch import nn
 
-from mmdcnv4.engine.analysis import ModelPart
-from mmdcnv4.engine.preflight import UserError
+from helpers.tool_runner import REPOSITORY, TINY, load_tool
+from mmdcnv4.cli.analysis import ModelPart
+from mmdcnv4.cli.preflight import UserError
 from mmdcnv4.models.backbones import FlashInternImage, InternImage
 from mmdcnv4.models.layers import ConvHeadNeck
 from mmdcnv4.ops import DCNv4, _extension

@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
-from tool_runner import REPOSITORY, run_command
 
+from helpers.tool_runner import REPOSITORY, run_command
 from mmdcnv4.datasets import drawn_scenes
 from mmdcnv4.datasets.drawn_scenes import CLASSES, SceneConfig, draw_scene, write_drawn_scenes
 

@@ -15,10 +15,10 @@ import pytest
 import torch
 from mmcv.cnn import build_conv_layer
 from mmengine.config import Config
-from tool_runner import TINY, data_options, load_tool
 from torch import nn
 
-from mmdcnv4.engine import preflight
+from helpers.tool_runner import TINY, data_options, load_tool
+from mmdcnv4.cli import explain, preflight
 
 train, test, demo = (load_tool(name) for name in ('train', 'test', 'demo/image_demo'))
 CONFIG = str(TINY / 'mask_rcnn.py')
@@ -150,8 +150,8 @@ def test_dcn_of_an_inherited_config() -> None:
                               (dict(groups_=1), 'DCNv4 has no argument groups_. ')):
         with pytest.raises(TypeError) as caught:
             build_conv_layer(dict(type='DCNv4', **options), 16, 16, 3)
-        assert str(preflight.translate(caught.value)).startswith(expected)
-    assert preflight.translate(TypeError("ResNet.__init__() got an unexpected keyword argument "
+        assert str(explain.translate(caught.value)).startswith(expected)
+    assert explain.translate(TypeError("ResNet.__init__() got an unexpected keyword argument "
                                          "'depths'")) is None
 
 
@@ -223,9 +223,9 @@ def test_search_for_a_broken_image_passes_small_ones(data: Path) -> None:
     folder = data / 'coco/images/train'
     cv2.imwrite(str(folder / '000000.png'), np.zeros((4, 4, 3), np.uint8))
     cfg = Config(dict(train_dataloader=dict(dataset=dict(data_prefix=dict(img=str(folder))))))
-    assert preflight._unreadable_image(cfg) is None
+    assert explain._unreadable_image(cfg) is None
     (folder / '000001.png').touch()
-    assert preflight._unreadable_image(cfg) == str(folder / '000001.png')
+    assert explain._unreadable_image(cfg) == str(folder / '000001.png')
 
 
 def test_image_demo(data: Path, tmp_path: Path) -> None:

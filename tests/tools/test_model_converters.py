@@ -8,9 +8,9 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
-from tool_runner import REPOSITORY, load_tool
 from torch import nn
 
+from helpers.tool_runner import REPOSITORY, load_tool
 from mmdcnv4.models.backbones import FlashInternImage, InternImage
 from mmdcnv4.models.backbones.flash_intern_image import ARCH_SETTINGS, INTERN_IMAGE_SETTINGS
 from mmdcnv4.models.layers import ConvHeadNeck

@@ -11,7 +11,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from tool_runner import TINY, TOOLS, load_tool, run_command
+
+from helpers.tool_runner import TINY, TOOLS, load_tool, run_command
 
 
 def test_from_nothing_to_pictures(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from tool_runner import REPOSITORY, TOOLS, run_command
+
+from helpers.tool_runner import REPOSITORY, TOOLS, run_command
 
 CONFIG = (REPOSITORY / 'configs/flash_intern_image'
           / 'mask-rcnn_flash-intern-image-t_fpn_8xb2-1x_coco.py')

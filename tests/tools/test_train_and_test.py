@@ -16,10 +16,10 @@ import cv2
 import pytest
 import torch
 from mmengine.config import Config
-from tool_runner import TINY, TOOLS, data_options, load_tool, run_command, start_tool
 from torch import Tensor, nn
 
-from mmdcnv4.engine import runtime
+from helpers.tool_runner import TINY, TOOLS, data_options, load_tool, run_command, start_tool
+from mmdcnv4.cli import checkpoints, distributed
 
 DETECTOR = TINY / 'mask_rcnn.py'
 
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 def load(file: Path) -> dict:
-    runtime.allow_mmengine_checkpoints()
+    checkpoints.allow_mmengine_checkpoints()
     return torch.load(file, map_location='cpu')
 
 
@@ -154,7 +154,7 @@ def distributed_gradients(rank: int, port: int, folder: str) -> None:
                       MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES='-1')
     torch.set_num_threads(1)
     cfg = Config(dict(launcher='pytorch', model=dict(type='Regression')))
-    runtime.prepare_distributed(cfg)
+    distributed.prepare_distributed(cfg)
     model, images = make_model_and_images()
     wrapped = MODEL_WRAPPERS.build(cfg.model_wrapper_cfg, default_args=dict(module=model))
     share = images[2 * rank:2 * rank + 2]

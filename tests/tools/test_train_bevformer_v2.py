@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from tool_runner import REPOSITORY, TOOLS, load_tool, run_command, start_tool
 
-from mmdcnv4.engine import runtime
+from helpers.tool_runner import REPOSITORY, TOOLS, load_tool, run_command, start_tool
+from mmdcnv4.cli import checkpoints
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ('mmdet3d', 'nuscenes')),
@@ -29,7 +29,7 @@ METRIC = 'NuScenes metric/pred_instances_3d_NuScenes'
 
 
 def draw(root: Path, *options: str) -> Path:
-    run_command('python', REPOSITORY / 'tests/bevformer_v2/synthetic.py', root, *options)
+    run_command('python', REPOSITORY / 'tools/dataset_converters/synthetic_rig.py', root, *options)
     return root
 
 
@@ -81,7 +81,7 @@ def velocity_error(config: Config, checkpoint: Path) -> float:
     from mmengine.runner import load_checkpoint
 
     import mmdcnv4.bevformer_v2  # noqa: F401
-    runtime.allow_mmengine_checkpoints()
+    checkpoints.allow_mmengine_checkpoints()
     with DefaultScope.overwrite_default_scope('mmdet3d'):
         model = MODELS.build(config.model).eval()
         dataset = DATASETS.build(config.train_dataloader.dataset)
@@ -140,7 +140,7 @@ def test_two_processes_on_the_cpu(rig: Path, tmp_path: Path,
     # 4 samples on 2 processes
     assert len(re.findall(r'Epoch\(train\) +\[2\]\[2/2\]', output)) == 1
     assert re.search(r'Epoch\(val\) +\[2\]\[2/2\]', output) and 'mATE' in output
-    runtime.allow_mmengine_checkpoints()
+    checkpoints.allow_mmengine_checkpoints()
     assert torch.load(tmp_path / 'epoch_2.pth', map_location='cpu')['meta']['iter'] == 4
 
 
@@ -165,7 +165,7 @@ def test_killed_run_resumes_to_the_same_weights(rig: Path, tmp_path: Path) -> No
     assert not (tmp_path / 'killed/epoch_2.pth').exists()
     assert 'resumed epoch: 1, iter: 4' in run_command('python', TOOLS / command[0], *command[1:],
                                                       '--resume')
-    runtime.allow_mmengine_checkpoints()
+    checkpoints.allow_mmengine_checkpoints()
     first, second = (torch.load(tmp_path / name / 'epoch_3.pth', map_location='cpu')
                      for name in ('whole', 'killed'))
     assert second['meta']['iter'] == 12

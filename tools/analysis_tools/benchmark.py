@@ -30,9 +30,11 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 import mmdcnv4  # noqa: F401  registers the classes
-from mmdcnv4.engine import preflight, runtime
-from mmdcnv4.engine.analysis import PARTS, ModelPart, build_model
-from mmdcnv4.engine.preflight import explain
+from mmdcnv4.cli import preflight
+from mmdcnv4.cli.analysis import PARTS, ModelPart, build_model
+from mmdcnv4.cli.arguments import add_config_arguments
+from mmdcnv4.cli.config import read_config
+from mmdcnv4.cli.explain import explain
 
 
 class Timing(NamedTuple):
@@ -154,7 +156,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--repeats', type=int, default=20)
     parser.add_argument('--warm-up', type=int, default=5)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    runtime.add_config_arguments(parser)
+    add_config_arguments(parser)
     args = parser.parse_args(argv)
     if len(args.shape) > 2 or min(args.batch, args.repeats, *args.shape) < 1 or args.warm_up < 0:
         parser.error('--shape takes one or two numbers; sizes and counts must be positive')
@@ -202,7 +204,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Timing:
     args = parse_args(argv)
     with explain(debug=args.debug):
         preflight.check_device(args.device)
-        cfg = runtime.read_config(args.config, args.cfg_options)
+        cfg = read_config(args.config, args.cfg_options)
         if args.training_data:
             preflight.check_datasets(cfg, ('train',))
     with explain(cfg, args.debug):

@@ -22,9 +22,10 @@ from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config
 
 import mmdcnv4  # noqa: F401  registers the classes
-from mmdcnv4.engine import runtime
-from mmdcnv4.engine.analysis import PARTS, ModelPart
-from mmdcnv4.engine.preflight import UserError, explain
+from mmdcnv4.cli import arguments, config
+from mmdcnv4.cli.analysis import PARTS, ModelPart
+from mmdcnv4.cli.explain import explain
+from mmdcnv4.cli.preflight import UserError
 from mmdcnv4.ops import _extension
 
 PRODUCTS = ('conv', 'linear', 'matmul', 'addmm', 'mm', 'bmm', 'einsum', 'dcnv4')
@@ -49,7 +50,7 @@ def count(cfg: Config, height: int, width: int, part: str = 'model') -> Cost:
     Args:
         cfg: config.
         height, width: of the image.
-        part: of :class:`mmdcnv4.engine.analysis.ModelPart`.
+        part: of :class:`mmdcnv4.cli.analysis.ModelPart`.
 
     Raises:
         UserError: the operator is not compiled, so that it cannot be told in a trace, or the model
@@ -83,7 +84,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--shape', type=int, nargs='+', default=[224, 224],
                         help='height and width, or one number for both')
     parser.add_argument('--part', choices=PARTS, default='model')
-    runtime.add_config_arguments(parser)
+    arguments.add_config_arguments(parser)
     args = parser.parse_args(argv)
     if len(args.shape) > 2 or min(args.shape) < 1:
         parser.error(f'--shape must be one or two positive numbers, got {args.shape}')
@@ -95,7 +96,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     height, width = args.shape[0], args.shape[-1]
     with explain(debug=args.debug):
-        cost = count(runtime.read_config(args.config, args.cfg_options), height, width, args.part)
+        cost = count(config.read_config(args.config, args.cfg_options), height, width, args.part)
     print(f'{args.part} at {height} x {width}: {cost.parameters:,} parameters, '
           f'{cost.total / 1e9:.2f} G multiply-adds')
     for title, counts in (('', cost.multiply_adds), ('not in the sum: ', cost.others)):

@@ -22,7 +22,8 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-from mmdcnv4.engine.preflight import PICTURE_ENDINGS, UserError, check_file, explain
+from mmdcnv4.cli.explain import explain
+from mmdcnv4.cli.preflight import PICTURE_ENDINGS, UserError, check_file
 
 
 class Curve(NamedTuple):

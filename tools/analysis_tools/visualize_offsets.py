@@ -29,15 +29,16 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import mmdcnv4  # noqa: F401  registers the classes
-from mmdcnv4.engine import runtime
-from mmdcnv4.engine.analysis import ModelPart
-from mmdcnv4.engine.preflight import (
+from mmdcnv4.cli.analysis import ModelPart
+from mmdcnv4.cli.arguments import OptionsAction, add_config_arguments
+from mmdcnv4.cli.config import read_config
+from mmdcnv4.cli.explain import explain
+from mmdcnv4.cli.preflight import (
     PICTURE_ENDINGS,
     UserError,
     check_checkpoint,
     check_file,
     check_weights,
-    explain,
 )
 from mmdcnv4.models.checkpoint import find_state_dict, read_file
 from mmdcnv4.models.layers import dcnv3 as dcnv3_module
@@ -228,9 +229,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
                         help='output pixel to show, in fractions of the image')
     parser.add_argument('--size', type=int,
                         help='scale the longest side of the image to it; default: as it is')
-    parser.add_argument('--grid', nargs='*', action=runtime.OptionsAction, metavar='OPTION=VALUE',
+    parser.add_argument('--grid', nargs='*', action=OptionsAction, metavar='OPTION=VALUE',
                         help='draw the resting kernel of a layer with these options')
-    runtime.add_config_arguments(parser)
+    add_config_arguments(parser)
     args = parser.parse_args(argv)
     if (args.grid is None) == (args.image is None):
         parser.error('give CONFIG CHECKPOINT IMAGE, or --grid')
@@ -247,7 +248,7 @@ def draw(args: argparse.Namespace) -> None:
         if args.grid is not None:
             draw_grid(args.grid, args.out)
             return
-        cfg = runtime.read_config(args.config, args.cfg_options)
+        cfg = read_config(args.config, args.cfg_options)
         check_checkpoint(args.checkpoint, 'checkpoint')
         model = ModelPart(cfg, 'backbone').eval()
         image, images = prepare_image(args.image, args.size,

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from mmengine.config import Config
 
-from mmdcnv4.engine import preflight, runtime
-from mmdcnv4.engine.preflight import UserError, explain
+from mmdcnv4.cli import arguments, checkpoints, config, preflight
+from mmdcnv4.cli.explain import explain
+from mmdcnv4.cli.preflight import UserError
 
 # pairs of corners in mmdet3d's order: bottom, top, uprights
 EDGES = ((0, 3), (3, 7), (7, 4), (4, 0), (1, 2), (2, 6), (6, 5), (5, 1), (0, 1), (3, 2), (7, 6),
@@ -50,7 +51,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--range', type=float, default=50.0, help='half side of the view, metres')
     parser.add_argument('--device', default='cuda:0' if torch.cuda.is_available() else 'cpu',
                         help='cpu, cuda:0, ...')
-    runtime.add_config_arguments(parser)
+    arguments.add_config_arguments(parser)
     args = parser.parse_args(argv)
     args.work_dir, args.launcher, args.local_rank = str(Path(args.out).parent), 'none', 0
     return args
@@ -79,7 +80,7 @@ def build_model(cfg: Config, args: argparse.Namespace) -> Any:
     from mmdet3d.registry import MODELS
     from mmengine.model import revert_sync_batchnorm
     from mmengine.runner import load_checkpoint
-    runtime.allow_mmengine_checkpoints()
+    checkpoints.allow_mmengine_checkpoints()
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     preflight.check_weights(model, preflight.read_shapes(args.checkpoint), args.checkpoint)
     load_checkpoint(model, args.checkpoint, map_location='cpu')
@@ -201,7 +202,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     with explain(debug=args.debug):
         preflight.check_device(args.device)
         preflight.check_file(args.out, '--out', preflight.PICTURE_ENDINGS)
-        cfg = runtime.load_config(args)
+        cfg = config.load_config(args)
         cfg.load_from = args.checkpoint
         preflight.check_checkpoint(args.checkpoint, 'checkpoint')
         if cfg.get('default_scope') != 'mmdet3d':

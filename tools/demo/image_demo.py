@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from mmengine.config import Config
 
-from mmdcnv4.engine import preflight, runtime
-from mmdcnv4.engine.preflight import UserError, explain
+from mmdcnv4.cli import arguments, checkpoints, config, preflight
+from mmdcnv4.cli.explain import explain
+from mmdcnv4.cli.preflight import UserError
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 Draw = Callable[[np.ndarray, str, Path], None]
@@ -37,7 +38,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
                         help='cpu, cuda:0, ...')
     parser.add_argument('--palette', choices=['none', 'coco', 'voc', 'citys', 'random'],
                         default='none', help='colours of detections; none: those of the data set')
-    runtime.add_config_arguments(parser)
+    arguments.add_config_arguments(parser)
     args = parser.parse_args(argv)
     args.work_dir, args.launcher, args.local_rank = args.out_dir, 'none', 0
     return args
@@ -105,7 +106,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     with explain(debug=args.debug):
         files = find_images(Path(args.image))
-        cfg = runtime.load_config(args)
+        cfg = config.load_config(args)
         preflight.check_checkpoint(args.checkpoint, 'checkpoint')
         preflight.check_device(args.device)
         preflight.check_folder(args.out_dir, '--out-dir')
@@ -115,7 +116,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                             f'got {scope}.')
     cfg.load_from = args.checkpoint
     with explain(cfg, args.debug):
-        runtime.allow_mmengine_checkpoints()
+        checkpoints.allow_mmengine_checkpoints()
         draw = MAKERS[scope](cfg, args)
         unreadable = []
         for file in files:

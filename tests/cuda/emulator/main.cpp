@@ -29,7 +29,7 @@
 
 #include "../../../csrc/cuda/arguments.h"
 #include "../../../csrc/cuda/dispatch.h"
-#include "../../../csrc/cuda/dense_window.cuh"
+#include "../../../csrc/cuda/window/dense_window.cuh"
 #include "../../../csrc/cuda/launch.h"
 
 namespace {

@@ -3,7 +3,7 @@
 //
 // warp_words.cpp — see warp_words.h.
 
-#include "../../../csrc/cuda/tensor_core.cuh"
+#include "../../../csrc/cuda/window/tensor_core.cuh"
 
 #include <algorithm>
 #include <cstdio>

@@ -1,7 +1,7 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// warp_words.h — what csrc/cuda/tensor_core.cuh is to nvcc, for an ordinary C++ compiler: shared
+// warp_words.h — what csrc/cuda/window/tensor_core.cuh is to nvcc, for an ordinary C++ compiler: shared
 // memory with its banks, copies in the background, matrix fragments. Layouts follow the PTX ISA
 // (sections on ldmatrix, mma.m16n8k16 and cp.async).
 #pragma once

@@ -1,0 +1,347 @@
+// Copyright (c) mmdcnv4 contributors.
+// SPDX-License-Identifier: Apache-2.0
+//
+// dcnv4_window_forward.cuh — forward kernel of DCNv4 on tensor cores, for 3x3 kernels of stride 1.
+//
+// Computes    as dcnv4_forward.cuh: out[n,q,g,:] = sum_k mask * bilinear(value, x_k, y_k)
+// Idea        near its pixel, a sample is four weights in a small dense matrix: per row 36 numbers
+//             are added to A instead of 36 D multiplications done, and tensor cores compute A . V
+//             for all channels (dense_window.cuh: shapes, tiles, layouts)
+// Work split  block = a tile; warp = one unit at a time: lane = row while A is built, fragments
+//             while it is multiplied, teams of D / 8 lanes per row when the results are finished
+// Far taps    samples outside the window are noted, one bit per tap of a row, and added to the
+//             float32 result at the end, each gathered from global memory: any offset is exact
+// NaN         A . V multiplies every cell of a window with every row, and 0 * NaN is NaN. A finite
+//             result proves that no such cell was there; results that are not finite are thrown
+//             away and the row's channels gathered tap by tap, as in dcnv4_forward.cuh. So NaN and
+//             infinity, of pixels and of masks, reach the outputs that sample them and no others
+// Borders     cells outside the image are zero
+// Numerics    sums in float32. A is rounded to float16 after a power of two has brought the largest
+//             mask of each row to 2^11 ... 2^12 (nine of them do not overflow, smaller ones keep
+//             their digits), or split into two bfloat16, which keep 16 bits of it. No atomics;
+//             bitwise repeatable
+// Limits      K = 8 or 9, no softmax, D in {16, 32, 64}, tensors aligned to 16 bytes: see
+//             make_window_plan(); sm_80 and newer
+// Source      arXiv:2401.06197, section 3
+#pragma once
+
+#include <cfloat>
+
+#include "../dispatch.h"
+#include "../launch.h"
+#include "window_numbers.cuh"
+#include "window_taps.cuh"
+
+namespace mmdcnv4 {
+namespace cuda {
+
+// Adds the weights of a row to its column of A; returns the taps outside the window, as bits.
+template <typename Layout, int kReach>
+MMDCNV4_DEVICE uint32_t add_weights(const WindowArguments& a, uint32_t lane,
+                                    const RowNumbers& numbers, float factor, unsigned char* area) {
+  // where the row's pixel is in the window
+  const float rest_x = float(lane % kBlockSide + kReach);
+  const float rest_y = float(lane / kBlockSide % kBlockSide + kReach);
+  const bool is_ring = a.call.points < kTaps;
+  constexpr float kLast = float(Layout::kSide - 1);
+  uint32_t far = 0;
+#pragma unroll
+  for (int k = 0; k < kTaps; ++k) {
+    enter_step(SharedPhase::kScatter);
+    const Place moved = move_of_tap(a, k, numbers.offset[2 * k], numbers.offset[2 * k + 1]);
+    const float x = rest_x + moved.x, y = rest_y + moved.y;
+    const bool is_near = (x >= 0) & (x < kLast) & (y >= 0) & (y < kLast); // not so for NaN
+    if (!is_near) {
+      far |= 1u << k;
+    } else if (k < kTaps - 1 || !is_ring) {
+      const uint32_t column = uint32_t(x), line = uint32_t(y);
+      const float fx = x - float(column), fy = y - float(line);
+      const float mask = numbers.mask[k] * factor;
+      const float top = mask * (1.0f - fy), bottom = mask * fy;
+      const uint32_t cell = line * Layout::kSide + column;
+      const float weight[4] = {top * (1.0f - fx), top * fx, bottom * (1.0f - fx), bottom * fx};
+      uint32_t at[4];
+      Layout::corners_at(cell, lane, at);
+      float sum[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sum[c] = read_shared<float>(area + at[c]) + weight[c];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) write_shared(area + at[c], sum[c]);
+    }
+  }
+  return far & ((1u << a.call.points) - 1u);
+}
+
+// Fragment of A: the weights of one matrix for 16 cells. With bfloat16 `low` is what rounding left.
+template <typename T>
+struct WeightFragment {
+  static constexpr bool kIsSplit = std::is_same<T, BFloat16>::value;
+  uint32_t high[4], low[kIsSplit ? 4 : 1];
+
+  // `upper` and `lower`: weights of cell 2t of rows g and g + 8 of the matrix
+  MMDCNV4_DEVICE void load(const unsigned char* upper, const unsigned char* lower) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const unsigned char* from = (i % 2 ? lower : upper) + i / 2 * (8 * kWeightBytes);
+      const float even = read_shared<float>(from), odd = read_shared<float>(from + kWeightBytes);
+      high[i] = narrow_pair(even, odd, T());
+      if constexpr (kIsSplit) {
+        const float2 rounded = widen_pair(high[i], T());
+        low[i] = narrow_pair(even - rounded.x, odd - rounded.y, T());
+      }
+    }
+  }
+};
+
+// A . V of both matrices of a unit; sum[matrix][8 channels][fragment].
+template <typename T, int kDepth, int kReach>
+MMDCNV4_DEVICE void multiply(const WindowArguments& a, uint32_t unit, uint32_t lane,
+                             const unsigned char* area, const unsigned char* cells,
+                             float (&sum)[2][kDepth / 8][4]) {
+  using Layout = DenseWindow<kDepth, kReach>;
+  const uint32_t g = lane / 4, t = lane % 4;
+  const unsigned char* weights_at[2][2]; // rows g and g + 8 of each matrix
+  const unsigned char* pixels_at[2][Layout::kPeriod][Layout::kTeam / 2]; // lane's row for ldmatrix
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
+    const typename Layout::Matrix matrix = Layout::locate_matrix(a, 2 * unit + m);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      weights_at[m][half] = area + Layout::weight_at(2 * t, m * kMatrixRows + half * 8 + g);
+#pragma unroll
+    for (int i = 0; i < int(Layout::kPeriod); ++i) {
+      const uint32_t cell = 16 * i + lane % 16;
+      const uint32_t at =
+          Layout::chunk_at(matrix.x + cell % Layout::kSide, matrix.y + cell / Layout::kSide,
+                           a.cells_w, matrix.group * Layout::kTeam + lane / 16);
+#pragma unroll
+      for (int pair = 0; pair < int(Layout::kTeam / 2); ++pair)
+        pixels_at[m][i][pair] = cells + (at ^ (2 * pair * kChunkBytes));
+    }
+  }
+  const uint32_t period_bytes = Layout::kPeriodLines * a.cells_w * kCellBytes;
+#pragma unroll
+  for (int step = 0; step < int(Layout::kSteps); ++step) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      WeightFragment<T> weights;
+      enter_step(SharedPhase::kWeights);
+      weights.load(weights_at[m][0] + step * (16 * kWeightBytes),
+                   weights_at[m][1] + step * (16 * kWeightBytes));
+#pragma unroll
+      for (int pair = 0; pair < int(Layout::kTeam / 2); ++pair) { // 16 channels at a time
+        uint32_t pixels[4];
+        enter_step(SharedPhase::kPixels);
+        load_matrices_transposed(
+            pixels_at[m][step % Layout::kPeriod][pair] + step / Layout::kPeriod * period_bytes,
+            pixels);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float(&to)[4] = sum[m][2 * pair + half];
+          multiply_add(to, weights.high, pixels[2 * half], pixels[2 * half + 1], T());
+          if constexpr (WeightFragment<T>::kIsSplit)
+            multiply_add(to, weights.low, pixels[2 * half], pixels[2 * half + 1], T());
+        }
+      }
+    }
+  }
+}
+
+// sum += the taps of a row that are set in `taps`, for 8 channels from `image` on.
+template <typename T>
+MMDCNV4_DEVICE void gather_taps(const WindowArguments& a, const Row& row,
+                                const OffsetNumbers<T>& packed, const T* __restrict__ image,
+                                uint32_t taps, float (&sum)[kChunkNumbers]) {
+  using Io = VectorIo<T, kChunkNumbers>;
+#pragma unroll 1
+  for (; taps != 0; taps &= taps - 1) {
+    const int32_t k = __ffs(taps) - 1;
+    const Sample<float> sample = make_sample<false>(a.call, row, MaskRule<float>{},
+                                                    packed.load_tap(k, a.call.points), k);
+    if (!sample.bilinear.inside) continue;
+    const Four<float> weights = corner_weights(sample);
+    const uint4 from = corner_pixels(a.call, sample.bilinear);
+    const uint32_t pixel[4] = {from.x, from.y, from.z, from.w};
+    const float weight[4] = {weights.x, weights.y, weights.z, weights.w};
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      float number[kChunkNumbers];
+      Io::widen(Io::load(image + uint64_t(pixel[c]) * a.call.channels), number);
+#pragma unroll
+      for (int i = 0; i < int(kChunkNumbers); ++i) sum[i] += weight[c] * number[i];
+    }
+  }
+}
+
+// Whether all numbers are finite; false also where their sum is not.
+MMDCNV4_DEVICE bool are_finite(const float (&n)[kChunkNumbers]) {
+  const float sum = ((n[0] + n[1]) + (n[2] + n[3])) + ((n[4] + n[5]) + (n[6] + n[7]));
+  return fabsf(sum) <= FLT_MAX;
+}
+
+// Pointers of one image.
+template <typename T>
+struct Image {
+  const T* value;          // [H, W, G, D]
+  OffsetNumbers<T> packed; // [Ho, Wo, P]
+  T* output;               // [Ho, Wo, G, D]
+};
+
+// Brings the sums from fragments to rows: 8 channels of a row per lane, a team per row.
+template <int kDepth, int kReach>
+MMDCNV4_DEVICE void collect(uint32_t lane, const float (&sum)[2][kDepth / 8][4],
+                            unsigned char* area) {
+  using Layout = DenseWindow<kDepth, kReach>;
+  const uint32_t g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < int(Layout::kTeam); ++i) {
+        enter_step(SharedPhase::kCollect);
+        write_shared(area + Layout::result_at(m * kMatrixRows + half * 8 + g, 8 * i + 2 * t),
+                     make_float2(sum[m][i][2 * half], sum[m][i][2 * half + 1]));
+      }
+}
+
+// The part of finish() that is one row of each team. Rows with far taps, or without finite sums,
+// wait for kGather; returns whether this lane's does.
+template <bool kGather, typename T, int kDepth, int kReach>
+MMDCNV4_DEVICE bool finish_row(const WindowArguments& a, const Tile& tile, uint32_t unit,
+                               uint32_t pass, uint32_t lane, float inverse, uint32_t far,
+                               const Image<T>& image, const unsigned char* area) {
+  using Layout = DenseWindow<kDepth, kReach>;
+  const uint32_t index = pass * (kWarp / Layout::kTeam) + lane / Layout::kTeam;
+  const uint32_t column = lane % Layout::kTeam * kChunkNumbers;
+  const Row row = Layout::locate_row(a, tile, unit, index);
+  uint32_t taps = __shfl_sync(kAllLanes, far, int(index));
+  float factor = 1.0f;
+  if constexpr (std::is_same<T, Half>::value)
+    factor = __shfl_sync(kAllLanes, inverse, int(index));
+  enter_step(SharedPhase::kFinish);
+  const float4 low = read_shared<float4>(area + Layout::result_at(index, column));
+  const float4 high = read_shared<float4>(area + Layout::result_at(index, column + 4));
+  float number[kChunkNumbers] = {low.x,  low.y,  low.z,  low.w,
+                                 high.x, high.y, high.z, high.w};
+  const bool is_good = are_finite(number);
+  if (!row.is_valid || (is_good && taps == 0) == kGather) return row.is_valid && !kGather;
+  const uint32_t pixel = pixel_of(a, row), channel = uint32_t(row.group) * kDepth + column;
+#pragma unroll
+  for (int i = 0; i < int(kChunkNumbers); ++i) number[i] *= factor;
+  if constexpr (kGather) {
+    if (!is_good) {
+      taps = (1u << a.call.points) - 1u;
+#pragma unroll
+      for (int i = 0; i < int(kChunkNumbers); ++i) number[i] = 0;
+    }
+    gather_taps(a, row,
+                image.packed.from(int64_t(uint64_t(pixel) * a.packed_channels +
+                                          uint32_t(row.group) * uint32_t(3 * a.call.points))),
+                image.value + channel, taps, number);
+  }
+  VectorIo<T, kChunkNumbers>::store(
+      number, image.output + uint64_t(pixel) * a.call.channels + channel);
+  return false;
+}
+
+// Undoes the scale of the rows, adds far taps and writes the outputs of a unit.
+template <typename T, int kDepth, int kReach>
+MMDCNV4_DEVICE void finish(const WindowArguments& a, const Tile& tile, uint32_t unit, uint32_t lane,
+                           float inverse, uint32_t far, const Image<T>& image,
+                           const unsigned char* area) {
+  constexpr uint32_t kPasses = DenseWindow<kDepth, kReach>::kTeam;
+  bool has_more = false;
+#pragma unroll
+  for (uint32_t pass = 0; pass < kPasses; ++pass)
+    has_more |= finish_row<false, T, kDepth, kReach>(a, tile, unit, pass, lane, inverse, far, image,
+                                                     area);
+  if (!__any_sync(kAllLanes, has_more)) return;
+#pragma unroll 1
+  for (uint32_t pass = 0; pass < kPasses; ++pass)
+    finish_row<true, T, kDepth, kReach>(a, tile, unit, pass, lane, inverse, far, image, area);
+}
+
+template <typename T, int kDepth, int kReach>
+__global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
+                                  kDepth == 64 ? 3 : 2)
+    dcnv4_window_forward_kernel(const WindowArguments a,
+                                const T* __restrict__ value,        // [N, H, W, G, D]
+                                const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
+                                T* __restrict__ output) {           // [N, Ho, Wo, G, D]
+#if MMDCNV4_HAS_TENSOR_CORES
+  using Layout = DenseWindow<kDepth, kReach>;
+  using Numbers = UnitNumbers<T, kDepth, kReach>;
+  MMDCNV4_SHARED_MEMORY(shared);
+  const uint32_t warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const uint32_t points = uint32_t(a.call.points);
+  const Tile tile = Layout::locate_tile(a, blockIdx.x);
+  const uint64_t in_pixels =
+      uint64_t(tile.image) * uint32_t(a.call.height) * uint32_t(a.call.width);
+  const uint64_t out_pixels =
+      uint64_t(tile.image) * uint32_t(a.call.out_height) * uint32_t(a.call.out_width);
+  const Image<T> image{value + in_pixels * a.call.channels,
+                       offset_mask.from(int64_t(out_pixels * a.packed_channels)),
+                       output + out_pixels * a.call.channels};
+  unsigned char* area = shared + warp * Layout::kAreaBytes;
+  unsigned char* cells = shared + warps * Layout::kAreaBytes;
+#pragma unroll 1
+  for (uint32_t unit = warp; unit < a.units; unit += warps) {
+    // addresses kept from one unit to the next would fill the registers
+    const uint32_t lane = forget(threadIdx.x) % kWarp;
+    const uint32_t first_group = tile.first_group + Layout::locate_matrix(a, 2 * unit).group;
+    Numbers::copy_unit(a, tile, unit, lane, image.packed, area);
+    commit_copies();
+    if (unit == warp) copy_cells<kDepth, kReach>(a, tile, image.value, cells);
+    commit_copies();
+    wait_copies<1>(); // the cells may take until A is there
+    __syncwarp();
+    const RowNumbers numbers = Numbers::load(a, lane, first_group, image.packed, area);
+    __syncwarp();
+#pragma unroll
+    for (uint32_t i = 0; i < Layout::kAreaBytes; i += kWarp * 16) {
+      enter_step(SharedPhase::kClear);
+      write_shared(area + i + lane * 16, make_uint4(0, 0, 0, 0));
+    }
+    const Scale scale = scale_of_row<T>(numbers, points);
+    __syncwarp();
+    const uint32_t far = add_weights<Layout, kReach>(a, lane, numbers, scale.factor, area);
+    if (unit == warp) {
+      wait_copies<0>();
+      __syncthreads();
+    }
+    __syncwarp();
+    float sum[2][kDepth / 8][4] = {};
+    multiply<T, kDepth, kReach>(a, unit, lane, area, cells, sum);
+    __syncwarp();
+    collect<kDepth, kReach>(lane, sum, area);
+    __syncwarp();
+    finish<T, kDepth, kReach>(a, tile, unit, lane, scale.inverse, far, image, area);
+    __syncwarp();
+  }
+#endif
+}
+
+// Returns false, and does nothing, where the device has no code for it.
+template <typename T>
+bool launch_dcnv4_window_forward(const Dcnv4Params& p, const WindowPlan& plan, Stream stream,
+                                 const T* value, const OffsetNumbers<T>& offset_mask, T* output) {
+  const WindowArguments arguments = make_window_arguments(p, plan);
+  bool is_launched = false;
+  with_window(p.group_channels, plan.reach, [&](auto depth, auto reach) {
+    auto* kernel =
+        &dcnv4_window_forward_kernel<T, decltype(depth)::value, decltype(reach)::value>;
+    if (!prepare_tensor_core_kernel(kernel)) return;
+    for_each_launch(p, plan, [&](int64_t image, int64_t blocks) {
+      launch(kernel, blocks, plan.threads, plan.shared_bytes, stream, arguments,
+             value + image * p.height * p.width * p.channels(),
+             offset_mask.from(image * p.queries() * p.offset_mask_channels),
+             output + image * p.queries() * p.channels());
+    });
+    is_launched = true;
+  });
+  return is_launched;
+}
+
+} // namespace cuda
+} // namespace mmdcnv4

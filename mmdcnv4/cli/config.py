@@ -1,0 +1,167 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Reads the config of a run and applies the arguments of the command line to it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Optional
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
+
+from ..engine.inheritance import forget_scope
+from . import preflight
+from .checkpoints import find_resumable_checkpoint
+from .preflight import UserError
+
+_VISUALIZATION_OPTIONS = {  # default_scope: names of (switch, output folder) in its hook
+    'mmdet': ('draw', 'test_out_dir'),
+    'mmdet3d': ('draw', 'test_out_dir'),
+    'mmpretrain': ('enable', 'out_dir'),
+    'mmseg': ('draw', None),  # goes where the visualizer saves
+}
+
+
+def read_config(path: str, options: Optional[dict] = None) -> Config:
+    """Reads the config of a model and applies `--cfg-options`.
+
+    Raises:
+        UserError: the file is absent or is no config of a model.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f'the config {path} does not exist.')
+    try:
+        cfg = Config.fromfile(path)
+        forget_scope(cfg._cfg_dict)
+        cfg.merge_from_dict(options or {})
+    except Exception as error:  # a config is a program, which fails in any way
+        raise UserError(f'cannot read the config {path}: '
+                        f'{type(error).__name__}: {error}') from error
+    if cfg.get('model') is None:
+        raise UserError(f'the config {path} defines no model.')
+    return cfg
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Reads the config and applies the common arguments.
+
+    Raises:
+        UserError: the file is absent or is no config of a model.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = read_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = os.path.join('work_dirs', Path(args.config).stem)
+    return cfg
+
+
+def apply_amp(cfg: Config) -> None:
+    """Switches to mixed precision with a dynamic loss scale (`--amp`).
+
+    Raises:
+        UserError: another optimizer wrapper is in use, or there is no accelerator.
+    """
+    wrapper = cfg.get('optim_wrapper') or {}
+    kind = wrapper.get('type', 'OptimWrapper')
+    if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
+        raise UserError(f'--amp works with optim_wrapper.type=OptimWrapper, got {kind}.')
+    if not torch.cuda.is_available():
+        raise UserError('--amp needs a GPU; leave it out to train on the CPU.')
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.loss_scale = wrapper.get('loss_scale', 'dynamic')
+
+
+def apply_auto_scale_lr(cfg: Config) -> None:
+    """Scales the learning rate with the batch of all processes (`--auto-scale-lr`).
+
+    Raises:
+        UserError: the config does not say which batch its learning rate is for.
+    """
+    if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+        raise UserError('--auto-scale-lr needs to know the batch that the learning rate is for; '
+                        'set auto_scale_lr = dict(base_batch_size=...) in the config.')
+    cfg.auto_scale_lr.enable = True
+
+
+def apply_resume(cfg: Config, resume: Optional[str]) -> None:
+    """Continues from a checkpoint, or with 'auto' from the newest in the work directory.
+
+    Raises:
+        UserError: the checkpoint does not exist.
+    """
+    if resume is None:
+        return
+    if resume == 'auto':
+        resume = find_resumable_checkpoint(cfg.work_dir)
+        if resume is None:
+            print_log(f'--resume: {cfg.work_dir} holds no checkpoint; training starts at the '
+                      'beginning', logger='current', level=30)
+            return
+    preflight.check_checkpoint(resume, '--resume')
+    cfg.resume, cfg.load_from = True, resume
+
+
+def apply_show(cfg: Config, show: bool, show_dir: Optional[str], wait_time: float) -> None:
+    """Draws predictions on the screen or into `show_dir`.
+
+    Raises:
+        UserError: the config has no visualization hook, or its library has no such thing.
+    """
+    if not show and show_dir is None:
+        return
+    hook = (cfg.get('default_hooks') or {}).get('visualization')
+    scope = cfg.get('default_scope')
+    if hook is None or scope not in _VISUALIZATION_OPTIONS:
+        raise UserError('--show and --show-dir need a visualization hook in default_hooks and a '
+                        f'default_scope of {sorted(_VISUALIZATION_OPTIONS)}, got {scope}.')
+    if str(cfg.model.get('type')).endswith('BEVFormerV2'):
+        raise UserError('--show and --show-dir: the hook of mmdet3d draws one camera, '
+                        f'{cfg.model.type} has several; use tools/demo/bev_demo.py.')
+    switch, folder = _VISUALIZATION_OPTIONS[scope]
+    hook[switch] = True
+    hook.interval = 1
+    if show:
+        hook.show, hook.wait_time = True, wait_time
+    if show_dir is None:
+        return
+    preflight.check_folder(show_dir, '--show-dir')
+    show_dir = os.path.abspath(show_dir)
+    if folder is None:
+        cfg.visualizer.save_dir = show_dir
+        cfg.visualizer.vis_backends = [dict(type='LocalVisBackend')]
+    else:
+        hook[folder] = show_dir
+
+
+def apply_tta(cfg: Config) -> None:
+    """Test-time augmentation as the config defines it.
+
+    Raises:
+        UserError: the config does not define it.
+    """
+    missing = [name for name in ('tta_model', 'tta_pipeline') if name not in cfg]
+    if missing:
+        raise UserError(f'--tta needs {" and ".join(missing)} in the config.')
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
+def dump_metric(cfg: Config, out: str) -> dict:
+    """The metric that writes predictions to a pickle file (`--out`).
+
+    Raises:
+        UserError: the file has another ending, or cannot be written.
+    """
+    preflight.check_file(out, '--out', ('.pkl', '.pickle'))
+    kind = 'DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
+    return dict(type=kind, out_file_path=out)

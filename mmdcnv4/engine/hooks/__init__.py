@@ -1,0 +1,7 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks of a run."""
+
+from .progress import ProgressBarHook
+
+__all__ = ['ProgressBarHook']

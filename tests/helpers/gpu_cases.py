@@ -1,0 +1,71 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests on a GPU share: whether they run, calls on the GPU, comparisons."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers.cuda_cases import F32, F64, make_call
+from mmdcnv4.ops import _extension, dcnv4, dcnv4_reference
+from mmdcnv4.testing import assert_as_accurate, forward_backward
+
+DEVICE = 'cuda'
+SAME = dict(kernel_size=3, padding=1)
+NAMES = ('output', 'grad_value', 'grad_offset_mask')
+
+
+def why_not() -> str:
+    if not torch.cuda.is_available():
+        return 'no GPU'
+    return '' if 'cuda' in _extension.build_info else 'the CUDA kernels are not compiled'
+
+
+def needs_memory(gigabytes):
+    """Mark of a test that takes as much memory of the GPU."""
+    total = torch.cuda.get_device_properties(0).total_memory if not why_not() else 0
+    return pytest.mark.skipif(total < gigabytes * 1e9,
+                              reason=f'needs a GPU with {gigabytes} GB of memory')
+
+
+on_a_gpu = [pytest.mark.cuda, pytest.mark.skipif(bool(why_not()), reason=why_not() or 'a GPU'),
+            pytest.mark.usefixtures('poisoned_memory')]
+
+
+def set_fast(on=None):
+    """Turns the tensor-core kernels on or off; None: as MMDCNV4_FAST says."""
+    on = _extension.build_info['cuda']['fast'] if on is None else on
+    torch.ops.mmdcnv4._set_cuda_fast(on)
+
+
+def on_gpu(value, offset_mask, **geometry):
+    """`dcnv4` of CPU tensors, computed on the GPU."""
+    return dcnv4(value.to(DEVICE), offset_mask.to(DEVICE), backend='native', **geometry).cpu()
+
+
+def gpu_inputs(size=(2, 9, 7, 2, 16), dtypes=(F32, F32), **geometry):
+    inputs, grad_output = make_call(size, dtypes, geometry or SAME)
+    return inputs.value.to(DEVICE), inputs.offset_mask.to(DEVICE), grad_output.to(DEVICE)
+
+
+def gradients(value, offset_mask, grad_output, **options):
+    """Output and gradients of a call on the GPU."""
+    value, offset_mask = (t.detach().requires_grad_() for t in (value, offset_mask))
+    output = dcnv4(value, offset_mask, **options)
+    return (output, *torch.autograd.grad(output, (value, offset_mask), grad_output))
+
+
+def assert_all(actual, inputs, grad_output, **geometry):
+    """Compares output and gradients with the reference."""
+    reference = forward_backward(dcnv4_reference, inputs, grad_output, **geometry)
+    exact = forward_backward(dcnv4_reference, inputs.leaves(F64, F64), grad_output, **geometry)
+    for name, *tensors in zip(NAMES, actual, reference, exact):
+        assert torch.isfinite(tensors[0]).all(), name
+        assert_as_accurate(*tensors, name=name)
+
+
+def check(inputs, grad_output, **geometry):
+    """Computes a call on the GPU and compares it with the reference."""
+    assert_all(forward_backward(on_gpu, inputs, grad_output, **geometry), inputs, grad_output,
+               **geometry)
