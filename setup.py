@@ -15,6 +15,7 @@ build isolation the torch of the environment that asked for the build is used, n
 kernels work only with the torch they were built against.
 """
 
+import hashlib
 import importlib.util
 import os
 import platform
@@ -123,6 +124,29 @@ def default_architectures(toolkit: tuple, torch_version: tuple) -> str:
     return ';'.join(names) + '+PTX'
 
 
+def kernel_hash() -> str:
+    """Names the CUDA kernels by their sources; comments and spaces do not count."""
+    digest = hashlib.sha256()
+    paths = [*(ROOT / 'csrc' / 'cuda').rglob('*'), *(ROOT / 'csrc').glob('launch_plan.*'),
+             ROOT / 'csrc' / 'bilinear.h', ROOT / 'csrc' / 'dcnv4_params.h']
+    for path in sorted(paths, key=lambda path: path.name):
+        if path.suffix in ('.cu', '.cuh', '.h', '.cpp') and path.name != 'dcnv4_cuda.cu':
+            text = re.sub(r'//[^\n]*|/\*.*?\*/', ' ', path.read_text(encoding='utf-8'),
+                          flags=re.DOTALL)
+            digest.update(' '.join(text.split()).encode())
+    return digest.hexdigest()[:16]
+
+
+def write_kernel_hash() -> str:
+    """A header with the hash, written anew when it changes; returns its folder."""
+    path = ROOT / 'build' / 'generated' / 'mmdcnv4_kernel_hash.h'
+    text = f'#define MMDCNV4_KERNEL_HASH "{kernel_hash()}"\n'
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return str(path.parent)
+
+
 def cuda_flags(cuda_home: str) -> list:
     """Flags of our own CUDA files; sets TORCH_CUDA_ARCH_LIST where the user did not."""
     import torch
@@ -152,15 +176,17 @@ def make_extension() -> dict:
     sources = ['csrc/library.cpp', 'csrc/dcnv4_check.cpp', 'csrc/launch_plan.cpp']
     sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'csrc/cpu').glob('*.cpp'))
     arguments = {'cxx': cpu_flags()}
-    kind = cpp_extension.CppExtension
+    kind, includes = cpp_extension.CppExtension, {}
     if with_cuda:
         kind = cpp_extension.CUDAExtension
         sources += sorted(str(path.relative_to(ROOT))
                           for path in (ROOT / 'csrc/cuda').rglob('*.cu'))
         arguments['cxx'].append('-DMMDCNV4_WITH_CUDA=1')
         arguments['nvcc'] = cuda_flags(cpp_extension.CUDA_HOME)
+        includes['include_dirs'] = [write_kernel_hash()]
     links = [SANITIZERS] if os.environ.get('MMDCNV4_SANITIZE') == '1' else []
-    extension = kind('mmdcnv4._C', sources, extra_compile_args=arguments, extra_link_args=links)
+    extension = kind('mmdcnv4._C', sources, extra_compile_args=arguments, extra_link_args=links,
+                     **includes)
     return dict(ext_modules=[extension], cmdclass=dict(build_ext=cpp_extension.BuildExtension))
 
 

@@ -75,10 +75,11 @@ def make_problem(shape: tuple[int, int, int, int], group_channels: int, dtype: t
 def ours(p: Problem, fast: bool = False) -> Call:
     """The kernels of this package; `fast`: those on tensor cores, where they are made for it."""
     value, packed = (t.detach().requires_grad_() for t in (p.value, p.offset_mask))
-    choose = getattr(torch.ops.mmdcnv4, '_set_cuda_fast', lambda on: None)  # absent from CPU builds
+    # absent from CPU builds
+    choose = getattr(torch.ops.mmdcnv4, '_set_cuda_fast', lambda choice: None)
     return Call(lambda: dcnv4(value, packed, kernel_size=KERNEL, padding=1, groups=p.groups,
                               offset_scale=p.offset_scale, backend='native'),
-                (value, packed), prepare=lambda: choose(fast))
+                (value, packed), prepare=lambda: choose(str(int(fast))))
 
 
 def official(p: Problem) -> Call:

@@ -58,8 +58,10 @@ TORCH_LIBRARY(mmdcnv4, m) {
       "bool softmax, bool backward, int multiprocessors) -> str");
 #ifdef MMDCNV4_WITH_CUDA
   m.def("_cuda_info() -> str");
-  // Turns the tensor-core kernels on or off, as MMDCNV4_FAST=1 does. For tests and benchmarks.
-  m.def("_set_cuda_fast(bool on) -> ()");
+  // Turns the tensor-core kernels on ("1") or off ("0"), or on where they are proven ("auto"), as
+  // MMDCNV4_FAST does; and the compute capabilities for which they are. See ops/proven.py.
+  m.def("_set_cuda_fast(str choice) -> ()");
+  m.def("_set_cuda_proven(int[] capabilities) -> ()");
 #endif
 }
 

@@ -7,16 +7,18 @@ Paste its output into a bug report.
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
 import torch
 
 from . import registration
-from .ops import _extension, get_backend
+from .ops import _extension, get_backend, kernel_check, proven
 from .version import __version__
 
 _PACKAGES = ('mmengine', 'mmcv', 'mmdet', 'mmsegmentation', 'mmdet3d', 'mmpretrain', 'numpy')
@@ -59,15 +61,25 @@ def _cpu_kernels() -> str:
 def _cuda_kernels() -> str:
     cuda: dict[str, Any] = _extension.build_info.get('cuda', {})
     if cuda:
-        state = 'on' if cuda['fast'] else 'off (MMDCNV4_FAST=1 turns them on)'
-        return (f'built for {", ".join(cuda["architectures"])} with CUDA {cuda["toolkit"]}; '
-                f'tensor-core kernels {state}')
+        return (f'built for {", ".join(cuda["architectures"])} with CUDA {cuda["toolkit"]} '
+                f'({cuda["kernels"]})')
     if torch.version.cuda is None:
         return 'missing: torch is a CPU build'
     if not _extension.is_available:
         return f'missing: {_extension.missing_reason}'
     return ('missing: nvcc was not found when the package was built (or MMDCNV4_CUDA=0 was set); '
             'dcnv4 takes the PyTorch path on CUDA tensors')
+
+
+def _tensor_core_kernels() -> str:
+    """Whether they run, and why."""
+    choice = proven.choice()
+    if choice != 'auto':
+        return f'{"on" if choice == "1" else "off"} ({proven.VARIABLE}={choice})'
+    known = proven.reasons(_extension.build_info['cuda']['kernels'])
+    return '; '.join(f'{"on" if is_right else "off"} for sm_{capability} by {reason}'
+                     for capability, (is_right, reason) in sorted(known.items())) or (
+        'off: not proven for these kernels; `python -m mmdcnv4.info --check` checks them')
 
 
 def _backend() -> str:
@@ -96,6 +108,8 @@ def collect() -> list[tuple[str, list[tuple[str, str]]]]:
     kernels = [('CPU kernels', _cpu_kernels()), ('CUDA kernels', _cuda_kernels()),
                ('CUDA devices', _cuda_devices()), ('CPU threads', str(torch.get_num_threads())),
                ('backend', _backend())]
+    if 'cuda' in _extension.build_info:
+        kernels.insert(2, ('tensor cores', _tensor_core_kernels()))
     if _version('mmcv') != 'not installed':
         kernels.append(('mmcv.ops', _mmcv_ops()))
     registered = [('registered', ', '.join(_registered()) or 'nothing')]
@@ -113,5 +127,17 @@ def report() -> str:
     return '\n'.join(lines)
 
 
-if __name__ == '__main__':
+def main(argv: Sequence[str]) -> int:
+    """Prints the report; with --check, checks the CUDA kernels on this machine's GPU instead."""
+    parser = argparse.ArgumentParser(prog='python -m mmdcnv4.info',
+                                     description=__doc__.splitlines()[0])
+    parser.add_argument('--check', action='store_true', help='run every CUDA kernel on this GPU '
+                        'against the reference; tensor-core kernels that pass are used afterwards')
+    if parser.parse_args(argv).check:
+        return kernel_check.check_and_remember()
     sys.stdout.write(report() + '\n')
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

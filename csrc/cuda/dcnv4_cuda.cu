@@ -12,12 +12,13 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <mmdcnv4_kernel_hash.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <climits>
-#include <cstdlib>
 #include <map>
 #include <mutex>
 #include <string>
@@ -86,17 +87,47 @@ LaunchPlan plan_for(const Dcnv4Params& p, const at::Tensor& value, int32_t align
                           current_device_limits());
 }
 
-// Whether calls that the tensor-core kernels are made for take them. Off by default: they have not
-// run on a GPU yet.
-std::atomic<bool>& is_fast() {
-  static std::atomic<bool> value{[] {
-    const char* text = std::getenv("MMDCNV4_FAST"); // read once
-    return text != nullptr && std::string(text) == "1";
-  }()};
-  return value;
+// Which devices take the tensor-core kernels for calls that these are made for: all ("1"), none
+// ("0"), or those of a compute capability that was proven ("auto").
+class FastChoice {
+public:
+  void set(const std::string& choice) {
+    TORCH_CHECK(choice == "auto" || choice == "0" || choice == "1",
+                "dcnv4: the tensor-core kernels can be \"auto\", \"0\" or \"1\", got \"", choice,
+                "\"");
+    choice_ = choice == "auto" ? kAuto : choice == "1" ? kOn : kOff;
+  }
+  void set_proven(at::IntArrayRef capabilities) {
+    for (auto& proven : proven_) proven = false;
+    for (const int64_t capability : capabilities)
+      if (capability >= 0 && capability < int64_t(proven_.size())) proven_[capability] = true;
+  }
+  // Of the current device. The first time that a call would have been theirs it says so.
+  bool is_on(bool is_theirs) {
+    if (choice_ != kAuto) return choice_ == kOn && is_theirs;
+    if (!is_theirs) return false;
+    const size_t capability = size_t(10 * device_number(cudaDevAttrComputeCapabilityMajor) +
+                                     device_number(cudaDevAttrComputeCapabilityMinor));
+    if (capability < proven_.size() && proven_[capability]) return true;
+    TORCH_WARN_ONCE("mmdcnv4: dcnv4 runs its direct CUDA kernels; faster ones on tensor cores have "
+                    "not been proven for sm_", capability, " with this build. `python -m "
+                    "mmdcnv4.info --check` checks them in seconds and turns them on.");
+    return false;
+  }
+
+private:
+  enum Choice { kAuto, kOff, kOn };
+  std::atomic<Choice> choice_{kAuto};
+  std::array<std::atomic<bool>, 256> proven_{}; // by compute capability: 90 for sm_90
+};
+
+FastChoice& fast_choice() {
+  static FastChoice choice;
+  return choice;
 }
 
-void set_fast(bool on) { is_fast() = on; }
+void set_fast(std::string choice) { fast_choice().set(choice); }
+void set_proven(at::IntArrayRef capabilities) { fast_choice().set_proven(capabilities); }
 
 // offset_mask or its gradient, beside a value of type T.
 template <typename T>
@@ -115,10 +146,9 @@ template <typename T>
 bool try_window_forward(const Dcnv4Params& p, int32_t alignment, cudaStream_t stream,
                         const T* value, const OffsetNumbers<T>& offset_mask, T* output) {
   if constexpr (sizeof(T) == 2) {
-    if (!is_fast()) return false;
     const WindowPlan plan =
         make_window_plan(p, {int32_t(sizeof(T)), 4, alignment, false}, current_device_limits());
-    return plan.reach != 0 &&
+    return fast_choice().is_on(plan.reach != 0) &&
            launch_dcnv4_window_forward(p, plan, stream, value, offset_mask, output);
   } else {
     return false;
@@ -190,13 +220,12 @@ at::Tensor try_window_backward(const Dcnv4Params& p, const at::Tensor& grad_outp
                                const at::Tensor& value, const at::Tensor& offset_mask,
                                const at::Tensor& grad_offset_mask, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
-    if (!is_fast()) return {};
     const int32_t alignment =
         common_alignment({&grad_output, &value, &offset_mask, &grad_offset_mask});
     const WindowBackwardPlan plan =
         make_window_backward_plan(p, {int32_t(sizeof(T)), 4, alignment, true},
                                   int32_t(offset_mask.element_size()), current_device_limits());
-    if (plan.value.reach == 0) return {};
+    if (!fast_choice().is_on(plan.value.reach != 0)) return {};
     at::Tensor grad_value = at::empty(value.sizes(), value.options());
     const at::Tensor sum = at::empty(value.sizes(), value.options().dtype(at::kFloat));
     const at::Tensor rest = at::empty({p.batch, p.queries(), p.groups},
@@ -292,14 +321,15 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(const at::Tensor& grad_ou
   return {grad_value, grad_offset_mask};
 }
 
-// What was compiled: {"architectures": ["sm_90"], "toolkit": "13.0", "fast": false}.
+// What was compiled: {"architectures": ["sm_90"], "toolkit": "13.0", "kernels": "0123456789abcdef"};
+// `kernels` is a hash of their sources.
 std::string info() {
   std::string names;
   for (const std::string& name : architectures())
     names += (names.empty() ? "\"" : ", \"") + name + "\"";
   return "{\"architectures\": [" + names + "], \"toolkit\": \"" +
          std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__) +
-         "\", \"fast\": " + (is_fast() ? "true" : "false") + "}";
+         "\", \"kernels\": \"" MMDCNV4_KERNEL_HASH "\"}";
 }
 
 } // namespace
@@ -314,4 +344,5 @@ TORCH_LIBRARY_IMPL(mmdcnv4, CUDA, m) {
 TORCH_LIBRARY_IMPL(mmdcnv4, CompositeExplicitAutograd, m) {
   m.impl("_cuda_info", mmdcnv4::cuda::info);
   m.impl("_set_cuda_fast", mmdcnv4::cuda::set_fast);
+  m.impl("_set_cuda_proven", mmdcnv4::cuda::set_proven);
 }

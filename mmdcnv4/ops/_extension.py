@@ -11,6 +11,8 @@ from typing import Any, Optional
 
 import torch
 
+from . import proven
+
 
 def _load() -> Optional[str]:
     """Imports `mmdcnv4._C`; returns None, or the reason why it is not usable."""
@@ -42,6 +44,8 @@ def _read_build_info() -> dict[str, Any]:
 
 
 build_info: dict[str, Any] = _read_build_info()
+if 'cuda' in build_info:
+    proven.apply(build_info['cuda']['kernels'])
 _warned: set[str] = set()
 
 

@@ -2,9 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks every family of CUDA kernels on this machine's GPU against the reference in float64.
 
-    python -m mmdcnv4.info --check              the same, and remembers the verdict
-    python -m mmdcnv4.ops.kernel_check          a child process computes, restarted after a crash
-    python -m mmdcnv4.ops.kernel_check FAMILY   these families in this process, as JSON lines
+    python -m mmdcnv4.info --check              a table, and the verdict kept (ops/proven.py)
+    python -m mmdcnv4.ops.kernel_check FAMILY   the rows of these families (default: all) as JSON
 
 Inputs come from arithmetic rather than from a generator, so that every machine checks the same
 calls: ragged tiles; samples near their pixel, far from it and outside the image; NaN offsets and
@@ -24,7 +23,7 @@ from typing import Any, Callable, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _extension
+from . import _extension, proven
 from .contract import make_geometry, offset_mask_channels, output_size
 from .functional import dcnv4
 from .reference import dcnv4_reference
@@ -141,7 +140,7 @@ def families() -> list[str]:
 
 def on_gpu(case: Case, tensors: Tensors) -> Tensors:
     """Output and gradients of a case by the kernels of this machine's GPU."""
-    torch.ops.mmdcnv4._set_cuda_fast(case.fast)
+    torch.ops.mmdcnv4._set_cuda_fast('1' if case.fast else '0')
     torch.use_deterministic_algorithms(case.deterministic)
     return gradients(dcnv4, tuple(tensor.cuda() for tensor in tensors), groups=case.size[3],
                      backend='native', **case.geometry)
@@ -158,7 +157,8 @@ def check(case: Case, compute: Compute = on_gpu) -> list[dict[str, Any]]:
     tensors = make_call(case)
     exact = gradients(dcnv4_reference, tuple(t.double() for t in tensors), groups=case.size[3],
                       **case.geometry)
-    actual, again = compute(case, tensors), compute(case, tensors)
+    actual = compute(case, tensors)
+    again = compute(case, tensors) if case.deterministic else actual
     rows = []
     for name, result, same, right in zip(NAMES, actual, again, exact):
         allowed = ALLOWED[result.dtype]
@@ -235,24 +235,45 @@ def table(results: dict[str, list[dict[str, Any]]]) -> list[str]:
     return lines
 
 
-def main(argv: Sequence[str]) -> int:
-    """Prints JSON lines for the families of `argv`, or the table of all of them."""
-    if argv:
-        for family in families() if '--one-process' in argv else argv:
-            for row in run_family(family):
-                print(json.dumps(row), flush=True)
-        return 0
+def why_not() -> str:
+    """Why nothing can be checked here; empty if it can."""
+    if not torch.cuda.is_available():
+        return f'torch {torch.__version__} sees no GPU'
     if 'cuda' not in _extension.build_info:
-        raise RuntimeError(f'the CUDA kernels are not usable: '
-                           f'{_extension.missing_reason or "they were not compiled"}')
+        return f'no CUDA kernels: {_extension.missing_reason or "they were not compiled"}'
+    return ''
+
+
+def check_and_remember() -> int:
+    """Checks all families, prints a table and keeps the verdict; 1 if one is wrong."""
+    reason = why_not()
+    if reason:
+        print(f'mmdcnv4: there is nothing to check: {reason}', file=sys.stderr)
+        return 1
+    major, minor = torch.cuda.get_device_capability()
+    names = families() if (major, minor) >= (8, 0) else \
+        [name for name in families() if not name.startswith('window')]
     started = time.monotonic()
-    results = run_apart(families())
+    results = run_apart(names)
     print('\n'.join(table(results)))
     failed = [family for family, rows in results.items() if not is_good(rows)]
     print(f'{len(results) - len(failed)} of {len(results)} families are right, '
           f'{time.monotonic() - started:.0f} s'
           + (f'; wrong: {", ".join(failed)}' if failed else ''))
+    path = proven.write_verdict(_extension.build_info['cuda']['kernels'], 10 * major + minor,
+                                torch.cuda.get_device_name(), not failed)
+    print(f'verdict kept in {path}: tensor-core kernels '
+          + ('off on this GPU; please report the table' if failed else
+             'on' if (major, minor) >= (8, 0) else 'need sm_80 or newer'))
     return 1 if failed else 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints JSON lines for the families of `argv`, computed in this process; default: all."""
+    for family in argv or families():
+        for row in run_family(family):
+            print(json.dumps(row), flush=True)
+    return 0
 
 
 if __name__ == '__main__':
