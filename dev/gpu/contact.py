@@ -60,9 +60,10 @@ class Contact:
     Args:
         out: folder for logs and results.
         budget: seconds for everything.
+        python: interpreter of all processes.
     """
 
-    def __init__(self, out: Path, budget: float, python: str = sys.executable):
+    def __init__(self, out: Path, budget: float, python: str):
         self.out, self.budget, self.python = out, budget, python
         self.started = time.monotonic()
         self.summary: list[str] = []
@@ -142,7 +143,7 @@ class Contact:
 
     def step_smoke(self) -> bool:
         """Every family of kernels against the reference."""
-        return self.run(Command('smoke', self.module('-m', 'mmdcnv4.ops.kernel_check'), 120))
+        return self.run(Command('smoke', self.module('-m', 'mmdcnv4.info', '--check'), 120))
 
     def step_bench(self) -> bool:
         """Two shapes; the released package apart, since it may take its process with it."""
@@ -188,7 +189,7 @@ class Contact:
         results = [self.run(Command(tool, [
             sanitizer, '--tool', tool, '--kernel-name', 'kns=dcnv4', '--report-api-errors', 'no',
             '--print-limit', '20', '--error-exitcode', '9', *self.module(
-                '-m', 'mmdcnv4.ops.kernel_check', '--one-process')], 110,
+                '-m', 'mmdcnv4.ops.kernel_check')], 110,
             # every allocation is one of its own, so that its end is seen
             {'PYTORCH_NO_CUDA_MEMORY_CACHING': '1'})) for tool in ('memcheck', 'racecheck')]
         return all(results)
@@ -206,9 +207,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--out', type=Path, default=ROOT / '.build' / 'contact')
     parser.add_argument('--budget', type=float, default=590, metavar='SECONDS')
+    parser.add_argument('--python', default=sys.executable)
     parser.add_argument('--steps', nargs='+', choices=STEPS, default=list(STEPS))
     args = parser.parse_args(argv)
-    contact = Contact(args.out.resolve(), args.budget)
+    contact = Contact(args.out.resolve(), args.budget, args.python)
     is_good = True
     for name in STEPS:
         if name not in args.steps and name not in NEEDED:
