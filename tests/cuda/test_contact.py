@@ -41,11 +41,12 @@ def run(tmp_path):
         if not tools:
             (tmp_path / 'ncu').unlink(missing_ok=True)
             (tmp_path / 'compute-sanitizer').unlink(missing_ok=True)
-        environment = {**os.environ, 'CALLS': str(calls), 'PATH': path, **changes}
         calls = tmp_path / 'calls'
         calls.touch()
-        result = subprocess.run([sys.executable, str(SCRIPT), '--python', str(tmp_path / 'python'),
-                                 '--out', str(tmp_path / 'out'), *arguments], env=environment, capture_output=True, text=True,
+        command = [sys.executable, str(SCRIPT), '--python', str(tmp_path / 'python'), '--out',
+                   str(tmp_path / 'out'), *arguments]
+        environment = {**os.environ, 'CALLS': str(calls), 'PATH': path, **changes}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True,
                                 timeout=60)
         summary = (tmp_path / 'out' / 'summary.txt').read_text()
         return result, summary, calls.read_text().splitlines()
