@@ -14,14 +14,15 @@ export MPLBACKEND ?= Agg
 NATIVE_SOURCES := $(shell find csrc -type f -not -name '*.md') setup.py pyproject.toml \
                   mmdcnv4/version.py
 
-.PHONY: help setup build test demo lint format bench sanitize cuda-build test-gpu bench-gpu clean
+.PHONY: help setup build test demo lint format bench sanitize cuda-build test-gpu first-contact bench-gpu clean
 help:
 	@echo 'make demo      set up, train the quick start on the CPU, draw its pictures'
 	@echo 'make test      set up, run every test'
 	@echo 'make bench     time the operator on this machine'
 	@echo 'make sanitize  hostile inputs under AddressSanitizer and UBSan'
 	@echo 'make lint      ruff and mypy'
-	@echo 'make test-gpu  build for the GPU of this machine and test on it; bench-gpu: time it'
+	@echo 'make test-gpu  build for the GPU of this machine and test on it; bench-gpu: time it;'
+	@echo '               first-contact OUT=folder: all of it, with profiles, in ten minutes'
 	@echo 'make cuda-build  compile and link the CUDA kernels, without a GPU'
 	@echo 'make build     compile the extension after a change in csrc/'
 
@@ -51,9 +52,12 @@ bench: $(VENV)/.built
 sanitize: $(VENV)/.built
 	bash dev/sanitize.sh $(BIN)/python
 
-# These two use the Python of the machine, with its CUDA build of torch; no mm package is needed.
+# These three use the Python of the machine, with its CUDA build of torch; no mm package is needed.
 test-gpu:
-	bash dev/gpu/test.sh $(or $(GPU_PYTHON),python3)
+	$(or $(GPU_PYTHON),python3) dev/gpu/contact.py --steps smoke tests sanitizers
+
+first-contact:
+	$(or $(GPU_PYTHON),python3) dev/gpu/contact.py --out $(or $(OUT),.build/contact)
 
 bench-gpu:
 	bash dev/gpu/build.sh $(or $(GPU_PYTHON),python3)

@@ -189,7 +189,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     args = parse_arguments(argv)
     reason = why_not()
     if reason:
-        print(f'benchmark_gpu: {reason}', file=sys.stderr)
+        print(f'benchmarks/gpu.py: {reason}', file=sys.stderr)
         return 1
     started = time.monotonic()
     torch.backends.cudnn.benchmark = True  # the peers at their best

@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""The operators that `benchmark_gpu.py` times, each on the same inputs.
+"""The operators that `gpu.py` times, each on the same inputs.
 
 A peer is made for one problem and gives a function without arguments and the tensors that want
 gradients. Peers that compute what `dcnv4` computes (`is_same`) are held to the reference first.

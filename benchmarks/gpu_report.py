@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""What `benchmark_gpu.py` writes: JSON, tables, a summary, a plot."""
+"""What `gpu.py` writes: JSON, tables, a summary, a plot."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Report:
         report = json.loads(path.read_text())
         for key in ('device', 'torch'):
             if report[key] != head[key]:
-                raise SystemExit(f'benchmark_gpu: {path} has {key} {report[key]!r}, '
+                raise SystemExit(f'benchmarks/gpu.py: {path} has {key} {report[key]!r}, '
                                  f'here it is {head[key]!r}')
         return cls(head, path.with_suffix(''), report['rows'])
 

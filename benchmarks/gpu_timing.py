@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""How `benchmark_gpu.py` measures: device time by replays of CUDA graphs, host time by a loop."""
+"""How `gpu.py` measures: device time by replays of CUDA graphs, host time by a loop."""
 
 from __future__ import annotations
 
@@ -85,6 +85,8 @@ class Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
     calls: int  # in the graph
     replays: int  # in a round
+    # a graph owns nothing it reads; the next capture gives unused memory back to the device
+    keeps: list[Callable[[], Any]]
 
 
 def prepare(calls: list[Call], with_backward: bool) -> tuple[dict[str, Captured], dict[str, Any]]:
@@ -99,9 +101,9 @@ def prepare(calls: list[Call], with_backward: bool) -> tuple[dict[str, Captured]
     wanted = max(FEWEST_CALLS, len(calls))
     count = max(1, min(wanted, int(LONGEST_GRAPH / once)))
     replays = max(1, min(REPLAYS_PER_ROUND, int(LONGEST_ROUND / (once * count))))
-    graphs = {'device_ms': Captured(capture(runs, count), count, replays)}
+    graphs = {'device_ms': Captured(capture(runs, count), count, replays, runs)}
     if len(calls) > 1 and count == wanted:
-        graphs['hot_ms'] = Captured(capture(runs[:1], count), count, replays)
+        graphs['hot_ms'] = Captured(capture(runs[:1], count), count, replays, runs)
     repeat = max(3, min(200, int(LONGEST_LOOP / once)))
     return graphs, dict(host_ms=host_time(runs[0], repeat), calls=count, replays=ROUNDS * replays)
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 ROOT = Path(__file__).resolve().parents[2]
-BENCHMARK = ROOT / 'benchmarks' / 'benchmark_gpu.py'
+BENCHMARK = ROOT / 'benchmarks' / 'gpu.py'
 SHAPES = ('64x56x56x128', '1x100x160x256')
 HAS_KERNELS = ('from mmdcnv4.ops import _extension as e; '
                'assert "cuda" in e.build_info, e.missing_reason; print(e.build_info["cuda"])')
@@ -171,7 +171,9 @@ class Contact:
         for page in ('raw', 'source') if done else ():
             self.run(Command(f'profile {page}', [ncu, '--import', report, '--page', page, '--csv'],
                              40))
-        return done
+        return done and self.run(Command('profile table', self.module(
+            str(ROOT / 'dev' / 'gpu' / 'profiled_calls.py'), '--table',
+            str(self.out / 'profile-raw.log')), 20))
 
     def step_tests(self) -> bool:
         """The tests on a GPU, their parts at the same time."""

@@ -96,7 +96,7 @@ def test_the_wheel_holds_configs_and_tools(installed):
     # tools that build and check the sources are of no use without them
     tools = {path.name for path in (mim / 'tools').iterdir()}
     assert tools >= {'analysis_tools', 'benchmark_op.py', 'dist_train.sh', 'launchers.sh'}
-    assert not tools & {'test_gpu.sh', 'benchmark_gpu.py', 'cuda_build.sh', 'sanitize.sh'}
+    assert not tools & {'contact.py', 'gpu.py', 'build.sh', 'sanitize.sh', 'setup_venv.sh'}
 
 
 def test_a_config_elsewhere_inherits_from_the_wheel(installed, tmp_path):

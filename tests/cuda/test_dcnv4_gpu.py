@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels on a GPU, in every dtype, against the reference in float64.
 
-Skipped without a GPU. `dev/gpu/test.sh` builds the kernels, runs this file and more, and fails
-where a test was skipped for want of kernels. These tests take the kernels that a user gets: the
+Skipped without a GPU. `make test-gpu` builds the kernels, runs this file and more, and fails
+where there is no GPU. These tests take the kernels that a user gets: the
 direct ones, or with MMDCNV4_FAST=1 those on tensor cores where they are made for a call.
 """
 

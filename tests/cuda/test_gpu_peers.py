@@ -5,9 +5,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -249,3 +251,22 @@ def test_what_depends_on_the_shape_alone_is_measured_once(fake_gpu, monkeypatch)
                         sys.modules['gpu_peers'].Peer(lambda problem: pytest.fail('again')))
     second = fake_gpu.measure_case(case._replace(offsets='D1'), ['attention'], known)
     assert [row['peers'] for row in first] == [row['peers'] for row in second]
+
+
+@pytest.mark.skipif(not _extension.is_available, reason='no kernels')
+def test_a_graph_keeps_what_it_reads(fake_gpu, monkeypatch):
+    """The memory of an unused tensor goes back to the device, and a replay would read it."""
+    timing, peers = sys.modules['gpu_timing'], sys.modules['gpu_peers']
+    made, real = [], torch.randn_like
+
+    def randn_like(tensor):
+        made.append(weakref.ref(grad := real(tensor)))
+        return grad
+    monkeypatch.setattr(torch, 'randn_like', randn_like)
+    problem = peers.make_problem((1, 5, 7, 32), 16, torch.float32, 'D1', device='cpu')
+    graphs, _ = timing.prepare([peers.ours(problem)], with_backward=True)
+    gc.collect()
+    assert made and all(reference() is not None for reference in made)
+    del graphs
+    gc.collect()
+    assert not any(reference() is not None for reference in made)
