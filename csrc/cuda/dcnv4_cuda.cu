@@ -321,8 +321,8 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(const at::Tensor& grad_ou
   return {grad_value, grad_offset_mask};
 }
 
-// What was compiled: {"architectures": ["sm_90"], "toolkit": "13.0", "kernels": "0123456789abcdef"};
-// `kernels` is a hash of their sources.
+// What was compiled: {"architectures": ["sm_90"], "toolkit": "13.0", "kernels": "0123456789abcd"},
+// the last a hash of their sources.
 std::string info() {
   std::string names;
   for (const std::string& name : architectures())
