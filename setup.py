@@ -101,7 +101,9 @@ def cpu_flags() -> list:
         # whose own OpenMP runtime the dynamic linker finds.
         flags.append('-fopenmp')
     if os.environ.get('MMDCNV4_SANITIZE') == '1':
-        flags += [SANITIZERS, '-fno-sanitize-recover=all', '-fno-omit-frame-pointer', '-g', '-O1']
+        # Python's own flags may have -fwrapv, under which no signed overflow is reported
+        flags += [SANITIZERS, '-fno-wrapv', '-fno-sanitize-recover=all', '-fno-omit-frame-pointer',
+                  '-g', '-O1']
     return flags
 
 

@@ -31,16 +31,22 @@ struct Bilinear {
   int32_t inside; // 0: no corner exists, the sample and all its gradients are zero
 };
 
-// One axis: position -> floor, fraction, presence. `size` is the number of pixels along the axis.
+// Floor and fraction of a position on an axis of `size` <= 2^30 pixels. -1 and below, and NaN,
+// which compares false, become `lowest`; what lies above the image becomes `size`.
 // No branches, and minima and maxima in the form of the machine instructions: this is vectorised.
+template <typename T>
+MMDCNV4_HD int32_t floor_of(T position, T lowest, int32_t size, T& fraction) {
+  T clamped = position > T(-1) ? position : lowest;
+  clamped = clamped < T(size) ? clamped : T(size);
+  fraction = clamped - std::floor(clamped);
+  return static_cast<int32_t>(clamped - fraction); // exact
+}
+
+// One axis: position -> corners, fraction, presence.
 template <typename T>
 MMDCNV4_HD void bilinear_axis(T position, int32_t size, int32_t& lower, int32_t& upper, T& fraction,
                               int32_t& has_lower, int32_t& has_upper) {
-  // -1 and below, and NaN, which compares false, go to a place that has no corner
-  T clamped = position > T(-1) ? position : T(-2);
-  clamped = clamped < T(size) ? clamped : T(size);
-  fraction = clamped - std::floor(clamped);
-  const int32_t base = static_cast<int32_t>(clamped - fraction); // exact
+  const int32_t base = floor_of(position, T(-2), size, fraction); // -2: a place without a corner
   const int32_t last = size - 1;
   has_lower = static_cast<uint32_t>(base) < static_cast<uint32_t>(size);
   has_upper = static_cast<uint32_t>(base + 1) < static_cast<uint32_t>(size);
@@ -61,6 +67,18 @@ MMDCNV4_HD Bilinear<T> make_bilinear(T x, T y, int32_t height, int32_t width) {
   // the same as the flags say, but on a GPU they would stay in registers for it
   b.inside = (x > T(-1)) & (x < T(width)) & (y > T(-1)) & (y < T(height));
   return b;
+}
+
+// What a sample takes from each of its corners, times a factor (the mask).
+template <typename T>
+struct CornerWeights {
+  T w00, w01, w10, w11; // (y0 x0), (y0 x1), (y1 x0), (y1 x1)
+};
+
+template <typename T>
+MMDCNV4_HD CornerWeights<T> corner_weights(T factor, T wx0, T wx1, T wy0, T wy1) {
+  const T top = factor * wy0, bottom = factor * wy1;
+  return {top * wx0, top * wx1, bottom * wx0, bottom * wx1};
 }
 
 // From the dot products d_yx of grad_output with the four corners (zero where a corner is missing)

@@ -29,8 +29,11 @@ struct Dcnv4Params {
   int64_t channels() const { return groups * group_channels; }                           // C
   int32_t points() const { return kernel_h * kernel_w - (remove_center ? 1 : 0); }       // K
   int64_t queries() const { return out_height * out_width; }                             // Q
-  int64_t center_h() const { return int64_t(dilation_h) * (kernel_h - 1) / 2; }
-  int64_t center_w() const { return int64_t(dilation_w) * (kernel_w - 1) / 2; }
+  // from the first to the last tap of a window at rest, and to its centre, in pixels
+  int64_t span_h() const { return int64_t(dilation_h) * (kernel_h - 1); }
+  int64_t span_w() const { return int64_t(dilation_w) * (kernel_w - 1); }
+  int64_t center_h() const { return span_h() / 2; }
+  int64_t center_w() const { return span_w() / 2; }
 };
 
 // Calls visit(k, i, j) for every tap k at column i and row j of the kernel, column by column.

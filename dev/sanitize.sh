@@ -52,7 +52,8 @@ import torch, mmdcnv4._C
 library = pathlib.Path(mmdcnv4._C.__file__)
 assert library.is_relative_to(sys.argv[1]), f'{library} is not the sanitized build'
 content = library.read_bytes()
-for symbol in (b'__asan_report_load', b'__ubsan_handle_float_cast_overflow'):
+for symbol in (b'__asan_report_load', b'__ubsan_handle_float_cast_overflow',
+               b'__ubsan_handle_mul_overflow'):
     assert symbol in content, f'{library} was compiled without {symbol.decode()}'
 ctypes.CDLL(None).__asan_init, ctypes.CDLL(None).__ubsan_handle_out_of_bounds
 print(f'yes: {library}')
@@ -75,6 +76,6 @@ elif ! grep -q 'heap-buffer-overflow' "$build.log" || ! grep -q 'csrc/cpu/' "$bu
 fi
 grep -m 1 'heap-buffer-overflow' "$build.log" | sed 's/^/yes: /'
 
-echo 'Hostile inputs'
-sanitized -m pytest -p no:cacheprovider -q -c "$root/pyproject.toml" --rootdir "$root" \
+echo 'Hostile inputs'  # not captured: a report that ends the process would be lost
+sanitized -m pytest -p no:cacheprovider --capture=sys -q -c "$root/pyproject.toml" --rootdir "$root" \
   -m hostile "$root/tests/ops" "$@"

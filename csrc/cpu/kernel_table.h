@@ -8,7 +8,7 @@
 #include <type_traits>
 
 #include "dcnv4_kernels.h"
-#include "msda_kernels.h"
+#include "ms_deform_attn_kernels.h"
 
 namespace mmdcnv4 {
 namespace cpu {
@@ -17,8 +17,8 @@ template <typename T>
 struct Kernels {
   Dcnv4Forward<T> dcnv4_forward;
   Dcnv4Backward<T> dcnv4_backward;
-  MsdaForward<T> msda_forward;
-  MsdaBackward<T> msda_backward;
+  MsDeformAttnForward<T> ms_deform_attn_forward;
+  MsDeformAttnBackward<T> ms_deform_attn_backward;
 };
 
 struct KernelTable {

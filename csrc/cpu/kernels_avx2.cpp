@@ -14,7 +14,7 @@
 
 #define MMDCNV4_INSTRUCTION_SET avx2
 #define MMDCNV4_VECTOR_BYTES 32
-#include "instruction_set.inl"
+#include "kernels.inl"
 
 #if defined(__clang__)
 #pragma clang attribute pop

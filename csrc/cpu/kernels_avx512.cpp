@@ -15,7 +15,7 @@
 
 #define MMDCNV4_INSTRUCTION_SET avx512
 #define MMDCNV4_VECTOR_BYTES 64
-#include "instruction_set.inl"
+#include "kernels.inl"
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -7,4 +7,4 @@
 
 #define MMDCNV4_INSTRUCTION_SET generic
 #define MMDCNV4_VECTOR_BYTES 16
-#include "instruction_set.inl"
+#include "kernels.inl"

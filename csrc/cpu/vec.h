@@ -1,12 +1,20 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// vec.h — a row of kLanes numbers. With GCC and Clang it is a vector register (or a few), by
+// vec.h — kLanes neighbouring numbers. With GCC and Clang it is a vector register (or a few), by
 // means of their vector extensions, so that one kernel source serves SSE, AVX, AVX-512 and NEON;
 // with other compilers it is an array, left to the optimiser.
 //
-// To be included inside the namespace of an instruction set only (see dcnv4_kernels.inl): a
-// template compiled for AVX-512 must never be the one that the linker keeps for all.
+// In the namespace of an instruction set: a template compiled for AVX-512 must never be the one
+// that the linker keeps for all.
+#pragma once
+
+#include "kernel_scope.h"
+
+namespace mmdcnv4 {
+namespace cpu {
+namespace MMDCNV4_INSTRUCTION_SET {
+namespace {
 
 template <typename T, int kLanes>
 struct Vec {
@@ -117,3 +125,27 @@ struct TapWeights<T, kLanes, true> {
   MMDCNV4_HD void next() { lane += Integer(1); }
 };
 #endif
+
+// Part of the channels of a row: kVectors * kLanes neighbouring ones, which stay in registers.
+template <int kLanes_, int kVectors_>
+struct Strip {
+  static constexpr int kLanes = kLanes_, kVectors = kVectors_;
+};
+
+// Calls visit(channel, Strip) for strips that cover the channels [channel, count), widest first.
+template <int kLanes, int kVectors, typename Visit>
+MMDCNV4_HD void for_strips(int64_t channel, int64_t count, const Visit& visit) {
+  for (; count - channel >= kVectors * kLanes; channel += kVectors * kLanes)
+    visit(channel, Strip<kLanes, kVectors>());
+  if (channel == count) return;
+  if constexpr (kVectors > 1) {
+    for_strips<kLanes, kVectors / 2>(channel, count, visit);
+  } else if constexpr (kLanes > 1) {
+    for_strips<kLanes / 2, 1>(channel, count, visit);
+  }
+}
+
+} // namespace
+} // namespace MMDCNV4_INSTRUCTION_SET
+} // namespace cpu
+} // namespace mmdcnv4

@@ -21,6 +21,7 @@ Sizes = Sequence[tuple[int, int]]
 _NAME = 'multi_scale_deformable_attention'
 # an extension that was built before this function has no kernels of it
 _IS_COMPILED = _extension.is_available and hasattr(torch.ops.mmdcnv4, 'ms_deform_attn')
+_LARGEST_SIDE, _MOST_PIXELS = 2**30, 2**31 - 1  # the kernels count pixels in 32 bits
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -41,6 +42,9 @@ def _check(value: Tensor, sizes: Sizes, locations: Tensor, weights: Tensor) -> N
         raise ValueError(f'{_NAME}: sizes must be (height, width) of at least one level, all '
                          f'positive, got {sizes}')
     pixels = sum(height * width for height, width in sizes)
+    if max(map(max, sizes)) > _LARGEST_SIDE or pixels > _MOST_PIXELS:
+        raise ValueError(f'{_NAME}: sizes must have sides <= {_LARGEST_SIDE} and at most '
+                         f'{_MOST_PIXELS} pixels together, got {sizes}')
     if value.dim() != 4 or value.shape[1] != pixels or 0 in value.shape[2:]:
         raise ValueError(f'{_NAME}: value must have shape (B, {pixels}, heads, channels), the '
                          f'pixels of sizes, got {tuple(value.shape)}')

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -202,6 +203,24 @@ def test_a_pixel_that_is_not_sampled_is_not_read(instruction_set):
 
 
 @pytest.mark.hostile
+@pytest.mark.parametrize('size', [(2**30, 1), (1, 2**30)])
+def test_the_longest_side(size, instruction_set):
+    """4 GiB of virtual memory, of which a few pages are touched."""
+    try:
+        value = torch.from_numpy(np.zeros((1, 2**30, 1, 1), np.float32))
+    except MemoryError:
+        pytest.skip('no 4 GiB of address space')
+    value[0, 2**30 - 64] = 3
+    # 2^30 - 0.5 and 2^30 - 64.5 pixels, rounded to float32: just outside, and on that pixel
+    locations = torch.tensor([[0.5, 1], [0.5, 1 - 2.0**-24], [0.5, 9], [0.5, math.nan]])
+    if size[0] == 1:
+        locations = locations.flip(-1)
+    out = run((value, locations.view(1, 4, 1, 1, 1, 2), torch.ones(1, 4, 1, 1, 1)), [size],
+              backend='native')
+    assert out.flatten().tolist() == [0, 3, 0, 0]
+
+
+@pytest.mark.hostile
 @pytest.mark.parametrize('batch, queries', [(0, 5), (2, 0), (0, 0)])
 def test_nothing_to_do(batch, queries, native):
     sizes = [(2, 3), (1, 1)]
@@ -218,6 +237,8 @@ def test_nothing_to_do(batch, queries, native):
     (dict(value=torch.ones(2, 95, 3, 5, dtype=torch.int64)), TypeError, 'value must be a tensor'),
     (dict(sizes=[]), ValueError, 'sizes must be'),
     (dict(sizes=[(8, 9), (4, 5), (0, 3)]), ValueError, 'sizes must be'),
+    (dict(sizes=[(2**30 + 1, 1)]), ValueError, 'sizes must have sides <= 1073741824'),
+    (dict(sizes=[(2**15, 2**16)]), ValueError, 'at most 2147483647 pixels together'),
     (dict(locations=torch.rand(2, 7, 3, 3, 4, 3)), ValueError, 'locations must have shape'),
     (dict(locations=torch.rand(2, 7, 3, 2, 4, 2)), ValueError, 'locations must have shape'),
     (dict(locations=torch.rand(2, 7, 3, 3, 0, 2)), ValueError, 'locations must have shape'),
@@ -241,8 +262,10 @@ def test_the_operator_checks_too(native):
         call(value, locations, weights, [8, 9])
     with pytest.raises(ValueError, match='sizes must be'):
         call(value, locations, weights, [8, 9, 4])
-    with pytest.raises(ValueError, match='smaller than 2'):
-        call(value, locations, weights, [2**31 - 1, 2**31 - 1])
+    with pytest.raises(ValueError, match='sizes must have sides <= 1073741824'):
+        call(value, locations, weights, [1, 2**30 + 1])  # 2^31 - 1 is no float32
+    with pytest.raises(ValueError, match='at most 2147483647 pixels together'):
+        call(value, locations, weights, [2**30, 1, 2**15, 2**15])
     with pytest.raises(TypeError, match='dtype of value'):
         call(value, locations.double(), weights, [8, 9, 4, 5, 3, 1])
     with pytest.raises(ValueError, match='weights must have shape'):

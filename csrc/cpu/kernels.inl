@@ -1,10 +1,14 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// instruction_set.inl — the kernels of both operators for one instruction set and their table.
-// The including file has chosen the instruction set and defines
-//   MMDCNV4_INSTRUCTION_SET  its name, also that of the namespace
-//   MMDCNV4_VECTOR_BYTES     the size of a vector register
+// kernels.inl — the kernels of both operators for one instruction set (kernel_scope.h), and their
+// table.
+#pragma once
+
+#include "dcnv4_backward.inl"
+#include "dcnv4_forward.inl"
+#include "ms_deform_attn_backward.inl"
+#include "ms_deform_attn_forward.inl"
 
 #define MMDCNV4_STRING_OF(name) #name
 #define MMDCNV4_STRING(macro) MMDCNV4_STRING_OF(macro)
@@ -16,16 +20,9 @@ namespace cpu {
 namespace MMDCNV4_INSTRUCTION_SET {
 namespace {
 
-constexpr int kVectorBytes = MMDCNV4_VECTOR_BYTES;
-#include "vec.h"
-
-#include "dcnv4_kernels.inl"
-
-#include "msda_kernels.inl"
-
 template <typename T>
-constexpr Kernels<T> kKernels = {dcnv4_forward<T>, dcnv4_backward<T>, msda_forward<T>,
-                                 msda_backward<T>};
+constexpr Kernels<T> kKernels = {dcnv4_forward<T>, dcnv4_backward<T>, ms_deform_attn_forward<T>,
+                                 ms_deform_attn_backward<T>};
 
 } // namespace
 } // namespace MMDCNV4_INSTRUCTION_SET

@@ -1,7 +1,8 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// msda_cpu.cpp — multi-scale deformable attention on the CPU: check, allocate, split over threads.
+// ms_deform_attn_cpu.cpp — multi-scale deformable attention on the CPU: check, allocate, split over
+// threads.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -19,10 +20,12 @@ namespace mmdcnv4 {
 namespace cpu {
 namespace {
 
+constexpr int64_t kMaxSide = int64_t(1) << 30; // pixel coordinates are 32-bit
+
 // Levels and sizes of a call; owns the arrays that `params` points to.
 struct Call {
   std::vector<int32_t> heights, widths, starts;
-  MsdaParams params;
+  MsDeformAttnParams params;
 };
 
 void check_tensor(const at::Tensor& tensor, const at::Tensor& value, at::IntArrayRef shape,
@@ -42,15 +45,16 @@ void check_levels(at::IntArrayRef sizes, Call& call) {
                     "ms_deform_attn: sizes must be height and width of each level, got ", sizes);
   int64_t pixels = 0;
   for (size_t i = 0; i < sizes.size(); i += 2) {
-    TORCH_CHECK_VALUE(sizes[i] > 0 && sizes[i + 1] > 0 && sizes[i] <= INT32_MAX / sizes[i + 1],
-                      "ms_deform_attn: sizes must be positive and a level smaller than 2^31 "
-                      "pixels, got ", sizes);
+    TORCH_CHECK_VALUE(sizes[i] > 0 && sizes[i + 1] > 0,
+                      "ms_deform_attn: sizes must be positive, got ", sizes);
+    TORCH_CHECK_VALUE(sizes[i] <= kMaxSide && sizes[i + 1] <= kMaxSide,
+                      "ms_deform_attn: sizes must have sides <= ", kMaxSide, ", got ", sizes);
     call.heights.push_back(int32_t(sizes[i]));
     call.widths.push_back(int32_t(sizes[i + 1]));
     call.starts.push_back(int32_t(pixels));
     pixels += sizes[i] * sizes[i + 1];
-    TORCH_CHECK_VALUE(pixels <= INT32_MAX, "ms_deform_attn: sizes must be smaller than 2^31 pixels "
-                      "together, got ", sizes);
+    TORCH_CHECK_VALUE(pixels <= INT32_MAX, "ms_deform_attn: sizes must have at most ", INT32_MAX,
+                      " pixels together, got ", sizes);
   }
   call.params.pixels = pixels;
 }
@@ -62,7 +66,7 @@ Call check_call(const at::Tensor& value, const at::Tensor& locations, const at::
   const auto dtype = value.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble,
                    "ms_deform_attn: value must be float32 or float64, got ", dtype);
-  MsdaParams& p = call.params;
+  MsDeformAttnParams& p = call.params;
   TORCH_CHECK_VALUE(value.dim() == 4 && value.size(1) == p.pixels && value.size(2) > 0 &&
                         value.size(3) > 0,
                     "ms_deform_attn: value must have shape (B, ", p.pixels,
@@ -86,9 +90,9 @@ Call check_call(const at::Tensor& value, const at::Tensor& locations, const at::
 }
 
 template <typename T>
-void run_forward(const MsdaParams& p, const at::Tensor& value, const at::Tensor& locations,
+void run_forward(const MsDeformAttnParams& p, const at::Tensor& value, const at::Tensor& locations,
                  const at::Tensor& weights, at::Tensor& output) {
-  const auto run = kernels<T>().msda_forward;
+  const auto run = kernels<T>().ms_deform_attn_forward;
   const T *maps = value.const_data_ptr<T>(), *where = locations.const_data_ptr<T>();
   const T* factors = weights.const_data_ptr<T>();
   T* to = output.mutable_data_ptr<T>();
@@ -101,10 +105,10 @@ void run_forward(const MsdaParams& p, const at::Tensor& value, const at::Tensor&
 }
 
 template <typename T>
-void run_backward(const MsdaParams& p, const at::Tensor& grad_output, const at::Tensor& value,
-                  const at::Tensor& locations, const at::Tensor& weights, at::Tensor& grad_value,
-                  at::Tensor& grad_locations, at::Tensor& grad_weights) {
-  const auto run = kernels<T>().msda_backward;
+void run_backward(const MsDeformAttnParams& p, const at::Tensor& grad_output,
+                  const at::Tensor& value, const at::Tensor& locations, const at::Tensor& weights,
+                  at::Tensor& grad_value, at::Tensor& grad_locations, at::Tensor& grad_weights) {
+  const auto run = kernels<T>().ms_deform_attn_backward;
   const T *grad = grad_output.const_data_ptr<T>(), *maps = value.const_data_ptr<T>();
   const T *where = locations.const_data_ptr<T>(), *factors = weights.const_data_ptr<T>();
   T *to = grad_value.mutable_data_ptr<T>(), *to_where = grad_locations.mutable_data_ptr<T>();
@@ -118,7 +122,7 @@ void run_backward(const MsdaParams& p, const at::Tensor& grad_output, const at::
 at::Tensor forward(const at::Tensor& value, const at::Tensor& locations, const at::Tensor& weights,
                    at::IntArrayRef sizes) {
   const Call call = check_call(value, locations, weights, sizes);
-  const MsdaParams& p = call.params;
+  const MsDeformAttnParams& p = call.params;
   at::Tensor output = at::empty({p.batch, p.queries, p.heads * p.channels}, value.options());
   if (output.numel() == 0) return output;
   const at::Tensor maps = value.contiguous(), where = locations.contiguous();
@@ -135,7 +139,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& grad_output, const at::Tensor& value, const at::Tensor& locations,
     const at::Tensor& weights, at::IntArrayRef sizes) {
   const Call call = check_call(value, locations, weights, sizes);
-  const MsdaParams& p = call.params;
+  const MsDeformAttnParams& p = call.params;
   check_tensor(grad_output, value, {p.batch, p.queries, p.heads * p.channels}, "grad_output");
   at::Tensor grad_value = at::empty(value.sizes(), value.options());
   at::Tensor grad_locations = at::empty(locations.sizes(), value.options());

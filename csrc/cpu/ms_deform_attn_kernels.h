@@ -1,8 +1,8 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// msda_kernels.h — multi-scale deformable attention on the CPU as plain functions on pointers. No
-// torch headers.
+// ms_deform_attn_kernels.h — multi-scale deformable attention on the CPU as plain functions on
+// pointers. No torch headers.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace mmdcnv4 {
 namespace cpu {
 
 // Sizes of one call. A level l is a map of heights[l] x widths[l] pixels from pixel starts[l] on.
-struct MsdaParams {
+struct MsDeformAttnParams {
   int64_t batch;    // B
   int64_t pixels;   // S, of all levels together
   int64_t queries;  // Q
@@ -26,7 +26,7 @@ struct MsdaParams {
 
 // Queries [begin, end) of the B * Q queries of the call.
 template <typename T>
-using MsdaForward = void (*)(const MsdaParams& p,
+using MsDeformAttnForward = void (*)(const MsDeformAttnParams& p,
                              const T* value,     // [B, S, M, D]
                              const T* locations, // [B, Q, M, L, P, 2]
                              const T* weights,   // [B, Q, M, L, P]
@@ -35,7 +35,7 @@ using MsdaForward = void (*)(const MsdaParams& p,
 
 // One head of one sample of the batch: its slice of all three gradients, written whole.
 template <typename T>
-using MsdaBackward = void (*)(const MsdaParams& p,
+using MsDeformAttnBackward = void (*)(const MsDeformAttnParams& p,
                               const T* grad_output, // [B, Q, M, D]
                               const T* value, const T* locations, const T* weights,
                               T* grad_value, T* grad_locations, T* grad_weights,
