@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Callable, NamedTuple, Optional
 
 import torch
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from .ops import dcnv4_reference, offset_mask_channels, output_size
 from .ops.contract import Geometry, IntOrPair, make_geometry
+from .ops.reference import sampling_positions, split_offset_mask
 
-# Largest error, as a fraction of the largest exact number, that is always allowed.
-# float64: only the order of sums differs. Others: a few roundings of the type; on top of it comes
-# twice the error that the reference makes in that type (see `assert_as_accurate`).
-TOLERANCE_FLOOR = {
-    torch.float64: 1e-10,
-    torch.float32: 4 * 2.0**-24,
+# Largest relative error of one rounding.
+UNIT_ROUNDOFF = {
+    torch.float64: 2.0**-53,
+    torch.float32: 2.0**-24,
     torch.float16: 2.0**-11,
     torch.bfloat16: 2.0**-8,
 }
+_SMALLEST_HALF = 2.0**-25  # half of the step between the smallest numbers of float16
 
 # Geometries that are never square and never symmetric, and the usual ones. `dcnv4` arguments.
 GEOMETRIES: dict[str, dict[str, Any]] = {
@@ -139,41 +139,229 @@ def forward_backward(function: Callable[..., Tensor], inputs: Inputs, grad_outpu
     return output.detach(), grad_value, grad_offset_mask
 
 
-def assert_as_accurate(actual: Tensor, reference: Tensor, exact: Tensor,
-                       name: str = 'result') -> None:
-    """Asserts that `actual` errs at most twice as much as `reference`, plus a floor.
+def error_bounds(inputs: Inputs, grad_output: Tensor, *, weight_error: float = 0.0,
+                 **geometry: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """How far output and gradients of any right implementation may be from the exact ones.
+
+    To first order, for sums in any order. With u, one rounding of the type in which is computed,
+    and with all sums over absolute values:
+
+    - a sum of n products errs by at most (n + 3) u times the sum of their absolute values;
+    - a position, (tap + offset) * scale + base, errs by p u with p = 3 |(tap + offset) * scale| +
+      |position|, and thus each of the two weights of its axis by (p + 2) u;
+    - a softmax mask errs by (2 R + K + 10) u of itself, R being the range of the K logits and 4 u
+      allowed for an exponential.
+
+    What is a difference in exact numbers (a derivative, a sample of pixels of both signs) is a sum
+    here. Rounding the results to their own types is not included (see `assert_within`). Positions
+    must not be closer to an integer than they err, unless they lie exactly on it.
+
+    Args:
+        inputs, grad_output: of the call, in the types of the call.
+        weight_error: relative error of the bilinear weights times masks on top of it, for kernels
+            that round them.
+        geometry: the other arguments of :func:`mmdcnv4.ops.dcnv4`.
+
+    Returns:
+        Bounds of the output, the gradient of value and that of offset_mask, in float64.
+    """
+    rules = make_geometry(**geometry)
+    # the float64 reference errs as well
+    u = 2 * UNIT_ROUNDOFF[torch.float64] if inputs.value.dtype == torch.float64 else (
+        UNIT_ROUNDOFF[torch.float32])
+    taps = _Taps.of(inputs, grad_output, rules, u)
+    terms, depth = 4 * rules.points, inputs.value.shape[3] // rules.groups
+    all4, by_x, by_y, full = taps.sums()
+    relative = taps.mask_error + weight_error + (terms + 3) * u
+    mask, (px, py) = taps.mask, taps.position_error
+    output = taps.sum_taps(mask * relative, full) + taps.sum_taps(mask * px, by_x) + (
+        taps.sum_taps(mask * py, by_y))
+
+    grad_value = taps.scatter(relative - terms * u, px, py).reshape(inputs.value.shape)
+    all4, by_x, by_y, full = (taps.dot(part) for part in (all4, by_x, by_y, full))
+    scale = abs(rules.offset_scale) * mask
+    grad_x = scale * ((depth + 4) * u * by_x + (8 * u + py) * all4 + taps.mask_error * by_x)
+    grad_y = scale * ((depth + 4) * u * by_y + (8 * u + px) * all4 + taps.mask_error * by_y)
+    grad_mask = (depth * full + 8 * all4) * u + px * by_x + py * by_y
+    if rules.softmax:
+        # m_k (h_k - sum_j m_j h_j)
+        mean = taps.over_taps(mask * grad_mask)
+        size = full + taps.over_taps(mask * full)
+        relative = 2 * taps.mask_error + (rules.points + 4) * u
+        grad_mask = mask * (grad_mask + mean + relative * size)
+    return output, grad_value, taps.pack(grad_x, grad_y, grad_mask, inputs.offset_mask)
+
+
+class _Taps(NamedTuple):
+    """Sizes of all that a call adds up: per sample (N, G, L = Ho * Wo * K), in float64."""
+
+    inside: Tensor
+    mask: Tensor  # absolute
+    mask_error: Tensor  # relative
+    position_error: tuple[Tensor, Tensor]  # of the weights of an axis, x and y
+    corners: list[tuple[Tensor, Tensor, Tensor, Tensor]]  # pixel, exists, weight of x, of y
+    value: Tensor  # (N, G, H * W, D), absolute
+    grad: Tensor  # (N, G, Ho * Wo, D), absolute
+    rules: Geometry
+    u: float
+    image: tuple[int, int]
+
+    @classmethod
+    def of(cls, inputs: Inputs, grad_output: Tensor, rules: Geometry, u: float) -> _Taps:
+        batch, height, width, _ = inputs.value.shape
+        out_h, out_w = inputs.offset_mask.shape[1:3]
+        offset, mask = split_offset_mask(inputs.offset_mask.detach().double(), rules)
+        x, y = sampling_positions(offset, rules, out_h, out_w)
+        inside = (x > -1) & (x < width) & (y > -1) & (y < height)
+        axes = [torch.where(inside, axis, 0) for axis in (x, y)]
+        moves = ((_taps(rules).to(offset) + offset) * rules.offset_scale).abs().unbind(-1)
+        errors = [torch.where(inside, 3 * move + axis.abs() + 2, 0) * u
+                  for move, axis in zip(moves, axes)]
+        mask_error = torch.zeros_like(mask)
+        if rules.softmax:
+            spread = mask.amax(-1, keepdim=True) - mask.amin(-1, keepdim=True)
+            mask_error = mask_error + (2 * spread + rules.points + 10) * u
+            mask = mask.softmax(-1)  # also of samples outside: they have gradients
+        else:
+            mask = torch.where(inside, mask.abs(), 0)
+
+        def flat(tensor: Tensor) -> Tensor:
+            return tensor.permute(0, 3, 1, 2, 4).flatten(2)
+
+        corners = []
+        lower = [axis.floor() for axis in axes]
+        x, y = (axis - floor for axis, floor in zip(axes, lower))
+        for dy, dx in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            column, line = lower[0] + dx, lower[1] + dy
+            exists = inside & (column >= 0) & (column < width) & (line >= 0) & (line < height)
+            pixel = torch.where(exists, line * width + column, 0).long()
+            corners.append((flat(pixel), flat(exists), flat(x if dx else 1 - x),
+                            flat(y if dy else 1 - y)))
+
+        def grouped(tensor: Tensor) -> Tensor:
+            tensor = tensor.detach().double().abs().flatten(1, 2)
+            return tensor.unflatten(-1, (rules.groups, -1)).transpose(1, 2)
+
+        return cls(flat(inside), flat(mask), flat(mask_error), (flat(errors[0]), flat(errors[1])),
+                   corners, grouped(inputs.value), grouped(grad_output), rules, u,
+                   (out_h, out_w))
+
+    def sums(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sums over the corners of |value|, (N, G, L, D): as it is, and weighed with the weights
+        that are left of the derivative by x and by y, and with both."""
+        parts = []
+        for pixel, exists, x, y in self.corners:
+            corner = self.value.gather(2, pixel[..., None].expand(-1, -1, -1,
+                                                                  self.value.shape[-1]))
+            corner = torch.where(exists[..., None], corner, 0)
+            parts.append((corner, y[..., None] * corner, x[..., None] * corner,
+                          (x * y)[..., None] * corner))
+        all4, by_x, by_y, full = (torch.stack(part).sum(0) for part in zip(*parts))
+        return all4, by_x, by_y, full
+
+    def over_taps(self, tensor: Tensor) -> Tensor:
+        """Sums (N, G, L) over the taps of a row, and repeats the sum for each of them."""
+        rows = tensor.unflatten(2, (-1, self.rules.points))
+        return rows.sum(-1, keepdim=True).expand_as(rows).flatten(2)
+
+    def sum_taps(self, factor: Tensor, part: Tensor) -> Tensor:
+        """(N, G, L) * (N, G, L, D) -> (N, Ho, Wo, C)."""
+        rows = (factor[..., None] * part).unflatten(2, (*self.image, self.rules.points)).sum(4)
+        return rows.permute(0, 2, 3, 1, 4).flatten(3)
+
+    def dot(self, part: Tensor) -> Tensor:
+        """(N, G, L, D) -> (N, G, L): with |grad_output|."""
+        rows = part.unflatten(2, (-1, self.rules.points))
+        return (rows * self.grad[:, :, :, None]).sum(-1).flatten(2)
+
+    def scatter(self, relative: Tensor, px: Tensor, py: Tensor) -> Tensor:
+        """Bound of the gradient of value, (N, H * W, G, D); a pixel adds up as many terms as
+        samples touch it."""
+        absolute, size = torch.zeros_like(self.value), torch.zeros_like(self.value)
+        count = torch.zeros_like(self.value[..., 0])
+        points = self.rules.points
+        for pixel, exists, x, y in self.corners:
+            there = torch.where(exists, self.mask, 0)
+            index = pixel[..., None].expand(-1, -1, -1, self.value.shape[-1])
+            for total, factor in ((absolute, there * (relative * x * y + px * y + py * x)),
+                                  (size, there * x * y)):
+                rows = factor.unflatten(2, (-1, points))[..., None] * self.grad[:, :, :, None]
+                total.scatter_add_(2, index, torch.where(exists[..., None], rows.flatten(2, 3), 0))
+            count.scatter_add_(2, pixel, exists.double())
+        return (absolute + self.u * count[..., None] * size).transpose(1, 2)
+
+    def pack(self, grad_x: Tensor, grad_y: Tensor, grad_mask: Tensor, like: Tensor) -> Tensor:
+        """The bounds (N, G, L) in the layout of offset_mask; a sample outside has gradient zero."""
+        rows = [torch.where(self.inside, grad, 0).unflatten(2, (*self.image, self.rules.points))
+                for grad in (grad_x, grad_y)]
+        if not self.rules.softmax:
+            grad_mask = torch.where(self.inside, grad_mask, 0)
+        mask = grad_mask.unflatten(2, (*self.image, self.rules.points))
+        packed = torch.cat([torch.stack(rows, -1).flatten(-2), mask], -1)
+        packed = packed.permute(0, 2, 3, 1, 4).flatten(3)
+        return F.pad(packed, (0, like.shape[3] - packed.shape[3]))
+
+
+def assert_within(actual: Tensor, exact: Tensor, bound: Tensor, name: str = 'result') -> None:
+    """Asserts that every number of `actual` is within its bound, plus one rounding to its type.
 
     Args:
         actual: the result under test.
-        reference: the reference in the same dtype, on the same inputs.
-        exact: the reference in float64, on the same (rounded) inputs.
+        exact: the reference in float64, on the same (rounded) inputs. Where it is not finite,
+            `actual` must not be finite either, and the other way round.
+        bound: of :func:`error_bounds`.
         name: for the message.
     """
-    assert actual.shape == exact.shape and actual.dtype == reference.dtype, name
-    if actual.numel() == 0:
-        return
-    exact = exact.double()
-    error = (actual.double() - exact).abs().max().item()
-    allowed = (2 * (reference.double() - exact).abs().max().item()
-               + TOLERANCE_FLOOR[actual.dtype] * exact.abs().max().item())
-    assert error <= allowed, f'{name}: error {error:.3e}, allowed {allowed:.3e}'
+    assert actual.shape == exact.shape == bound.shape, name
+    is_finite = exact.isfinite()
+    assert torch.equal(actual.isfinite(), is_finite), f'{name}: other numbers are not finite'
+    allowed = bound.to(exact.device)
+    if actual.dtype != torch.float64:
+        allowed = allowed + UNIT_ROUNDOFF[actual.dtype] * (exact.abs() + allowed)
+    if actual.dtype == torch.float16:
+        allowed = allowed + _SMALLEST_HALF
+    error = (actual.double() - exact).abs()
+    # not `error > allowed`: a bound that is NaN must not allow everything
+    too_large = is_finite & ~(error <= allowed)
+    if too_large.any():
+        worst = torch.where(too_large, error / allowed, 0).nan_to_num(posinf=1e300).argmax()
+        place = tuple(map(int, torch.unravel_index(worst, error.shape)))
+        raise AssertionError(f'{name}: {int(too_large.sum())} of {error.numel()} numbers are too '
+                             f'far off; at {place} the error is {error[place]:.3e}, allowed '
+                             f'{allowed[place]:.3e}')
+
+
+def assert_accurate(actual: Sequence[Optional[Tensor]], inputs: Inputs, grad_output: Tensor, *,
+                    weight_error: float = 0.0, **geometry: Any) -> None:
+    """Compares output, gradient of value, gradient of offset_mask (None: not computed) with the
+    float64 reference, each number with its own bound (see :func:`error_bounds`)."""
+    wide = inputs.leaves(torch.float64, torch.float64)
+    if all(tensor is None for tensor in actual[1:]):
+        exact: tuple[Tensor, ...] = (dcnv4_reference(*wide, **geometry).detach(),)
+    else:
+        exact = forward_backward(dcnv4_reference, wide, grad_output, **geometry)
+    bounds = error_bounds(inputs, grad_output, weight_error=weight_error, **geometry)
+    names = ('output', 'grad_value', 'grad_offset_mask')
+    for name, tensor, right, bound in zip(names, actual, exact, bounds):
+        if tensor is not None:
+            assert_within(tensor, right, bound, name)
+
+
+def random_grad_output(inputs: Inputs) -> Tensor:
+    """The same numbers for every call of one shape, in the type of value."""
+    shape = (*inputs.offset_mask.shape[:3], inputs.value.shape[3])
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(inputs.value)
 
 
 def assert_matches_reference(function: Callable[..., Tensor], inputs: Inputs,
                              **geometry: Any) -> None:
-    """Compares output and both gradients of `function` with the reference."""
-    out_h, out_w = inputs.offset_mask.shape[1:3]
-    shape = (inputs.value.shape[0], out_h, out_w, inputs.value.shape[3])
-    generator = torch.Generator().manual_seed(1)
-    grad_output = torch.randn(shape, generator=generator, dtype=torch.float64)
-    grad_output = grad_output.to(inputs.value.dtype)
-    wide = inputs.leaves(torch.float64, torch.float64)
+    """Compares output and both gradients of `function` with the float64 reference."""
+    grad_output = random_grad_output(inputs)
     actual = forward_backward(function, inputs, grad_output, **geometry)
-    reference = forward_backward(dcnv4_reference, inputs, grad_output, **geometry)
-    exact = forward_backward(dcnv4_reference, wide, grad_output, **geometry)
-    names = ('output', 'grad_value', 'grad_offset_mask')
-    for name, *tensors in zip(names, actual, reference, exact):
-        assert_as_accurate(tensors[0], tensors[1], tensors[2], name)
+    for tensor, source in zip(actual, (inputs.value, *inputs)):
+        assert tensor.dtype == source.dtype
+    assert_accurate(actual, inputs, grad_output, **geometry)
 
 
 @contextlib.contextmanager

@@ -125,6 +125,6 @@ def _bilinear(rows: Tensor, x: Tensor, y: Tensor, height: int, width: int) -> Te
         weight, present = (tensor.permute(0, 3, 1, 2, 4).flatten(2)[..., None]
                            for tensor in (weight, present & inside))
         corner = rows.gather(2, index[..., None].expand(-1, -1, -1, rows.shape[-1]))
-        # `where` on the product, not on the weight: a NaN pixel must not leak through a zero
-        total = total + torch.where(present, weight * corner, rows.new_zeros(()))
+        # `where` on the pixel, not on the weight: 0 * NaN must leak into neither sum nor gradient
+        total = total + weight * torch.where(present, corner, rows.new_zeros(()))
     return total

@@ -22,8 +22,8 @@ from helpers.gpu_cases import (
     on_a_gpu,
     on_gpu,
 )
-from mmdcnv4.ops import DCNv4, dcnv4, dcnv4_reference
-from mmdcnv4.testing import assert_as_accurate, forward_backward
+from mmdcnv4.ops import DCNv4, dcnv4
+from mmdcnv4.testing import Inputs, assert_accurate, forward_backward
 
 SCALARS = ([3, 3], 2, [1, 1], [1, 1], [1, 1], 1.0, False, False)
 
@@ -85,9 +85,9 @@ def test_autocast(dtype, both_paths):
         output, grad_value, grad_packed = gradients(value, offset_mask, grad_output.to(dtype),
                                                     groups=2, **SAME)
     assert (output.dtype, grad_value.dtype, grad_packed.dtype) == (dtype, F32, F32)
-    exact = dcnv4_reference(value.to(dtype).double(), offset_mask.double(), groups=2, **SAME)
-    reference = dcnv4_reference(value.to(dtype), offset_mask, groups=2, **SAME)
-    assert_as_accurate(output.detach(), reference, exact)
+    inputs = Inputs(value.to(dtype), offset_mask)
+    assert_accurate([output.detach()], inputs, grad_output, weight_error=2.0**-11, groups=2,
+                    **SAME)
 
 
 def test_compile():

@@ -7,9 +7,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.cuda_cases import F32, F64, make_call
-from mmdcnv4.ops import _extension, dcnv4, dcnv4_reference, proven
-from mmdcnv4.testing import assert_as_accurate, forward_backward
+from helpers.cuda_cases import F32, make_call
+from mmdcnv4.ops import _extension, dcnv4, proven
+from mmdcnv4.testing import assert_accurate, forward_backward
 
 DEVICE = 'cuda'
 SAME = dict(kernel_size=3, padding=1)
@@ -57,11 +57,10 @@ def gradients(value, offset_mask, grad_output, **options):
 
 def assert_all(actual, inputs, grad_output, **geometry):
     """Compares output and gradients with the reference."""
-    reference = forward_backward(dcnv4_reference, inputs, grad_output, **geometry)
-    exact = forward_backward(dcnv4_reference, inputs.leaves(F64, F64), grad_output, **geometry)
-    for name, *tensors in zip(NAMES, actual, reference, exact):
-        assert torch.isfinite(tensors[0]).all(), name
-        assert_as_accurate(*tensors, name=name)
+    assert all(tensor.isfinite().all() for tensor in actual)
+    # kernels on tensor cores round weights to 11 bits
+    is_half = inputs.value.dtype in (torch.float16, torch.bfloat16)
+    assert_accurate(actual, inputs, grad_output, weight_error=2.0**-11 * is_half, **geometry)
 
 
 def check(inputs, grad_output, **geometry):

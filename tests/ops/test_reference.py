@@ -225,6 +225,23 @@ def test_a_sample_nowhere_counts_as_zero(position):
     assert torch.equal(grad[..., [6, 7, 18 + 3]], torch.zeros(1, 3, 3, 3))
 
 
+@pytest.mark.hostile
+@pytest.mark.parametrize('x, y', [(2.5, 1.25), (-0.5, 1.25), (1.5, -0.25), (2.75, 2.5), (7, 1)])
+def test_a_missing_corner_is_no_pixel(x, y):
+    """Samples partly outside; what they do not touch is NaN, and 0 * NaN appears nowhere."""
+    value = torch.full((1, 3, 3, 2), math.nan)
+    for line in {math.floor(y), math.floor(y) + 1} & {0, 1, 2}:
+        for column in {math.floor(x), math.floor(x) + 1} & {0, 1, 2}:
+            value[0, line, column] = torch.randn(2)
+    offset_mask = torch.zeros(1, 1, 1, 8)
+    offset_mask[..., :3] = torch.tensor([x, y, 2.0])
+    value.requires_grad_(), offset_mask.requires_grad_()
+    out = dcnv4_reference(value, offset_mask, kernel_size=1, groups=1, stride=3)
+    assert out.isfinite().all()
+    for grad in torch.autograd.grad(out.sum(), (value, offset_mask)):
+        assert grad.isfinite().all()
+
+
 def test_half_inputs_are_rounded_once():
     inputs = make_inputs(1, 5, 6, 4, groups=2, dtype=torch.float16, kernel_size=5, padding=2)
     out = dcnv4_reference(*inputs, kernel_size=5, padding=2, groups=2)
