@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -157,7 +159,10 @@ def includes(path):
 
 
 SOURCES = sorted(path for path in (ROOT / 'csrc').rglob('*')
-                 if path.suffix in ('.h', '.cpp', '.cu', '.cuh'))
+                 if path.suffix in ('.h', '.inl', '.cpp', '.cu', '.cuh'))
+# kernels know no torch; what is compiled for several instruction sets shares no template with it
+TORCH_FREE_KERNELS = [path for path in SOURCES if path.parent.name == 'cpu' and (
+    path.suffix in ('.h', '.inl') or path.name.startswith('kernels_'))]
 
 
 @pytest.mark.parametrize('path', SOURCES, ids=lambda path: path.name)
@@ -170,3 +175,26 @@ def test_includes(path):
         if path.name in TORCH_FREE_HEADERS:
             is_own = name in TORCH_FREE_HEADERS
             assert is_own or re.fullmatch(r'[a-z_]+', name), f'{path.name} includes {name}'
+
+
+@pytest.mark.parametrize('path', TORCH_FREE_KERNELS, ids=lambda path: path.name)
+def test_cpu_kernels_know_no_torch(path):
+    own = {other.name for other in TORCH_FREE_KERNELS} | {
+        f'../{name}' for name in TORCH_FREE_HEADERS}
+    standard = {'cmath', 'cstdint', 'cstdlib', 'cstring', 'new', 'type_traits'}
+    assert set(includes(path)) <= own | standard
+    if path.suffix == '.inl':  # all of the standard library comes by kernel_includes.h
+        assert not set(includes(path)) & standard
+
+
+@pytest.mark.parametrize('path', [path for path in TORCH_FREE_KERNELS if path.suffix != '.cpp']
+                         + [ROOT / 'csrc' / name for name in TORCH_FREE_HEADERS],
+                         ids=lambda path: path.name)
+def test_a_file_stands_alone(path):
+    """An editor that opens it sees no undeclared name."""
+    compiler = shutil.which(os.environ.get('CXX', 'c++'))
+    if compiler is None:
+        pytest.skip('no C++ compiler')
+    result = subprocess.run([compiler, '-std=c++17', '-fsyntax-only', '-x', 'c++', str(path)],
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[:3000]

@@ -145,7 +145,9 @@ def dcnv4(value: Tensor, offset_mask: Tensor, *, kernel_size: IntOrPair, groups:
     Numerics:
         float16 and bfloat16 accumulate in float32 and are rounded once. Under autocast `value`
         is cast to the autocast dtype and a float32 `offset_mask` is kept. The CPU kernels are
-        bitwise repeatable for any number of threads.
+        bitwise repeatable for any number of threads. NaN reaches the results whose samples touch
+        it, and no others. So does an infinite pixel, mask or gradient, but whether such a result
+        is infinite or NaN (inf * 0, inf - inf) may differ between the backends.
 
     Source:
         "Efficient Deformable ConvNets", arXiv:2401.06197, section 3; the packing and the
