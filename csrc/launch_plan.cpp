@@ -14,6 +14,7 @@ namespace {
 constexpr int64_t kSliceBytes = 128; // a line of the L1 cache
 constexpr int32_t kFewestThreads = 64;
 constexpr int64_t kLargest = int64_t(1) << 32; // pixels and bytes of a pixel are 32-bit numbers
+constexpr int64_t kLargestSide = int64_t(1) << 30; // so are coordinates, with a sign
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -48,7 +49,7 @@ int32_t choose_groups_per_block(const Dcnv4Params& p, int32_t element_bytes, int
 // Width of the tile of `pixels` output pixels for which the map takes the fewest computed pixels
 // and the fewest input pixels that are read by more than one block.
 int32_t choose_tile_w(const Dcnv4Params& p, int32_t pixels) {
-  const auto reach = [](int64_t tile, int64_t stride, int64_t dilation, int64_t kernel) {
+  const auto span = [](int64_t tile, int64_t stride, int64_t dilation, int64_t kernel) {
     return double(tile - 1) * double(stride) + double(dilation) * double(kernel - 1) + 2;
   };
   double least = 0;
@@ -57,8 +58,8 @@ int32_t choose_tile_w(const Dcnv4Params& p, int32_t pixels) {
     const int32_t height = pixels / width;
     const double tiles =
         double(divide_up(p.out_width, width)) * double(divide_up(p.out_height, height));
-    const double read = reach(width, p.stride_w, p.dilation_w, p.kernel_w) *
-                        reach(height, p.stride_h, p.dilation_h, p.kernel_h);
+    const double read = span(width, p.stride_w, p.dilation_w, p.kernel_w) *
+                        span(height, p.stride_h, p.dilation_h, p.kernel_h);
     const double cost = tiles * (4.0 * pixels + read);
     if (best == 0 || cost < least) {
       least = cost;
@@ -84,6 +85,9 @@ void check_sizes(const Dcnv4Params& p) {
   if (p.height * p.width >= kLargest)
     throw std::length_error("dcnv4: an image must have fewer than 2**32 pixels on a GPU, got " +
                             std::to_string(p.height) + " x " + std::to_string(p.width));
+  if (p.out_height > kLargestSide || p.out_width > kLargestSide)
+    throw std::length_error("dcnv4: an output must have sides <= 2**30 on a GPU, got " +
+                            std::to_string(p.out_height) + " x " + std::to_string(p.out_width));
   if (p.channels() >= kLargest / 8)
     throw std::length_error("dcnv4: value must have fewer than 2**29 channels on a GPU, got " +
                             std::to_string(p.channels()));

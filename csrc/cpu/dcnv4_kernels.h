@@ -10,7 +10,7 @@
 namespace mmdcnv4 {
 namespace cpu {
 
-// Output rows [begin, end) of the N * Ho rows of the call.
+// Lines of outputs [begin, end) of the N * Ho of the call.
 template <typename T>
 using Dcnv4Forward = void (*)(const Dcnv4Params& p,
                               const T* value,       // [N, H, W, G, D]

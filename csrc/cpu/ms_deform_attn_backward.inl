@@ -25,7 +25,7 @@ MMDCNV4_HD void scatter_strip(const MsDeformAttnParams& p, const T* grad_output,
                               T* grad_value, const T* weights, SampleBlock<T>& block, T* dots) {
   Vec<T, kLanes> grad[kVectors];
   for (int v = 0; v < kVectors; ++v) grad[v] = Vec<T, kLanes>::load(grad_output + v * kLanes);
-  const int64_t stride = p.heads * p.channels, count = p.samples();
+  const int64_t stride = p.heads * p.head_channels, count = p.samples();
   for (int64_t s = 0; s < count; ++s) {
     if (!block[Sample::kInside][s]) continue;
     for (int c = 0; c < 4; ++c) {
@@ -69,16 +69,16 @@ void ms_deform_attn_backward(const MsDeformAttnParams& p, const T* grad_output, 
   SampleBlock<T> block(p, 1);
   T* dots = static_cast<T*>(std::calloc(4 * block.size, sizeof(T)));
   if (dots == nullptr) throw std::bad_alloc();
-  const int64_t stride = p.heads * p.channels;
-  const int64_t maps = sample * p.pixels * stride + head * p.channels;
+  const int64_t stride = p.heads * p.head_channels;
+  const int64_t maps = sample * p.pixels * stride + head * p.head_channels;
   for (int64_t pixel = 0; pixel < p.pixels; ++pixel)
-    std::memset(grad_value + maps + pixel * stride, 0, p.channels * sizeof(T));
+    std::memset(grad_value + maps + pixel * stride, 0, p.head_channels * sizeof(T));
   for (int64_t query = sample * p.queries; query < (sample + 1) * p.queries; ++query) {
     const int64_t row = query * p.heads + head, first = row * block.size;
     std::memset(dots, 0, 4 * block.size * sizeof(T));
     compute_samples<true>(locations + first * 2, block);
-    for_strips<kLanes, 4>(0, p.channels, [&](int64_t c, auto strip) MMDCNV4_INLINE {
-      scatter_strip<strip.kLanes, strip.kVectors>(p, grad_output + row * p.channels + c,
+    for_strips<kLanes, 4>(0, p.head_channels, [&](int64_t c, auto strip) MMDCNV4_INLINE {
+      scatter_strip<strip.kLanes, strip.kVectors>(p, grad_output + row * p.head_channels + c,
                                                   value + maps + c, grad_value + maps + c,
                                                   weights + first, block, dots);
     });

@@ -76,7 +76,7 @@ Call check_call(const at::Tensor& value, const at::Tensor& locations, const at::
                     "got ", locations.sizes());
   p.batch = value.size(0);
   p.heads = value.size(2);
-  p.channels = value.size(3);
+  p.head_channels = value.size(3);
   p.queries = locations.size(1);
   p.levels = int64_t(call.heights.size());
   p.points = locations.size(4);
@@ -97,7 +97,7 @@ void run_forward(const MsDeformAttnParams& p, const at::Tensor& value, const at:
   const T* factors = weights.const_data_ptr<T>();
   T* to = output.mutable_data_ptr<T>();
   // below about 20 microseconds of work a second thread does not pay
-  const int64_t cost = p.heads * p.samples() * (p.channels + 8) * 4;
+  const int64_t cost = p.heads * p.samples() * (p.head_channels + 8) * 4;
   at::parallel_for(0, p.batch * p.queries, std::max<int64_t>(1, 300000 / cost),
                    [&](int64_t begin, int64_t end) {
                      run(p, maps, where, factors, to, begin, end);
@@ -123,7 +123,7 @@ at::Tensor forward(const at::Tensor& value, const at::Tensor& locations, const a
                    at::IntArrayRef sizes) {
   const Call call = check_call(value, locations, weights, sizes);
   const MsDeformAttnParams& p = call.params;
-  at::Tensor output = at::empty({p.batch, p.queries, p.heads * p.channels}, value.options());
+  at::Tensor output = at::empty({p.batch, p.queries, p.heads * p.head_channels}, value.options());
   if (output.numel() == 0) return output;
   const at::Tensor maps = value.contiguous(), where = locations.contiguous();
   const at::Tensor factors = weights.contiguous();
@@ -140,7 +140,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& weights, at::IntArrayRef sizes) {
   const Call call = check_call(value, locations, weights, sizes);
   const MsDeformAttnParams& p = call.params;
-  check_tensor(grad_output, value, {p.batch, p.queries, p.heads * p.channels}, "grad_output");
+  check_tensor(grad_output, value, {p.batch, p.queries, p.heads * p.head_channels}, "grad_output");
   at::Tensor grad_value = at::empty(value.sizes(), value.options());
   at::Tensor grad_locations = at::empty(locations.sizes(), value.options());
   at::Tensor grad_weights = at::empty(weights.sizes(), value.options());

@@ -3,8 +3,8 @@
 //
 // ms_deform_attn_forward.inl — multi-scale deformable attention on the CPU.
 //
-// Computes    out[b,q,m,:] = sum_lp weight[b,q,m,l,p] * bilinear(value_l[b,:,:,m,:], x_lp, y_lp)
-//             x_lp = location_x * width_l - 0.5, likewise y_lp
+// Computes    out[b,q,m,:] = sum_lk weight[b,q,m,l,k] * bilinear(value_l[b,:,:,m,:], x_lk, y_lk)
+//             x_lk = location_x * width_l - 0.5, likewise y_lk
 // Work split  per query, the coefficients of its samples at once, one lane per sample; then each
 //             head is accumulated, one lane per channel
 // Threads     queries
@@ -28,7 +28,7 @@ MMDCNV4_HD void gather_strip(const MsDeformAttnParams& p, const T* value, const 
                              SampleBlock<T>& block, int64_t first, T* output) {
   constexpr int kChains = kVectors >= 8 ? 1 : (kVectors >= 4 ? 2 : 4);
   Vec<T, kLanes> sum[kChains][kVectors] = {};
-  const int64_t stride = p.heads * p.channels, count = p.samples();
+  const int64_t stride = p.heads * p.head_channels, count = p.samples();
   const int32_t* inside = block[Sample::kInside] + first;
   for (int64_t s = 0; s < count; ++s) {
     if (!inside[s]) continue;
@@ -52,13 +52,13 @@ void ms_deform_attn_forward(const MsDeformAttnParams& p, const T* value, const T
   constexpr int kLanes = kVectorBytes / int(sizeof(T));
   SampleBlock<T> block(p, p.heads);
   for (int64_t query = begin; query < end; ++query) {
-    const T* maps = value + query / p.queries * p.pixels * p.heads * p.channels;
+    const T* maps = value + query / p.queries * p.pixels * p.heads * p.head_channels;
     compute_samples<false>(locations + query * block.size * 2, block);
     for (int64_t head = 0; head < p.heads; ++head) {
       const int64_t first = head * p.samples();
-      const T* from = maps + head * p.channels;
-      T* to = output + (query * p.heads + head) * p.channels;
-      for_strips<kLanes, 8>(0, p.channels, [&](int64_t c, auto strip) MMDCNV4_INLINE {
+      const T* from = maps + head * p.head_channels;
+      T* to = output + (query * p.heads + head) * p.head_channels;
+      for_strips<kLanes, 8>(0, p.head_channels, [&](int64_t c, auto strip) MMDCNV4_INLINE {
         gather_strip<strip.kLanes, strip.kVectors>(
             p, from + c, weights + query * block.size + first, block, first, to + c);
       });

@@ -16,9 +16,9 @@ struct MsDeformAttnParams {
   int64_t pixels;   // S, of all levels together
   int64_t queries;  // Q
   int64_t heads;    // M
-  int64_t channels; // D, of one head
+  int64_t head_channels; // D
   int64_t levels;   // L
-  int64_t points;   // P, of one head and level
+  int64_t points;   // K, of one head and level
   const int32_t *heights, *widths, *starts;
 
   int64_t samples() const { return levels * points; } // of one query and head
@@ -28,8 +28,8 @@ struct MsDeformAttnParams {
 template <typename T>
 using MsDeformAttnForward = void (*)(const MsDeformAttnParams& p,
                              const T* value,     // [B, S, M, D]
-                             const T* locations, // [B, Q, M, L, P, 2]
-                             const T* weights,   // [B, Q, M, L, P]
+                             const T* locations, // [B, Q, M, L, K, 2]
+                             const T* weights,   // [B, Q, M, L, K]
                              T* output,          // [B, Q, M, D]
                              int64_t begin, int64_t end);
 

@@ -105,8 +105,8 @@ MMDCNV4_DEVICE Sample<T> make_sample(const KernelArguments<T>& a, const Row& row
 template <typename T>
 MMDCNV4_DEVICE Four<T> corner_weights(const Sample<T>& sample) {
   const Bilinear<T>& b = sample.bilinear;
-  const T top = sample.mask * b.wy0, bottom = sample.mask * b.wy1;
-  return {top * b.wx0, top * b.wx1, bottom * b.wx0, bottom * b.wx1};
+  const CornerWeights<T> w = corner_weights(sample.mask, b.wx0, b.wx1, b.wy0, b.wy1);
+  return {w.w00, w.w01, w.w10, w.w11};
 }
 
 template <typename T>

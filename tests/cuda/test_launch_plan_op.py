@@ -56,3 +56,8 @@ def test_plan_checks_its_inputs():
     with pytest.raises((RuntimeError, ValueError), match=r'fewer than 2\*\*32 pixels'):
         torch.ops.mmdcnv4._dcnv4_launch_plan(value, packed, [1, 1], 1, [1, 1], [0, 0], [1, 1], 1.0,
                                              False, False, False, 132)
+    value = torch.empty(1, 1, 4, 8, dtype=torch.float16, device='meta')
+    packed = torch.empty(1, 2**31 + 1, 4, 8, dtype=torch.float16, device='meta')
+    with pytest.raises((RuntimeError, ValueError), match=r'output must have sides <= 2\*\*30'):
+        torch.ops.mmdcnv4._dcnv4_launch_plan(value, packed, [1, 1], 1, [1, 1], [2**30, 0], [1, 1],
+                                             1.0, False, False, False, 132)

@@ -57,9 +57,9 @@ MMDCNV4_DEVICE uint32_t add_weights(const WindowArguments& a, uint32_t lane,
       const uint32_t column = uint32_t(x), line = uint32_t(y);
       const float fx = x - float(column), fy = y - float(line);
       const float mask = numbers.mask[k] * factor;
-      const float top = mask * (1.0f - fy), bottom = mask * fy;
+      const CornerWeights<float> w = corner_weights(mask, 1.0f - fx, fx, 1.0f - fy, fy);
       const uint32_t cell = line * Layout::kSide + column;
-      const float weight[4] = {top * (1.0f - fx), top * fx, bottom * (1.0f - fx), bottom * fx};
+      const float weight[4] = {w.w00, w.w01, w.w10, w.w11};
       uint32_t at[4];
       Layout::corners_at(cell, lane, at);
       float sum[4];

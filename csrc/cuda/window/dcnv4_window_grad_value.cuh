@@ -73,12 +73,10 @@ MMDCNV4_DEVICE void add_stencil(const WindowArguments& a, const PixelAround& pix
     corner[1] = corner[0] + a.stencil.column;
     corner[2] = corner[0] + a.stencil.line;
     corner[3] = corner[1] + a.stencil.line;
-    const float mask = numbers.mask[k];
-    const float top = mask * (1.0f - sample.fy), bottom = mask * sample.fy;
-    const float left = 1.0f - sample.fx, right = sample.fx;
+    const CornerWeights<float> w = corner_weights(numbers.mask[k], 1.0f - sample.fx, sample.fx,
+                                                  1.0f - sample.fy, sample.fy);
     // + 0.0f: of what is -0.0 it makes 0.0
-    const float weight[4] = {top * left + 0.0f, top * right + 0.0f, bottom * left + 0.0f,
-                             bottom * right + 0.0f};
+    const float weight[4] = {w.w00 + 0.0f, w.w01 + 0.0f, w.w10 + 0.0f, w.w11 + 0.0f};
     float sum[4];
 #pragma unroll
     for (int c = 0; c < 4; ++c) sum[c] = read_shared<float>(corner[c]) + weight[c];
