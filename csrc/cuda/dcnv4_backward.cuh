@@ -39,7 +39,7 @@ MMDCNV4_DEVICE void fill_backward_taps(const KernelArguments<T>& a, const Row& r
       const int32_t k = first + slot;
       const Sample<T> sample =
           make_sample<kMaybeSoftmax>(a, row, rule, packed.load_tap(k, a.points), k);
-      weight = corner_weights(sample);
+      weight = sample_weights(sample);
       pixel = corner_pixels(a, sample.bilinear);
       extra = {sample.mask, sample.bilinear.fx, sample.bilinear.fy,
                T(corner_bits(sample.bilinear))};

@@ -49,7 +49,7 @@ MMDCNV4_DEVICE bool fill_forward_taps(const KernelArguments<T>& a, const Row& ro
           make_sample<kMaybeSoftmax>(a, row, rule, packed.load_tap(k, a.points), k);
       is_inside = sample.bilinear.inside != 0;
       if (is_inside) {
-        weight = corner_weights(sample);
+        weight = sample_weights(sample);
         pixel = corner_pixels(a, sample.bilinear);
         sampled = pixel.x;
       }

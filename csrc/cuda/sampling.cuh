@@ -103,7 +103,7 @@ MMDCNV4_DEVICE Sample<T> make_sample(const KernelArguments<T>& a, const Row& row
 }
 
 template <typename T>
-MMDCNV4_DEVICE Four<T> corner_weights(const Sample<T>& sample) {
+MMDCNV4_DEVICE Four<T> sample_weights(const Sample<T>& sample) {
   const Bilinear<T>& b = sample.bilinear;
   const CornerWeights<T> w = corner_weights(sample.mask, b.wx0, b.wx1, b.wy0, b.wy1);
   return {w.w00, w.w01, w.w10, w.w11};

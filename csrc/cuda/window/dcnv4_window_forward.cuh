@@ -159,7 +159,7 @@ MMDCNV4_DEVICE void gather_taps(const WindowArguments& a, const Row& row,
     const Sample<float> sample = make_sample<false>(a.call, row, MaskRule<float>{},
                                                     packed.load_tap(k, a.call.points), k);
     if (!sample.bilinear.inside) continue;
-    const Four<float> weights = corner_weights(sample);
+    const Four<float> weights = sample_weights(sample);
     const uint4 from = corner_pixels(a.call, sample.bilinear);
     const uint32_t pixel[4] = {from.x, from.y, from.z, from.w};
     const float weight[4] = {weights.x, weights.y, weights.z, weights.w};

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     float dot[4] = {};
     if (bits != 0) {
       const Place move = move_of_tap(a, k, tap.dx, tap.dy);
-      gather_tap(!is_near(move, edge, reach), channels, pixel, corner_weights(sample), bits, grad,
+      gather_tap(!is_near(move, edge, reach), channels, pixel, sample_weights(sample), bits, grad,
                  dot);
     }
     BilinearGrad<float> sum = bilinear_grad(dot[0], dot[1], dot[2], dot[3], sample.bilinear.fx,
