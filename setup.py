@@ -175,8 +175,8 @@ def make_extension() -> dict:
         return {}
     from torch.utils import cpp_extension
     with_cuda = cuda_wanted()
-    sources = ['csrc/library.cpp', 'csrc/dcnv4_check.cpp', 'csrc/launch_plan.cpp']
-    sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / 'csrc/cpu').glob('*.cpp'))
+    sources = sorted(str(path.relative_to(ROOT)) for folder in ('csrc', 'csrc/cpu')
+                     for path in (ROOT / folder).glob('*.cpp'))
     arguments = {'cxx': cpu_flags()}
     kind, includes = cpp_extension.CppExtension, {}
     if with_cuda:

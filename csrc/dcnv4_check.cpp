@@ -13,8 +13,7 @@ constexpr int64_t kMaxKernel = 1024;
 constexpr int64_t kMaxSide = int64_t(1) << 30; // pixel coordinates are 32-bit
 
 void check_pair(at::IntArrayRef pair, const char* name, int64_t minimum) {
-  TORCH_CHECK_VALUE(pair.size() == 2, "dcnv4: ", name, " must be a pair (height, width), got ",
-              pair.size(), " numbers");
+  check_is_pair(pair, name);
   TORCH_CHECK_VALUE(pair[0] >= minimum && pair[1] >= minimum, "dcnv4: ", name, " must be >= ",
                     minimum, ", got (", pair[0], ", ", pair[1], ")");
   TORCH_CHECK_VALUE(pair[0] <= kMaxSide && pair[1] <= kMaxSide, "dcnv4: ", name, " must be <= ",
@@ -65,6 +64,11 @@ int64_t output_side(int64_t size, int64_t kernel, int64_t stride, int64_t pad, i
 }
 
 } // namespace
+
+void check_is_pair(at::IntArrayRef pair, const char* name) {
+  TORCH_CHECK_VALUE(pair.size() == 2, "dcnv4: ", name, " must be a pair (height, width), got ",
+                    pair.size(), " numbers");
+}
 
 Dcnv4Params check_dcnv4(const at::Tensor& value, const at::Tensor& offset_mask, MMDCNV4_SCALARS) {
   check_geometry(MMDCNV4_SCALAR_NAMES);

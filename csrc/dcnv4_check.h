@@ -18,7 +18,10 @@ namespace mmdcnv4 {
 #define MMDCNV4_SCALAR_NAMES \
   kernel_size, groups, stride, padding, dilation, offset_scale, remove_center, softmax
 
-// Throws c10::Error (RuntimeError in Python) naming the argument, the rule and the value.
+// A list of a schema's int[2] may have any length where the caller built it by hand.
+void check_is_pair(at::IntArrayRef pair, const char* name);
+
+// Throws ValueError or TypeError (as Python sees them) naming the argument, the rule and the value.
 Dcnv4Params check_dcnv4(const at::Tensor& value, const at::Tensor& offset_mask, MMDCNV4_SCALARS);
 
 // Additionally checks grad_output [N, Ho, Wo, C] against the parameters.

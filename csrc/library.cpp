@@ -1,10 +1,9 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// library.cpp — every schema of the namespace mmdcnv4, and the empty Python module whose import
-// loads them. Kernels register themselves in csrc/cpu and csrc/cuda.
+// library.cpp — every schema of the namespace mmdcnv4. What computes them registers itself: kernels
+// in csrc/cpu and csrc/cuda, gradient and autocast in dcnv4_autograd.cpp.
 
-#include <Python.h>
 #include <torch/library.h>
 
 #include <string>
@@ -67,11 +66,4 @@ TORCH_LIBRARY(mmdcnv4, m) {
 
 TORCH_LIBRARY_IMPL(mmdcnv4, CompositeExplicitAutograd, m) {
   m.impl("_dcnv4_launch_plan", launch_plan);
-}
-
-// import mmdcnv4._C
-PyMODINIT_FUNC PyInit__C() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr,
-                                   nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&definition);
 }

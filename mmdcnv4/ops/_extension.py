@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
+from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
@@ -14,10 +15,21 @@ import torch
 from . import proven
 
 
+def _answer_nothing(*arguments: Any) -> Any:
+    """What :data:`call_dcnv4` is without compiled kernels."""
+    return NotImplemented
+
+
+# The short way into the compiled operator, with the arguments of its schema. NotImplemented, and
+# nothing done, where an argument or a mode in force is out of the ordinary: `csrc/python_module.cpp`
+call_dcnv4: Callable[..., Any] = _answer_nothing
+
+
 def _load() -> Optional[str]:
     """Imports `mmdcnv4._C`; returns None, or the reason why it is not usable."""
+    global call_dcnv4
     try:
-        importlib.import_module('mmdcnv4._C')
+        module = importlib.import_module('mmdcnv4._C')
     except ModuleNotFoundError as error:
         if error.name != 'mmdcnv4._C':
             raise
@@ -26,6 +38,9 @@ def _load() -> Optional[str]:
     except ImportError as error:
         return (f'the compiled kernels do not load with torch {torch.__version__}: {error}. '
                 'They belong to the torch they were built with')
+    if not hasattr(module, 'dcnv4'):  # it would have no gradient either
+        return 'the compiled kernels are older than the Python files beside them'
+    call_dcnv4 = module.dcnv4
     return None
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Union
+from typing import NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -28,9 +27,10 @@ MAX_KERNEL = 1024
 MAX_SIDE = 2**30
 
 
-@dataclass(frozen=True)
-class Geometry:
+class Geometry(NamedTuple):
     """Geometry of one call, every pair in (height, width) order.
+
+    The fields are the scalars of the operator's schema, in its order.
 
     Attributes:
         kernel_size, stride, padding, dilation: in input pixels.
@@ -107,6 +107,8 @@ def make_geometry(*, kernel_size: IntOrPair, groups: int, stride: IntOrPair = 1,
         raise TypeError(f'dcnv4: groups must be an int, got {groups!r}')
     if groups < 1:
         raise ValueError(f'dcnv4: groups must be >= 1, got {groups}')
+    stride, padding = pair(stride, 'stride', 1), pair(padding, 'padding', 0)
+    dilation = pair(dilation, 'dilation', 1)
     try:  # not math.isfinite, which torch.compile cannot trace with a symbolic float
         is_finite = -math.inf < offset_scale < math.inf
     except TypeError:
@@ -119,9 +121,8 @@ def make_geometry(*, kernel_size: IntOrPair, groups: int, stride: IntOrPair = 1,
     if remove_center and kernel_size == (1, 1):
         raise ValueError('dcnv4: remove_center must be False for kernel_size (1, 1), '
                          'which would keep no tap')
-    return Geometry(kernel_size, groups, pair(stride, 'stride', 1), pair(padding, 'padding', 0),
-                    pair(dilation, 'dilation', 1), float(offset_scale), bool(remove_center),
-                    bool(softmax))
+    return Geometry(kernel_size, groups, stride, padding, dilation, float(offset_scale),
+                    bool(remove_center), bool(softmax))
 
 
 def offset_mask_channels(groups: int, points: int) -> int:
@@ -197,6 +198,11 @@ def check_tensors(value: Tensor, offset_mask: Tensor, geometry: Geometry) -> Pai
     if height == 0 or width == 0:
         raise ValueError('dcnv4: value must have at least one pixel, '
                          f'got shape {tuple(value.shape)}')
+    # symbolic sizes are left to the kernel: the question would become a condition of the graph, and
+    # torch.export refuses dimensions without an upper bound then
+    if any(isinstance(size, int) and size > MAX_SIDE for size in (height, width)):
+        raise ValueError(f'dcnv4: value must have sides <= {MAX_SIDE}, '
+                         f'got shape {tuple(value.shape)}')
     if channels == 0 or channels % geometry.groups != 0:
         raise ValueError('dcnv4: groups must divide the channels of value '
                          f'({channels}), got {geometry.groups}')
@@ -207,3 +213,21 @@ def check_tensors(value: Tensor, offset_mask: Tensor, geometry: Geometry) -> Pai
             f'dcnv4: offset_mask must have shape {expected} = (N, Ho, Wo, groups * 3K rounded up '
             f'to 8), got {tuple(offset_mask.shape)}')
     return out_h, out_w
+
+
+def check_grad_output(grad_output: Tensor, value: Tensor, output: Pair) -> None:
+    """Checks the gradient of the output, of which `output` is (Ho, Wo).
+
+    Raises:
+        TypeError, ValueError: the message names the argument, the rule and the value.
+    """
+    expected = (value.shape[0], *output, value.shape[3])
+    if tuple(grad_output.shape) != expected:
+        raise ValueError(f'dcnv4: grad_output must have shape {expected}, '
+                         f'got {tuple(grad_output.shape)}')
+    if grad_output.dtype != value.dtype:
+        raise TypeError(f'dcnv4: grad_output must have the dtype of value ({value.dtype}), '
+                        f'got {grad_output.dtype}')
+    if grad_output.device != value.device:
+        raise ValueError('dcnv4: grad_output must be on the device of value '
+                         f'({value.device}), got {grad_output.device}')

@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, Optional
+from typing import Any, Literal, Optional
 
 import torch
 from torch import Tensor
@@ -15,10 +15,10 @@ from torch._C._functorch import TransformType, get_interpreter_stack
 from torch.autograd import forward_ad
 
 from . import _extension
-from ._library import cast_to_autocast, is_autocast_on
 from .contract import (
     FLOAT_DTYPES,
     HALF_DTYPES,
+    Geometry,
     IntOrPair,
     check_types,
     make_geometry,
@@ -27,6 +27,7 @@ from .reference import evaluate_reference
 
 Backend = Literal['auto', 'native', 'pytorch']
 _BACKENDS = ('auto', 'native', 'pytorch')
+_COMPILED = ('auto', 'native')  # those that take the compiled kernels where they can
 # read once: torch.compile of torch 2.4 cannot trace through os.environ
 _from_environment: str = os.environ.get('MMDCNV4_BACKEND', 'auto')
 _override: Optional[str] = None
@@ -87,6 +88,27 @@ def _choose(backend: Optional[str], device_type: str) -> str:
             _extension.warn_once(reason)
         return 'pytorch'
     return 'native'
+
+
+def _is_autocast_on(device_type: str) -> bool:
+    """Whether an autocast region for this kind of device is open."""
+    # torch.compile of torch 2.4 cannot trace through the question whether a device has autocast
+    has_autocast = device_type in ('cpu', 'cuda') or torch.amp.is_autocast_available(device_type)
+    return has_autocast and torch.is_autocast_enabled(device_type)
+
+
+def _cast_to_autocast(value: Tensor, offset_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Autocast policy of the operator, as `csrc/dcnv4_autograd.cpp` has it.
+
+    `value` goes to the autocast dtype; float64 stays. `offset_mask` keeps float32, which holds
+    sub-pixel positions a half type cannot, or follows `value`.
+    """
+    dtype = torch.get_autocast_dtype(value.device.type)
+    if value.dtype != torch.float64:
+        value = value.to(dtype)
+    if offset_mask.dtype not in (torch.float32, torch.float64):
+        offset_mask = offset_mask.to(value.dtype)
+    return value, offset_mask
 
 
 def _widen_offset_mask(value: Tensor, offset_mask: Tensor) -> Tensor:
@@ -159,17 +181,47 @@ def dcnv4(value: Tensor, offset_mask: Tensor, *, kernel_size: IntOrPair, groups:
         >>> dcnv4(value, offset_mask, kernel_size=3, groups=4, padding=1).shape
         torch.Size([2, 14, 14, 64])
     """
+    out = _call_plain(backend, value, offset_mask, kernel_size, groups, stride, padding, dilation,
+                      offset_scale, remove_center, softmax)
+    if out is not NotImplemented:
+        return out
     geometry = make_geometry(kernel_size=kernel_size, groups=groups, stride=stride,
                              padding=padding, dilation=dilation, offset_scale=offset_scale,
                              remove_center=remove_center, softmax=softmax)
     check_types(value, offset_mask)
+    return _call_any(backend, value, offset_mask, geometry)
+
+
+def apply_geometry(value: Tensor, offset_mask: Tensor, geometry: Geometry) -> Tensor:
+    """`dcnv4` with its scalars already checked, for those who call it often.
+
+    Args:
+        value: (N, H, W, C).
+        offset_mask: (N, Ho, Wo, P).
+        geometry: of `make_geometry`.
+
+    Returns:
+        (N, Ho, Wo, C).
+    """
+    out = _call_plain(None, value, offset_mask, *geometry)
+    return _call_any(None, value, offset_mask, geometry) if out is NotImplemented else out
+
+
+def _call_plain(backend: Optional[str], *arguments: Any) -> Any:
+    """The short way: checked, cast and differentiated in C++. NotImplemented where it is closed."""
+    chosen = _override or _from_environment if backend is None else backend
+    if chosen not in _COMPILED or torch.compiler.is_compiling():
+        return NotImplemented
+    return _extension.call_dcnv4(*arguments)
+
+
+def _call_any(backend: Optional[str], value: Tensor, offset_mask: Tensor,
+              geometry: Geometry) -> Tensor:
+    """The long way, for every backend, device and mode."""
     chosen = _choose(backend, value.device.type)
-    if is_autocast_on(value.device.type):
-        value, offset_mask = cast_to_autocast(value, offset_mask)
+    if _is_autocast_on(value.device.type):
+        value, offset_mask = _cast_to_autocast(value, offset_mask)
     offset_mask = _widen_offset_mask(value, offset_mask)
     if chosen == 'pytorch':
         return evaluate_reference(value, offset_mask, geometry)
-    return torch.ops.mmdcnv4.dcnv4(  # which checks the tensors
-        value, offset_mask, geometry.kernel_size, geometry.groups, geometry.stride,
-        geometry.padding, geometry.dilation, geometry.offset_scale, geometry.remove_center,
-        geometry.softmax)
+    return torch.ops.mmdcnv4.dcnv4(value, offset_mask, *geometry)  # which checks the tensors

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .contract import IntOrPair, make_geometry, offset_mask_channels, output_size
-from .functional import dcnv4
+from .functional import apply_geometry
 
 
 def _check_type(name: str, value: object, kind: type, words: str) -> None:
@@ -109,6 +109,11 @@ class DCNv4(nn.Module):
             kernel_size=kernel_size, groups=int(group), stride=stride, padding=pad,
             dilation=dilation, offset_scale=offset_scale, remove_center=remove_center,
             softmax=softmax)
+        self._keeps_size = self.geometry.stride == (1, 1) and all(
+            2 * p == d * (k - 1) for p, d, k in
+            zip(self.geometry.padding, self.geometry.dilation, self.geometry.kernel_size))
+        # the centre of every window is the pixel itself
+        self._sees_input = self._keeps_size and dw_kernel_size is None
         self.mask_init = mask_init
         self._check_options(group, dw_kernel_size, center_feature_scale, without_pointwise)
 
@@ -146,10 +151,7 @@ class DCNv4(nn.Module):
         if without_pointwise and self.in_channels != self.channels:
             raise ValueError(f'DCNv4: in_channels must equal channels ({self.channels}) with '
                              f'without_pointwise=True, got {self.in_channels}')
-        keeps_size = self.geometry.stride == (1, 1) and all(
-            2 * p == d * (k - 1) for p, d, k in
-            zip(self.geometry.padding, self.geometry.dilation, self.geometry.kernel_size))
-        if center_feature_scale and not keeps_size:
+        if center_feature_scale and not self._keeps_size:
             raise ValueError('DCNv4: center_feature_scale needs an output of the size of the '
                              f'input, got {self.geometry}')
 
@@ -192,27 +194,25 @@ class DCNv4(nn.Module):
         if x.dim() != 4 or x.shape[3] != self.in_channels:
             raise ValueError(f'DCNv4: x must have shape (N, H, W, {self.in_channels}), '
                              f'got {tuple(x.shape)}')
-        value = x if self.value_proj is None else self.value_proj(x)
-        offset_mask = self.offset_mask(self._predictor_input(x))
-        geometry = self.geometry
-        out = dcnv4(value, offset_mask, kernel_size=geometry.kernel_size, groups=geometry.groups,
-                    stride=geometry.stride, padding=geometry.padding, dilation=geometry.dilation,
-                    offset_scale=geometry.offset_scale, remove_center=geometry.remove_center,
-                    softmax=geometry.softmax)
+        # each submodule is looked up once: nn.Module finds it by a search, on every access
+        value_proj, output_proj = self.value_proj, self.output_proj
+        value = x if value_proj is None else value_proj(x)
+        offset_mask = self.offset_mask(x if self._sees_input else self._predictor_input(x))
+        out = apply_geometry(value, offset_mask, self.geometry)
         if self.center_feature_scale:
             out = self._mix_center(out, value)
-        return out if self.output_proj is None else self.output_proj(out)
+        return out if output_proj is None else output_proj(out)
 
     def _predictor_input(self, x: Tensor) -> Tensor:
         """Brings the input of the predictor to the output positions: (N, Ho, Wo, in_channels)."""
+        if self._keeps_size:  # and so does the depthwise convolution, whose kernel is odd
+            return self.offset_mask_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         out_h, out_w = output_size(x.shape[1], x.shape[2], self.geometry)
         if self.offset_mask_dw is not None:
             u = x.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
             crop_h, crop_w = (max(-p, 0) for p in self._dw_padding)
             u = u[:, :, crop_h:u.shape[2] - crop_h, crop_w:u.shape[3] - crop_w]
             return self.offset_mask_dw(u).permute(0, 2, 3, 1)[:, :out_h, :out_w]
-        if (out_h, out_w) == tuple(x.shape[1:3]) and self.geometry.stride == (1, 1):
-            return x
         rows, columns = (self._window_centers(axis, count, x) for axis, count in
                          ((0, out_h), (1, out_w)))
         return x[:, rows[:, None], columns]
