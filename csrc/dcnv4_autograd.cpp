@@ -16,10 +16,11 @@
 #include "dcnv4_op.h"
 
 namespace mmdcnv4 {
-namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+
+namespace {
 
 // The scalars of the schema as one object, to pass through torch::autograd::Function.
 struct Scalars {
@@ -70,6 +71,9 @@ bool needs_graph(std::initializer_list<const at::Tensor*> tensors) {
   return requires_grad && at::GradMode::is_enabled();
 }
 
+} // namespace
+
+// Not in the unnamed namespace: `grad_fn` and anomaly detection show these two names.
 struct Dcnv4Function : torch::autograd::Function<Dcnv4Function> {
   static constexpr bool is_traceable = true; // by compiled autograd
 
@@ -111,6 +115,8 @@ struct Dcnv4BackwardFunction : torch::autograd::Function<Dcnv4BackwardFunction> 
                                        "backend='pytorch', whose gradients are differentiable");
   }
 };
+
+namespace {
 
 at::Tensor dcnv4_autograd(const at::Tensor& value, const at::Tensor& offset_mask,
                           MMDCNV4_SCALARS) {

@@ -10,7 +10,8 @@ namespace mmdcnv4 {
 namespace {
 
 constexpr int64_t kMaxKernel = 1024;
-constexpr int64_t kMaxSide = int64_t(1) << 30; // pixel coordinates are 32-bit
+// Pixel coordinates are 32-bit; and 3 * kMaxKernel^2 * kMaxSide fits 64 bits.
+constexpr int64_t kMaxSide = int64_t(1) << 30;
 
 void check_pair(at::IntArrayRef pair, const char* name, int64_t minimum) {
   check_is_pair(pair, name);
@@ -40,6 +41,7 @@ void check_geometry(MMDCNV4_SCALARS) {
                     "dcnv4: kernel_size must be <= ", kMaxKernel, ", got (", kernel_size[0], ", ",
                     kernel_size[1], ")");
   TORCH_CHECK_VALUE(groups >= 1, "dcnv4: groups must be >= 1, got ", groups);
+  TORCH_CHECK_VALUE(groups <= kMaxSide, "dcnv4: groups must be <= ", kMaxSide, ", got ", groups);
   check_pair(stride, "stride", 1);
   check_pair(padding, "padding", 0);
   check_pair(dilation, "dilation", 1);

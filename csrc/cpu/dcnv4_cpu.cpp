@@ -28,6 +28,16 @@ at::ScalarType compute_type(const at::Tensor& value) {
   return value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// Dense and of the type of the computation: often the tensor itself, without asking the dispatcher.
+at::Tensor prepare(const at::Tensor& tensor, at::ScalarType type) {
+  if (tensor.scalar_type() == type && tensor.is_contiguous()) return tensor;
+  return tensor.to(type).contiguous();
+}
+
+at::Tensor round_to(const at::Tensor& tensor, at::ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : tensor.to(type);
+}
+
 template <typename T>
 void run_forward(const Dcnv4Params& p, const at::Tensor& value, const at::Tensor& offset_mask,
                  at::Tensor& output) {
@@ -70,15 +80,15 @@ at::Tensor dcnv4_forward_cpu(const at::Tensor& value, const at::Tensor& offset_m
   const auto type = compute_type(value);
   at::Tensor output = at::empty({p.batch, p.out_height, p.out_width, p.channels()},
                                 value.options().dtype(type));
-  if (output.numel() == 0) return output.to(value.scalar_type());
-  const at::Tensor wide_value = value.to(type).contiguous();
-  const at::Tensor wide_offset_mask = offset_mask.to(type).contiguous();
+  if (output.numel() == 0) return round_to(output, value.scalar_type());
+  const at::Tensor wide_value = prepare(value, type);
+  const at::Tensor wide_offset_mask = prepare(offset_mask, type);
   if (type == at::kDouble) {
     run_forward<double>(p, wide_value, wide_offset_mask, output);
   } else {
     run_forward<float>(p, wide_value, wide_offset_mask, output);
   }
-  return output.to(value.scalar_type());
+  return round_to(output, value.scalar_type());
 }
 
 std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cpu(const at::Tensor& grad_output,
@@ -91,16 +101,17 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cpu(const at::Tensor& grad_out
   at::Tensor grad_value = at::empty(value.sizes(), value.options().dtype(type));
   at::Tensor grad_offset_mask = at::empty(offset_mask.sizes(), value.options().dtype(type));
   if (p.batch > 0) {
-    const at::Tensor grad = grad_output.to(type).contiguous();
-    const at::Tensor wide_value = value.to(type).contiguous();
-    const at::Tensor wide_offset_mask = offset_mask.to(type).contiguous();
+    const at::Tensor grad = prepare(grad_output, type);
+    const at::Tensor wide_value = prepare(value, type);
+    const at::Tensor wide_offset_mask = prepare(offset_mask, type);
     if (type == at::kDouble) {
       run_backward<double>(p, grad, wide_value, wide_offset_mask, grad_value, grad_offset_mask);
     } else {
       run_backward<float>(p, grad, wide_value, wide_offset_mask, grad_value, grad_offset_mask);
     }
   }
-  return {grad_value.to(value.scalar_type()), grad_offset_mask.to(offset_mask.scalar_type())};
+  return {round_to(grad_value, value.scalar_type()),
+          round_to(grad_offset_mask, offset_mask.scalar_type())};
 }
 
 } // namespace

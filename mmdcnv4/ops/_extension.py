@@ -20,8 +20,9 @@ def _answer_nothing(*arguments: Any) -> Any:
     return NotImplemented
 
 
-# The short way into the compiled operator, with the arguments of its schema. NotImplemented, and
-# nothing done, where an argument or a mode in force is out of the ordinary: `csrc/python_module.cpp`
+# The short way into the compiled operator, with the arguments of its schema. Where an argument or a
+# mode in force is out of the ordinary it does nothing and returns NotImplemented; see
+# `csrc/python_module.cpp`.
 call_dcnv4: Callable[..., Any] = _answer_nothing
 
 

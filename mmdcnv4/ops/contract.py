@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shape and range rules of the DCNv4 operator, written once for all of its Python users.
 
-`csrc/dcnv4_check.cpp` states the same rules for callers of `torch.ops`; one table of bad calls in
-`tests/ops/test_dcnv4_errors.py` is run against both, so that they cannot drift apart.
+`csrc/dcnv4_check.cpp` states the same rules, in the same order and words, for the compiled kernels.
+`tests/ops/test_dcnv4_contract.py` compares the two, rule by rule and call by call.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 # A kernel axis larger than this is a mistake in the call, and would overflow the 32-bit tap index.
 MAX_KERNEL = 1024
-# Pixel coordinates are 32-bit in the kernels.
+# Pixel coordinates are 32-bit in the kernels. More groups than that would overflow the 64-bit
+# number of channels of `offset_mask`.
 MAX_SIDE = 2**30
 
 
@@ -107,6 +108,8 @@ def make_geometry(*, kernel_size: IntOrPair, groups: int, stride: IntOrPair = 1,
         raise TypeError(f'dcnv4: groups must be an int, got {groups!r}')
     if groups < 1:
         raise ValueError(f'dcnv4: groups must be >= 1, got {groups}')
+    if groups > MAX_SIDE:
+        raise ValueError(f'dcnv4: groups must be <= {MAX_SIDE}, got {groups}')
     stride, padding = pair(stride, 'stride', 1), pair(padding, 'padding', 0)
     dilation = pair(dilation, 'dilation', 1)
     try:  # not math.isfinite, which torch.compile cannot trace with a symbolic float
@@ -198,9 +201,10 @@ def check_tensors(value: Tensor, offset_mask: Tensor, geometry: Geometry) -> Pai
     if height == 0 or width == 0:
         raise ValueError('dcnv4: value must have at least one pixel, '
                          f'got shape {tuple(value.shape)}')
-    # symbolic sizes are left to the kernel: the question would become a condition of the graph, and
-    # torch.export refuses dimensions without an upper bound then
-    if any(isinstance(size, int) and size > MAX_SIDE for size in (height, width)):
+    # Symbolic sizes are left to the kernel: asked here, the question would become a condition of
+    # the graph, and torch.export refuses dimensions without an upper bound then.
+    if not torch.compiler.is_dynamo_compiling() and any(
+            isinstance(size, int) and size > MAX_SIDE for size in (height, width)):
         raise ValueError(f'dcnv4: value must have sides <= {MAX_SIDE}, '
                          f'got shape {tuple(value.shape)}')
     if channels == 0 or channels % geometry.groups != 0:
