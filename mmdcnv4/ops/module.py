@@ -205,14 +205,15 @@ class DCNv4(nn.Module):
 
     def _predictor_input(self, x: Tensor) -> Tensor:
         """Brings the input of the predictor to the output positions: (N, Ho, Wo, in_channels)."""
-        if self._keeps_size:  # and so does the depthwise convolution, whose kernel is odd
-            return self.offset_mask_dw(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        depthwise = self.offset_mask_dw
+        if depthwise is not None and self._keeps_size:  # its kernel is odd: it keeps the size too
+            return depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (N, C, H, W) and back
         out_h, out_w = output_size(x.shape[1], x.shape[2], self.geometry)
-        if self.offset_mask_dw is not None:
+        if depthwise is not None:
             u = x.permute(0, 3, 1, 2)  # (N, H, W, C) -> (N, C, H, W)
             crop_h, crop_w = (max(-p, 0) for p in self._dw_padding)
             u = u[:, :, crop_h:u.shape[2] - crop_h, crop_w:u.shape[3] - crop_w]
-            return self.offset_mask_dw(u).permute(0, 2, 3, 1)[:, :out_h, :out_w]
+            return depthwise(u).permute(0, 2, 3, 1)[:, :out_h, :out_w]
         rows, columns = (self._window_centers(axis, count, x) for axis, count in
                          ((0, out_h), (1, out_w)))
         return x[:, rows[:, None], columns]
