@@ -72,4 +72,4 @@ def warn_once(reason: str) -> None:
         warnings.warn(
             f'mmdcnv4: the compiled kernels are not used: {reason}; the much slower PyTorch path '
             'is taken. `python -m mmdcnv4.info` tells what was built; '
-            '`pip install --no-build-isolation .` builds it anew.', RuntimeWarning, stacklevel=4)
+            '`pip install --no-build-isolation .` builds it anew.', RuntimeWarning, stacklevel=5)

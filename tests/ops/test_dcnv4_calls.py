@@ -17,11 +17,11 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 import torch
-from bad_calls import BOTH, arguments, names
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+from helpers.bad_calls import BOTH, arguments, names
 from mmdcnv4.ops import DCNv4, _extension, dcnv4, use_backend
 from mmdcnv4.testing import GEOMETRIES, make_inputs
 
@@ -46,11 +46,6 @@ def is_short(*tensors, **changes):
     out = _extension.call_dcnv4(*(tensors or inputs()), *{**CALL, **changes}.values())
     assert out is NotImplemented or isinstance(out, torch.Tensor)
     return out is not NotImplemented
-
-
-@pytest.fixture
-def long_way_only(monkeypatch):
-    monkeypatch.setattr(_extension, 'call_dcnv4', lambda *arguments: NotImplemented)
 
 
 @contextmanager
@@ -251,6 +246,14 @@ def test_both_ways_refuse_alike(monkeypatch, argument, changes, exception, messa
     assert texts[0] == texts[1]
 
 
+def test_the_warning_about_the_slow_path_names_the_line_of_the_caller(monkeypatch):
+    monkeypatch.setattr(_extension, '_warned', set())
+    tensors = inputs()
+    with forward_ad.dual_level(), pytest.warns(RuntimeWarning, match='forward-mode') as caught:
+        call(forward_ad.make_dual(tensors[0], tensors[0]), tensors[1])
+    assert caught[0].filename == __file__
+
+
 # What autograd offers around an operator
 
 
@@ -351,6 +354,21 @@ def test_forward_mode_of_the_operator_itself():
     value, offset_mask = inputs()
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match='forward-mode'):
         torch.ops.mmdcnv4.dcnv4(forward_ad.make_dual(value, value), offset_mask, *CALL.values())
+
+
+@pytest.mark.parametrize('dw_kernel_size', [None, 3])
+def test_compile_and_export_of_a_layer_that_keeps_the_size(dw_kernel_size):
+    """No geometry is parsed and no size computed in it, compiled or not."""
+    torch._dynamo.reset()
+    layer = DCNv4(8, group=2, dw_kernel_size=dw_kernel_size, mask_init=0.1)
+    torch.nn.init.normal_(layer.offset_mask.weight, std=0.1)
+    x = torch.randn(2, 5, 7, 8)
+    compiled = torch.compile(layer, fullgraph=True, backend='aot_eager')
+    torch.testing.assert_close(compiled(x), layer(x))
+    program = torch.export.export(layer, (x,))
+    assert 'mmdcnv4.dcnv4.default' in [str(node.target) for node in program.graph.nodes]
+    torch.testing.assert_close(program.module()(x), layer(x))
+    torch._dynamo.reset()
 
 
 # Who must see the call

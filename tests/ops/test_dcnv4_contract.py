@@ -16,9 +16,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_calls import BOTH, GRAD_OUTPUT, arguments, assert_raises, backward, by_torch_ops, names
 from torch._subclasses import FakeTensorMode
 
+from helpers.bad_calls import (
+    BOTH,
+    GRAD_OUTPUT,
+    arguments,
+    assert_raises,
+    backward,
+    by_torch_ops,
+    names,
+)
 from mmdcnv4.ops import contract
 from mmdcnv4.ops.contract import MAX_KERNEL, MAX_SIDE, check_tensors, make_geometry
 

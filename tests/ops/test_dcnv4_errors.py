@@ -9,8 +9,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from bad_calls import BOTH, GRAD_OUTPUT, arguments, assert_raises, backward, by_torch_ops, names
 
+from helpers.bad_calls import (
+    BOTH,
+    GRAD_OUTPUT,
+    arguments,
+    assert_raises,
+    backward,
+    by_torch_ops,
+    names,
+)
 from mmdcnv4.ops import DCNv4, dcnv4, dcnv4_reference
 
 F32, F64, F16 = torch.float32, torch.float64, torch.float16
