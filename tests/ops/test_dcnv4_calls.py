@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -414,21 +415,37 @@ def test_jit_trace_records_the_call():
 
 
 def test_other_threads_run_meanwhile():
-    """Results of threads that call at once; the lock of the interpreter is not held."""
-    expected, wrong = call(*inputs()), []
+    """A clock of another thread ticks while the kernel runs: the interpreter is not locked."""
+    value, offset_mask = torch.zeros(16, 64, 64, 128), torch.zeros(16, 64, 64, 216)
+    ticks, is_done = [], threading.Event()
+
+    def clock():
+        while not is_done.wait(0.0005):
+            ticks.append(time.perf_counter())
+
+    thread = threading.Thread(target=clock)
+    thread.start()
+    begin = time.perf_counter()
+    dcnv4(value, offset_mask, kernel_size=3, groups=8, padding=1)
+    end = time.perf_counter()
+    is_done.set()
+    thread.join()
+    assert sum(begin < tick < end for tick in ticks) >= 3
+
+
+def test_calls_of_several_threads_at_once():
+    expected, right = call(*inputs()), []
 
     def work():
         tensors = inputs()
-        for _ in range(50):
-            if not torch.equal(call(*tensors), expected):
-                wrong.append(1)
+        right.extend(torch.equal(call(*tensors), expected) for _ in range(50))
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert right == [True] * 200
 
 
 def test_an_extension_without_the_short_way_is_refused():
