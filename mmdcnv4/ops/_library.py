@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shapes of the operator for `torch.compile`, `torch.export` and meta tensors.
 
-Schema, kernels, gradient and autocast are C++ (`csrc/`); the dispatcher joins all of them. The
-rules of shapes are stated once, in Python, for they must hold for symbolic sizes too.
+Schema, kernels, gradient and autocast are C++ (`csrc/`); the dispatcher joins all of them. Only the
+fake kernels are Python: sizes may be symbols here.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from .contract import Geometry, Pair, check_grad_output, check_tensors, make_geo
 
 def _check(value: Tensor, offset_mask: Tensor, scalars: tuple) -> Pair:
     # the scalars of the schema are the fields of a geometry, in their order
-    return check_tensors(value, offset_mask,
-                         make_geometry(**Geometry(*scalars)._asdict()))
+    return check_tensors(value, offset_mask, make_geometry(**Geometry(*scalars)._asdict()))
 
 
 def _fake_forward(value: Tensor, offset_mask: Tensor, *scalars: Any) -> Tensor:
