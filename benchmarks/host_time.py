@@ -4,14 +4,15 @@
 
 A GPU works through its queue while the host fills it, so a network whose calls take the host longer
 than the device is bound by the host, whatever the kernels do. The CPU kernel runs here inside the
-measured time; on a map of one pixel it takes well under a microsecond.
+measured time.
 
 All rows of a map are timed in turns within one process, and the least time of each counts: another
-program that takes the core for a while makes a round slower, never faster. Times of different
-processes or machines are not comparable, the ratios are meant to be. Unless a row says otherwise
-only the forward pass is timed: building the graph included, destroying it included.
+program that takes the core for a while makes a round slower, never faster, and rounds are so short
+that some are left alone. Times of different processes or machines are not comparable; the ratios
+are meant to be. Unless a row says otherwise only the forward pass is timed, with making and freeing
+the graph.
 
-Usage: python benchmarks/host_time.py [--rounds 60] [--calls 200]
+Usage: python benchmarks/host_time.py [--rounds 500] [--calls 20]
 """
 
 from __future__ import annotations
@@ -111,8 +112,8 @@ def least_times(rows: dict[str, tuple[Call, Any]], rounds: int, calls: int) -> d
 def main() -> None:
     """Prints one table per map."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
-    parser.add_argument('--rounds', type=int, default=60)
-    parser.add_argument('--calls', type=int, default=200, help='calls per row and round')
+    parser.add_argument('--rounds', type=int, default=500)
+    parser.add_argument('--calls', type=int, default=20, help='calls per row and round')
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
