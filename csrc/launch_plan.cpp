@@ -148,6 +148,28 @@ void fill_mirrored_tile(int32_t offset_bytes, WindowPlan& plan) {
                       plan.threads * window_numbers_pitch(1, offset_bytes);
 }
 
+// What a block costs, in warp instructions for one group of each of its slice's pixels, as counted
+// for D = 32. A tile of output pixels: rows of 32, and the copying of its cells. A tile of input
+// pixels: its threads add up weights for the output pixels around it, as often as it takes all of
+// them, before a warp multiplies for each 4x4 input pixels.
+double block_cost(const WindowPlan& plan) {
+  const double pixels = double(plan.tile_h) * plan.tile_w;
+  if (!plan.is_mirrored) return 4.0 * pixels + cells_of(plan);
+  const double rounds = double(divide_up(cells_of(plan), plan.threads));
+  return 340.0 * rounds * plan.threads / kWarp + 370.0 * plan.threads / kWarp;
+}
+
+// Blocks that a multiprocessor holds at a time: by shared memory, of which each block takes 1 KB
+// more and all of them as much as one may opt in to and 1 KB, and by the registers of 16 warps, or of
+// 24 in the kernel for value that has a small stencil.
+int64_t blocks_per_multiprocessor(const DeviceLimits& limits, const WindowPlan& plan) {
+  constexpr int64_t kReserved = 1024;
+  const int64_t by_memory =
+      (limits.most_shared_bytes + kReserved) / (plan.shared_bytes + kReserved);
+  const int64_t warps = plan.is_mirrored && plan.reach == 2 ? 24 : 16;
+  return std::max<int64_t>(1, std::min(by_memory, warps * kWarp / plan.threads));
+}
+
 // The cheapest tile; fill(plan) gives it threads and shared memory.
 template <typename Fill>
 WindowPlan choose_tile(const Dcnv4Params& p, const DeviceLimits& limits, int32_t reach,
@@ -163,10 +185,15 @@ WindowPlan choose_tile(const Dcnv4Params& p, const DeviceLimits& limits, int32_t
     if (reach == 0) continue;
     fill(plan);
     if (!fill_grid(p, limits, plan)) continue;
-    const double blocks = double(p.batch) * double(plan.blocks_per_image());
-    // a device is busy with two blocks per multiprocessor
-    const double cost = blocks * (4.0 * tile_h * tile_w + cells_of(plan)) /
-                        std::min(blocks, 2.0 * limits.multiprocessors);
+    // A last wave that is not full takes as long as a full one. One wave alone takes at least as long
+    // as its blocks' instructions, and as long as eight warps that hide each other's waiting.
+    const int64_t held = blocks_per_multiprocessor(limits, plan);
+    const int64_t blocks = p.batch * plan.blocks_per_image();
+    const int64_t waves = divide_up(blocks, held * limits.multiprocessors);
+    const double in_wave =
+        waves > 1 ? double(held) : std::max(double(divide_up(blocks, limits.multiprocessors)),
+                                            8.0 * kWarp / plan.threads);
+    const double cost = double(waves) * in_wave * block_cost(plan);
     if (best.reach == 0 || cost < least) {
       least = cost;
       best = plan;
@@ -217,7 +244,11 @@ WindowBackwardPlan make_window_backward_plan(const Dcnv4Params& p, const LaunchR
   plan.value = choose_tile(p, limits, plan.offset_mask.reach, true,
                            [&](WindowPlan& of) { fill_mirrored_tile(offset_bytes, of); });
   if (plan.value.reach == 0) plan.offset_mask.reach = 0;
-  plan.blocks_per_launch = limits.blocks_per_launch;
+  // as many blocks as the device holds: how much is left over is known on the device alone
+  const int64_t rows_per_block = kMaxThreads / std::max<int64_t>(1, p.group_channels / 8);
+  const int64_t rows = p.batch * p.queries() * p.groups;
+  plan.rest_blocks = std::max<int64_t>(1, std::min(divide_up(rows, rows_per_block),
+                                                   8 * int64_t(limits.multiprocessors)));
   return plan;
 }
 

@@ -100,13 +100,14 @@ WindowPlan make_window_plan(const Dcnv4Params& p, const LaunchRequest& request,
 
 // How the gradient of value keeps its weights in shared memory: for each column and line from
 // -reach to reach around a pixel, one float32 for each of `pixels` pixels. Pitches in bytes; by a
-// column the banks shift by 8, by a line by 1, so that a fragment meets every bank once.
+// column the banks shift by 8 or back by 8, by a line by an odd number, so that a fragment meets
+// every bank once.
 struct StencilPitch {
   int32_t column, line, bytes;
 };
 inline StencilPitch stencil_pitch(int32_t pixels, int32_t reach) {
   const int32_t side = 2 * reach + 1;
-  const int32_t column = (pixels + 23) / kWarp * kWarp + 8;
+  const int32_t column = (pixels + 7) / 16 * 16 + 8;
   const int32_t line = side * column | 1;
   return {4 * column, 4 * line, (4 * side * line + 15) / 16 * 16};
 }
@@ -122,7 +123,7 @@ constexpr int32_t window_numbers_pitch(int32_t groups, int32_t offset_bytes) {
 // of value, cut into tiles of input pixels. Both reaches are the same, or 0.
 struct WindowBackwardPlan {
   WindowPlan offset_mask, value;
-  int64_t blocks_per_launch; // of the kernel for what the two leave over
+  int64_t rest_blocks; // of the kernel for what the two leave over
 };
 WindowBackwardPlan make_window_backward_plan(const Dcnv4Params& p, const LaunchRequest& request,
                                              int32_t offset_bytes, const DeviceLimits& limits);

@@ -228,12 +228,12 @@ at::Tensor try_window_backward(const Dcnv4Params& p, const at::Tensor& grad_outp
     if (!fast_choice().is_on(plan.value.reach != 0)) return {};
     at::Tensor grad_value = at::empty(value.sizes(), value.options());
     const at::Tensor sum = at::empty(value.sizes(), value.options().dtype(at::kFloat));
-    const at::Tensor rest = at::empty({p.batch, p.queries(), p.groups},
-                                      value.options().dtype(at::kShort));
-    const at::Tensor has_rest = at::zeros({1}, value.options().dtype(at::kInt));
+    const auto counts = value.options().dtype(at::kLong);
+    const at::Tensor rest = at::empty({p.batch, p.queries(), p.groups}, counts);
+    const at::Tensor rest_count = at::zeros({1}, counts);
     const WindowScratch scratch{static_cast<float*>(sum.mutable_data_ptr()),
-                                static_cast<uint16_t*>(rest.mutable_data_ptr()),
-                                static_cast<uint32_t*>(has_rest.mutable_data_ptr())};
+                                static_cast<uint64_t*>(rest.mutable_data_ptr()),
+                                static_cast<uint64_t*>(rest_count.mutable_data_ptr())};
     if (launch_dcnv4_window_backward(p, plan, stream,
                                      static_cast<const T*>(grad_output.const_data_ptr()),
                                      static_cast<const T*>(value.const_data_ptr()),

@@ -42,8 +42,8 @@ void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream 
 // Memory that launch_dcnv4_window_backward() works with.
 struct WindowScratch {
   float* sum;         // [N, H, W, G, D], aligned to 16 bytes, of any content
-  uint16_t* rest;     // [N, Ho, Wo, G], of any content
-  uint32_t* has_rest; // one number, zero
+  uint64_t* rest;       // [N * Ho * Wo * G], of any content; see LeftOver in window_taps.cuh
+  uint64_t* rest_count; // one number, zero
 };
 
 // The same on tensor cores, as launch_dcnv4_window_forward().

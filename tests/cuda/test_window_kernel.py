@@ -172,8 +172,9 @@ def test_bank_conflicts(emulator, tmp_path, dtype):
     assert moved['scatter'][0] == 72 and moved['scatter'][1] <= 150
     for phase in ('clear', 'weights', 'pixels', 'collect'):
         assert moved[phase] == still[phase]
-    # units with a far tap read their results again
-    assert still['finish'][1] <= moved['finish'][1] == 4 * moved['finish'][0] <= 64
+    # rows with a far tap are read again, about one pass of them a unit; two may share a bank
+    accesses, wavefronts = moved['finish']
+    assert 8 < accesses <= 10.5 and 4 * accesses <= wavefronts <= 4.25 * accesses
 
 
 @pytest.mark.parametrize('depth', [16, 32, 64])
@@ -186,7 +187,8 @@ def test_no_conflicts_but_in_the_scatter(emulator, tmp_path, depth, scale):
     assert counts['weights'] == (cells, cells)
     assert counts['pixels'] == (cells * depth / 128, cells * depth / 32)
     assert counts['collect'] == (depth / 2, depth)
-    assert depth <= counts['finish'][1] == 4 * counts['finish'][0] <= 2 * depth
+    accesses, wavefronts = counts['finish']
+    assert depth <= 4 * accesses <= wavefronts <= 1.1 * 4 * accesses <= 2 * depth
 
 
 def test_not_made_for(emulator, tmp_path):

@@ -21,7 +21,7 @@ class WindowRun(NamedTuple):
     offset_mask_plan: dict[str, int]
     value_plan: dict[str, int]
     accesses: dict[str, dict[str, int]]  # to shared memory, by phase
-    has_rest: int  # whether taps were left over
+    left_over: int  # rows some of whose taps were left over
 
 
 CODE = {F64: 0, F32: 1, F16: 2, BF16: 3}

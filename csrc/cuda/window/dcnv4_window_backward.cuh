@@ -29,21 +29,12 @@ void launch_window_grad_rest(const Dcnv4Params& p, const WindowBackwardPlan& pla
   const uint64_t count = uint64_t(p.batch) * uint64_t(p.height * p.width) *
                          uint64_t(p.channels()) * sizeof(float) / 16;
   constexpr uint64_t kCleared = kMaxThreads * kClearedPerThread;
+  const uint64_t* rest_count = scratch.rest_count;
   launch(&dcnv4_window_clear_kernel<uint4>, int64_t((count + kCleared - 1) / kCleared),
-         kMaxThreads, 0, stream, static_cast<const uint32_t*>(scratch.has_rest), count,
-         reinterpret_cast<uint4*>(scratch.sum));
-  const uint64_t rows = uint64_t(p.batch) * uint64_t(p.queries()) * uint64_t(p.groups);
-  const uint64_t rows_per_block = uint64_t(kMaxThreads >> arguments.call.team_log2);
-  const uint64_t rows_per_launch = uint64_t(plan.blocks_per_launch) * rows_per_block;
-  for (uint64_t first = 0; first < rows; first += rows_per_launch) {
-    const uint64_t left = (rows - first + rows_per_block - 1) / rows_per_block;
-    const int64_t most = plan.blocks_per_launch;
-    launch(&dcnv4_window_grad_rest_kernel<T>,
-           left < uint64_t(most) ? int64_t(left) : most, kMaxThreads, 0, stream, arguments,
-           plan.offset_mask.reach, first, rows, grad_output, value, offset_mask,
-           static_cast<const uint16_t*>(scratch.rest),
-           static_cast<const uint32_t*>(scratch.has_rest), scratch.sum, grad_offset_mask);
-  }
+         kMaxThreads, 0, stream, rest_count, count, reinterpret_cast<uint4*>(scratch.sum));
+  launch(&dcnv4_window_grad_rest_kernel<T>, plan.rest_blocks, kMaxThreads, 0, stream, arguments,
+         plan.offset_mask.reach, grad_output, value, offset_mask,
+         static_cast<const uint64_t*>(scratch.rest), rest_count, scratch.sum, grad_offset_mask);
 }
 
 template <typename T>
@@ -70,7 +61,8 @@ bool launch_dcnv4_window_backward(const Dcnv4Params& p, const WindowBackwardPlan
              begin(value, image, in_pixels, p.channels()),
              offset_mask.from(image * out_pixels * p.offset_mask_channels),
              grad_offset_mask.from(image * out_pixels * p.offset_mask_channels),
-             scratch.rest + image * out_pixels * p.groups, scratch.has_rest);
+             uint64_t(image) * uint64_t(out_pixels * p.groups), scratch.rest,
+             scratch.rest_count);
     });
     launch_window_grad_rest(p, plan, stream, grad_output, value, offset_mask, scratch,
                             grad_offset_mask);
@@ -79,7 +71,7 @@ bool launch_dcnv4_window_backward(const Dcnv4Params& p, const WindowBackwardPlan
              make_window_arguments(p, plan.value),
              begin(grad_output, image, out_pixels, p.channels()),
              offset_mask.from(image * out_pixels * p.offset_mask_channels),
-             static_cast<const uint32_t*>(scratch.has_rest),
+             static_cast<const uint64_t*>(scratch.rest_count),
              static_cast<const float*>(scratch.sum) + image * in_pixels * p.channels(),
              grad_value + image * in_pixels * p.channels());
     });

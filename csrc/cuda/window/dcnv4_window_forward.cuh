@@ -205,15 +205,16 @@ MMDCNV4_DEVICE void collect(uint32_t lane, const float (&sum)[2][kDepth / 8][4],
       }
 }
 
-// The part of finish() that is one row of each team. Rows with far taps, or without finite sums,
-// wait for kGather; returns whether this lane's does.
+// The part of finish() that is one row of each team, number `index` of the unit. Rows with far taps,
+// or without finite sums, wait for kGather; returns whether this lane's waits for its sums.
 template <bool kGather, typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE bool finish_row(const WindowArguments& a, const Tile& tile, uint32_t unit,
-                               uint32_t pass, uint32_t lane, float inverse, uint32_t far,
+                               uint32_t index, uint32_t lane, float inverse, uint32_t far,
                                const Image<T>& image, const unsigned char* area) {
   using Layout = DenseWindow<kDepth, kReach>;
-  const uint32_t index = pass * (kWarp / Layout::kTeam) + lane / Layout::kTeam;
   const uint32_t column = lane % Layout::kTeam * kChunkNumbers;
+  const bool has_row = !kGather || index < kWarp;
+  if constexpr (kGather) index %= kWarp; // all lanes take part in the shuffles
   const Row row = Layout::locate_row(a, tile, unit, index);
   uint32_t taps = __shfl_sync(kAllLanes, far, int(index));
   float factor = 1.0f;
@@ -225,7 +226,8 @@ MMDCNV4_DEVICE bool finish_row(const WindowArguments& a, const Tile& tile, uint3
   float number[kChunkNumbers] = {low.x,  low.y,  low.z,  low.w,
                                  high.x, high.y, high.z, high.w};
   const bool is_good = are_finite(number);
-  if (!row.is_valid || (is_good && taps == 0) == kGather) return row.is_valid && !kGather;
+  if (!has_row || !row.is_valid || (is_good && taps == 0) == kGather)
+    return row.is_valid && !is_good;
   const uint32_t pixel = pixel_of(a, row), channel = uint32_t(row.group) * kDepth + column;
 #pragma unroll
   for (int i = 0; i < int(kChunkNumbers); ++i) number[i] *= factor;
@@ -245,21 +247,38 @@ MMDCNV4_DEVICE bool finish_row(const WindowArguments& a, const Tile& tile, uint3
   return false;
 }
 
-// Undoes the scale of the rows, adds far taps and writes the outputs of a unit.
+// The row of a lane's team, if the rows set in `rows` are dealt out in order, one to a team; a warp's
+// number of rows where there is none left.
+template <int kTeam>
+MMDCNV4_DEVICE uint32_t deal_row(uint32_t rows, uint32_t lane) {
+#pragma unroll
+  for (uint32_t team = 1; team < kWarp / kTeam; ++team)
+    if (team <= lane / kTeam) rows &= rows - 1;
+  return rows != 0 ? uint32_t(__ffs(rows)) - 1 : kWarp;
+}
+
+// Undoes the scale of the rows, adds far taps and writes the outputs of a unit. Rows with far taps
+// are few and anywhere: they are dealt out to the teams, so that one pass takes many.
 template <typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE void finish(const WindowArguments& a, const Tile& tile, uint32_t unit, uint32_t lane,
                            float inverse, uint32_t far, const Image<T>& image,
                            const unsigned char* area) {
-  constexpr uint32_t kPasses = DenseWindow<kDepth, kReach>::kTeam;
-  bool has_more = false;
+  constexpr int kTeam = DenseWindow<kDepth, kReach>::kTeam;
+  constexpr uint32_t kTeams = kWarp / kTeam;
+  bool is_bad = false;
 #pragma unroll
-  for (uint32_t pass = 0; pass < kPasses; ++pass)
-    has_more |= finish_row<false, T, kDepth, kReach>(a, tile, unit, pass, lane, inverse, far, image,
-                                                     area);
-  if (!__any_sync(kAllLanes, has_more)) return;
+  for (uint32_t first = 0; first < kWarp; first += kTeams)
+    is_bad |= finish_row<false, T, kDepth, kReach>(a, tile, unit, first + lane / kTeam, lane,
+                                                   inverse, far, image, area);
+  uint32_t rows = __ballot_sync(kAllLanes, far != 0); // a lane holds the far taps of its row
+  if (__any_sync(kAllLanes, is_bad)) rows = kAllLanes;
 #pragma unroll 1
-  for (uint32_t pass = 0; pass < kPasses; ++pass)
-    finish_row<true, T, kDepth, kReach>(a, tile, unit, pass, lane, inverse, far, image, area);
+  while (rows != 0) {
+    const uint32_t index = deal_row<kTeam>(rows, lane);
+    finish_row<true, T, kDepth, kReach>(a, tile, unit, index, lane, inverse, far, image, area);
+#pragma unroll
+    for (uint32_t i = 0; i < kTeams; ++i) rows &= rows - 1;
+  }
 }
 
 template <typename T, int kDepth, int kReach>

@@ -12,8 +12,8 @@
 //             channels by shuffles any more
 // Work split  as dcnv4_window_forward.cuh; lane = row while taps are read
 // Left over   taps whose cells are not all in reach, or whose gradients are not finite (a product
-//             with a cell outside the image may be 0 * NaN): noted in `rest`, a bit per tap of a
-//             row, for dcnv4_window_grad_rest.cuh, which writes their gradients
+//             with a cell outside the image may be 0 * NaN): their rows go to the list `rest`, for
+//             dcnv4_window_grad_rest.cuh, which writes their gradients
 // Memory      results go through shared memory and are written once, the padding included
 // Numerics    products of 16-bit numbers are exact, sums in float32; bitwise repeatable
 // Source      arXiv:2401.06197, section 3, differentiated by hand
@@ -103,7 +103,7 @@ MMDCNV4_DEVICE RowGradients read_taps(const WindowArguments& a, uint32_t lane, c
   for (int k = 0; k < kTaps; ++k) {
     enter_step(SharedPhase::kTaps);
     const Place move = move_of_tap(a, k, numbers.offset[2 * k], numbers.offset[2 * k + 1]);
-    bool is_done = false;
+    bool is_done = is_on_edge(move, edge);
     if (is_near(move, edge, kReach) && (k < kTaps - 1 || a.call.points == kTaps)) {
       const NearSample sample = near_sample(move);
       uint32_t at[4];
@@ -209,8 +209,9 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
                                     const T* __restrict__ value,       // [N, H, W, G, D]
                                     const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
                                     const OffsetGradients<T> grad_offset_mask, // [N, Ho, Wo, P]
-                                    uint16_t* __restrict__ rest,       // [N, Ho, Wo, G]
-                                    uint32_t* __restrict__ has_rest) { // set, never cleared
+                                    uint64_t first_row, // of the first image, in the call
+                                    uint64_t* __restrict__ rest,         // [N * Ho * Wo * G]
+                                    uint64_t* __restrict__ rest_count) { // added to
 #if MMDCNV4_HAS_TENSOR_CORES
   using Layout = DenseWindow<kDepth, kReach>;
   using Numbers = UnitNumbers<T, kDepth, kReach>;
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
   const int64_t first_number = int64_t(out_pixels * a.packed_channels);
   const OffsetNumbers<T> packed = offset_mask.from(first_number);
   const OffsetGradients<T> grad_packed = grad_offset_mask.from(first_number);
-  rest += out_pixels * uint32_t(a.call.groups);
+  first_row += out_pixels * uint32_t(a.call.groups);
   unsigned char* area = shared + warp * Layout::kAreaBytes;
   unsigned char* cells = shared + warps * Layout::kAreaBytes;
   copy_cells<kDepth, kReach>(a, tile, value + in_pixels * a.call.channels, cells);
@@ -245,11 +246,9 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
     dot_cells<T, kDepth, kReach>(a, tile, unit, lane, grad_output, cells, area);
     __syncwarp();
     const RowGradients grad = read_taps<Layout, kReach>(a, lane, row, numbers, area);
-    if (row.is_valid) {
-      rest[uint64_t(pixel_of(a, row)) * uint32_t(a.call.groups) + uint32_t(row.group)] =
-          uint16_t(grad.rest);
-      if (grad.rest != 0) *has_rest = 1;
-    }
+    const uint64_t number =
+        first_row + uint64_t(pixel_of(a, row)) * uint32_t(a.call.groups) + uint32_t(row.group);
+    LeftOver::append(lane, number, row.is_valid ? grad.rest : 0, rest, rest_count);
     __syncwarp();
     if (packed.are_wider()) {
       write_gradients<float, kDepth, kReach>(a, tile, unit, lane, grad, area, grad_packed.data);

@@ -4,7 +4,8 @@
 // dcnv4_window_grad_rest.cuh — all gradients of the taps that the other two kernels of
 // dcnv4_window_backward.cuh leave over: the direct backward kernel, tap by tap.
 //
-// Work split  team of D / 8 threads = a row, over the bits of its taps
+// Work split  team of D / 8 threads = a row of the list, over the bits of its taps. The list has as
+//             many rows as it has: blocks of a fixed number go through it together
 // Memory      grad_value is added to a tensor in float32, which is cleared before, by another
 //             kernel; both return at once where no tap is left over. grad_offset and grad_mask are
 //             written to their places, where the first kernel has left zeros
@@ -23,35 +24,25 @@ constexpr int32_t kClearedPerThread = 4; // times 16 bytes
 
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
-    dcnv4_window_clear_kernel(const uint32_t* __restrict__ has_rest, uint64_t count,
+    dcnv4_window_clear_kernel(const uint64_t* __restrict__ rest_count, uint64_t count,
                               T* __restrict__ numbers) { // of 16 bytes
-  if (*has_rest == 0) return;
+  if (*rest_count == 0) return;
   uint64_t i = uint64_t(blockIdx.x) * (kMaxThreads * kClearedPerThread) + threadIdx.x;
 #pragma unroll
   for (int j = 0; j < kClearedPerThread; ++j, i += kMaxThreads)
     if (i < count) numbers[i] = T{};
 }
 
+// All gradients of one row of the list, by its team.
 template <typename T>
-__global__ void __launch_bounds__(kMaxThreads)
-    dcnv4_window_grad_rest_kernel(const WindowArguments a, int32_t reach, uint64_t first,
-                                  uint64_t rows,
-                                  const T* __restrict__ grad_output,  // [N, Ho, Wo, G, D]
-                                  const T* __restrict__ value,        // [N, H, W, G, D]
-                                  const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
-                                  const uint16_t* __restrict__ rest,  // [N, Ho, Wo, G]
-                                  const uint32_t* __restrict__ has_rest,
-                                  float* __restrict__ rest_sum, // [N, H, W, G, D]
-                                  const OffsetGradients<T> grad_offset_mask) { // [N, Ho, Wo, P]
+MMDCNV4_DEVICE void add_row(const WindowArguments& a, int32_t reach, const LeftOver& left,
+                            const T* __restrict__ grad_output, const T* __restrict__ value,
+                            const OffsetNumbers<T>& offset_mask, float* __restrict__ rest_sum,
+                            const OffsetGradients<T>& grad_offset_mask) {
   constexpr int kVec = kChunkNumbers;
-  if (*has_rest == 0) return;
   const int32_t team = 1 << a.call.team_log2, lane = int32_t(threadIdx.x) & (team - 1);
-  const uint64_t index =
-      first + ((uint64_t(blockIdx.x) * kMaxThreads + threadIdx.x) >> a.call.team_log2);
-  uint32_t taps = index < rows ? rest[index] : 0;
-  if (!__any_sync(kAllLanes, taps != 0)) return;
-  // rows are numbered as they lie in memory
-  const uint64_t number = index < rows ? index : 0;
+  uint32_t taps = left.taps;
+  const uint64_t number = left.row;
   const uint64_t query = number / uint32_t(a.call.groups);
   const uint64_t line = query / uint32_t(a.call.out_width);
   Row row{};
@@ -101,6 +92,29 @@ __global__ void __launch_bounds__(kMaxThreads)
     grad_packed.store(bits ? scale * sum.x : 0.0f, 2 * k);
     grad_packed.store(bits ? scale * sum.y : 0.0f, 2 * k + 1);
     grad_packed.store(sum.mask, 2 * a.call.points + k);
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads)
+    dcnv4_window_grad_rest_kernel(const WindowArguments a, int32_t reach,
+                                  const T* __restrict__ grad_output,  // [N, Ho, Wo, G, D]
+                                  const T* __restrict__ value,        // [N, H, W, G, D]
+                                  const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
+                                  const uint64_t* __restrict__ rest,  // [rest_count]
+                                  const uint64_t* __restrict__ rest_count,
+                                  float* __restrict__ rest_sum, // [N, H, W, G, D]
+                                  const OffsetGradients<T> grad_offset_mask) { // [N, Ho, Wo, P]
+  const uint64_t count = *rest_count;
+  const uint32_t lane = threadIdx.x % kWarp, rows_of_warp = kWarp >> a.call.team_log2;
+  const uint64_t step = uint64_t(gridDim.x) * (kMaxThreads / kWarp) * rows_of_warp;
+  uint64_t first =
+      (uint64_t(blockIdx.x) * (kMaxThreads / kWarp) + threadIdx.x / kWarp) * rows_of_warp;
+#pragma unroll 1
+  for (; first < count; first += step) { // the same for all lanes of a warp
+    const uint64_t index = first + (lane >> a.call.team_log2);
+    add_row(a, reach, LeftOver(index < count ? rest[index] : 0), grad_output, value, offset_mask,
+            rest_sum, grad_offset_mask);
   }
 }
 

@@ -239,11 +239,11 @@ MMDCNV4_DEVICE void write_block(const WindowArguments& a, const Tile& tile,
 
 // with reach 4 there is shared memory for one block
 template <typename T, int kDepth, int kReach>
-__global__ void __launch_bounds__(kMaxThreads, kReach == 2 ? 2 : 1)
+__global__ void __launch_bounds__(kMaxThreads, kReach == 2 ? 3 : 1)
     dcnv4_window_grad_value_kernel(const WindowArguments a,
                                    const T* __restrict__ grad_output,  // [N, Ho, Wo, G, D]
                                    const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
-                                   const uint32_t* __restrict__ has_rest,
+                                   const uint64_t* __restrict__ rest_count,
                                    const float* __restrict__ rest_sum, // [N, H, W, G, D]
                                    T* __restrict__ grad_value) {       // [N, H, W, G, D]
 #if MMDCNV4_HAS_TENSOR_CORES
@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(kMaxThreads, kReach == 2 ? 2 : 1)
       sum_exactly<T, kDepth, kReach>(a, block, pass, own_lane, weights, pixels, sum);
     const uint64_t channel = in_pixels * a.call.channels + group * kDepth;
     write_block<T, kDepth>(a, tile, block, own_lane, sum,
-                           *has_rest != 0 ? rest_sum + channel : nullptr, grad_value + channel);
+                           *rest_count != 0 ? rest_sum + channel : nullptr, grad_value + channel);
     if (is_last) break;
     __syncthreads();
   }

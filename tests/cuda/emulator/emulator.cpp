@@ -21,7 +21,7 @@
 
 namespace emulator {
 
-Index3 thread_index, block_index, block_size;
+Index3 thread_index, block_index, block_size, grid_size;
 
 namespace {
 
@@ -182,6 +182,7 @@ void run_grid(int64_t blocks, int threads, int shared_bytes, const std::function
   std::mt19937 random(1);
   body = &kernel;
   block_size = {unsigned(threads), 1, 1};
+  grid_size = {unsigned(blocks), 1, 1};
   // exactly as much as asked for, so that AddressSanitizer sees what is beyond
   void* memory = nullptr;
   if (posix_memalign(&memory, 128, size_t(shared_bytes)) != 0) fail("no memory", 0);

@@ -39,7 +39,7 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 
 namespace emulator {
 
-extern Index3 thread_index, block_index, block_size;
+extern Index3 thread_index, block_index, block_size, grid_size;
 
 // Order in which the threads of a block take turns; what is right in one order only is a race.
 enum class Order { kForward, kBackward, kShuffled };
@@ -60,6 +60,7 @@ int lane();
 #define threadIdx emulator::thread_index
 #define blockIdx emulator::block_index
 #define blockDim emulator::block_size
+#define gridDim emulator::grid_size
 
 inline void __syncwarp(uint32_t mask = 0xffffffffu) { emulator::meet(nullptr, mask, nullptr); }
 inline void __syncthreads() { emulator::meet_block(); }
@@ -101,6 +102,13 @@ inline int __any_sync(uint32_t mask, int condition) {
   return int(any);
 }
 
+inline uint32_t __ballot_sync(uint32_t mask, int condition) {
+  uint32_t bits = condition != 0 ? 1u << emulator::lane() : 0u;
+  for (int step = 16; step > 0; step >>= 1) bits |= __shfl_xor_sync(mask, bits, step);
+  return bits;
+}
+
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int __ffs(uint32_t bits) { return __builtin_ffs(int(bits)); }
 inline uint32_t __float_as_uint(float number) {
   uint32_t bits;
@@ -167,6 +175,12 @@ inline void reduce_add(float* to, float a, float b, float c, float d) {
   four.y += b;
   four.z += c;
   four.w += d;
+}
+
+inline uint64_t fetch_add(uint64_t* counter, uint64_t a) {
+  const uint64_t before = *counter;
+  *counter += a;
+  return before;
 }
 
 inline int64_t round_to_integer(double number) { return std::llrint(number); }

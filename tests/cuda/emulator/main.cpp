@@ -186,8 +186,8 @@ void run_window_backward(const Dcnv4Params& p, const DeviceLimits& limits, int a
   Buffer<unsigned char> packed(packed_bytes, alignment, 0);
   Buffer<unsigned char> grad_packed(packed_bytes, alignment, 0xff);
   Buffer<float> sum(in, 16, 0xff);
-  Buffer<uint16_t> rest(rows * p.groups, 2, 0xff);
-  uint32_t has_rest = 0;
+  Buffer<uint64_t> rest(rows * p.groups, 8, 0xff);
+  uint64_t rest_count = 0;
   value.read(file);
   packed.read(file);
   grad_output.read(file);
@@ -198,14 +198,14 @@ void run_window_backward(const Dcnv4Params& p, const DeviceLimits& limits, int a
   launch_dcnv4_window_backward(p, plan, Stream(), static_cast<const T*>(grad_output.data()),
                                static_cast<const T*>(value.data()),
                                OffsetNumbers<T>{packed.data(), are_float},
-                               WindowScratch{sum.data(), rest.data(), &has_rest},
+                               WindowScratch{sum.data(), rest.data(), &rest_count},
                                grad_value.data(),
                                OffsetGradients<T>{grad_packed.data(), are_float});
   file.seekp(0, std::ios::end);
   grad_value.write(file);
   grad_packed.write(file);
   std::cout << "[" << to_json(plan.offset_mask) << ", " << to_json(plan.value) << ", "
-            << emulator::take_counts(kPhases, 9) << ", " << has_rest << "]\n";
+            << emulator::take_counts(kPhases, 9) << ", " << rest_count << "]\n";
 }
 
 void run_call(std::istream& line, const std::string& mode) {
