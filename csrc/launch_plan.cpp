@@ -185,15 +185,15 @@ WindowPlan choose_tile(const Dcnv4Params& p, const DeviceLimits& limits, int32_t
     if (reach == 0) continue;
     fill(plan);
     if (!fill_grid(p, limits, plan)) continue;
-    // A last wave that is not full takes as long as a full one. One wave alone takes at least as long
-    // as its blocks' instructions, and as long as eight warps that hide each other's waiting.
+    // Waves of as many blocks as the device holds; the rest takes as long as its blocks'
+    // instructions, and at least as long as eight warps that hide each other's waiting.
     const int64_t held = blocks_per_multiprocessor(limits, plan);
     const int64_t blocks = p.batch * plan.blocks_per_image();
-    const int64_t waves = divide_up(blocks, held * limits.multiprocessors);
-    const double in_wave =
-        waves > 1 ? double(held) : std::max(double(divide_up(blocks, limits.multiprocessors)),
-                                            8.0 * kWarp / plan.threads);
-    const double cost = double(waves) * in_wave * block_cost(plan);
+    const int64_t waves = blocks / (held * limits.multiprocessors);
+    const int64_t left = blocks - waves * held * limits.multiprocessors;
+    const double last = left == 0 ? 0.0 : std::max(double(divide_up(left, limits.multiprocessors)),
+                                                   8.0 * kWarp / plan.threads);
+    const double cost = (double(waves * held) + last) * block_cost(plan);
     if (best.reach == 0 || cost < least) {
       least = cost;
       best = plan;
