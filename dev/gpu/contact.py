@@ -37,7 +37,7 @@ ENVIRONMENT = ('import os, sys, torch; print("Python", sys.version.split()[0], "
                'torch.cuda.is_available() or sys.exit("torch sees no GPU"); '
                'p = torch.cuda.get_device_properties(0); print(p)')
 # parts of the tests, each in a process: pytest arguments, MMDCNV4_FAST
-TESTS = {'direct': (['tests/cuda/test_dcnv4_gpu.py'], None),
+TESTS = {'direct': (['tests/cuda/test_dcnv4_gpu.py'], '0'),
          'tensor cores': (['tests/cuda/test_fast_gpu.py'], None),
          'tensor cores by the switch': (['tests/cuda/test_dcnv4_gpu.py', '-k',
                                          'not elements and not large and not f64'], '1'),

@@ -21,6 +21,7 @@ from helpers.gpu_cases import (
     DEVICE,
     NAMES,
     SAME,
+    assert_matches_reference,
     check,
     gpu_inputs,
     gradients,
@@ -30,7 +31,7 @@ from helpers.gpu_cases import (
 )
 from mmdcnv4.ops import dcnv4, dcnv4_reference
 from mmdcnv4.ops.contract import make_geometry
-from mmdcnv4.testing import GEOMETRIES, assert_matches_reference
+from mmdcnv4.testing import GEOMETRIES
 
 GOLDEN = Path(__file__).parents[1] / 'data' / 'dcnv4_op.npz'
 LARGE = [(2, 56, 56, 4, 16), (3, 14, 14, 16, 32), (2, 7, 7, 80, 16), (1, 33, 65, 8, 48)]
@@ -42,7 +43,7 @@ pytestmark = on_a_gpu
 @pytest.mark.parametrize('name', GEOMETRIES)
 def test_geometries(name, dtypes):
     inputs, _ = make_call((2, 9, 13, 3, 16), DTYPES[dtypes], GEOMETRIES[name])
-    assert_matches_reference(on_gpu, inputs, groups=3, **GEOMETRIES[name])
+    assert_matches_reference(inputs, groups=3, **GEOMETRIES[name])
 
 
 @pytest.mark.ragged
@@ -50,14 +51,14 @@ def test_geometries(name, dtypes):
 @pytest.mark.parametrize('size', SIZES, ids=size_name)
 def test_sizes(size, dtypes):
     inputs, _ = make_call(size, DTYPES[dtypes], SAME)
-    assert_matches_reference(on_gpu, inputs, groups=size[3], **SAME)
+    assert_matches_reference(inputs, groups=size[3], **SAME)
 
 
 @pytest.mark.parametrize('dtypes', DTYPES)
 @pytest.mark.parametrize('size', LARGE, ids=size_name)
 def test_large_sizes(size, dtypes):
     inputs, _ = make_call(size, DTYPES[dtypes], SAME)
-    assert_matches_reference(on_gpu, inputs, groups=size[3], **SAME)
+    assert_matches_reference(inputs, groups=size[3], **SAME)
 
 
 @pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
