@@ -28,7 +28,9 @@ TABLE = {
     'mmdcnv4.testing': (('mmdcnv4.ops',), ()),
     'mmdcnv4.ops': (('mmdcnv4.ops', 'mmdcnv4._C'), ()),
     'mmdcnv4.models.checkpoint': ((), ('mmengine',)),
-    'mmdcnv4.models.layers': (('mmdcnv4.ops', 'mmdcnv4.models.layers'), ('mmengine', 'mmcv')),
+    'mmdcnv4.models.layers': (
+        ('mmdcnv4.ops', 'mmdcnv4.models.layers', 'mmdcnv4.models.checkpoint'),
+        ('mmengine', 'mmcv')),
     'mmdcnv4.models.backbones': (
         ('mmdcnv4.ops', 'mmdcnv4.models.layers', 'mmdcnv4.models.checkpoint'),
         ('mmengine', 'mmcv')),

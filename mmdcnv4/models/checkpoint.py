@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Callable, NamedTuple, Optional
 from urllib.parse import urlsplit
 
 import torch
@@ -26,10 +26,6 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 _CONTAINERS = ('state_dict', 'model_ema', 'model')
-# Parts of the published classifiers and of detectors' heads that a backbone has no use for.
-_CLASSIFIER = ('conv_head.', 'head.', 'fc_norm.', 'clip_projector.', 'dcnv3_head_x3.',
-               'dcnv3_head_x4.')
-_LAYER_SCALE = ('gamma1', 'gamma2')
 # Names in training checkpoints that say nothing about weights: the settings of the published
 # classifiers, and the logs of mmengine. None becomes the object it names.
 _INERT_MAPPINGS = ('yacs.config.CfgNode', 'argparse.Namespace')  # read as an OrderedDict
@@ -43,6 +39,38 @@ _START = 40  # bytes of a file that is no checkpoint, for its error
 # What torch raises for files that are refused, cut off, or no pickle at all.
 _READ_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError,
                 LookupError, AssertionError, AttributeError)
+
+
+class WeightRules(NamedTuple):
+    """What is special about the published files of a family.
+
+    Attributes:
+        ignored: beginnings of keys that a backbone has no use for: classifiers, heads.
+        optional: names of what a file may lack altogether, and beginnings or ends of its keys.
+        optional_note: what to tell the user then, if anything.
+        source: where the weights are published.
+        adapt: brings the tensors of a file into the form of the model; gets the model and them.
+    """
+
+    ignored: tuple[str, ...] = ()
+    optional: tuple[str, str] = ('optional', '$')
+    optional_note: str = ''
+    source: str = ''
+    adapt: Optional[Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]] = None
+
+    def is_optional(self, key: str) -> bool:
+        """Whether a key belongs to what may be absent."""
+        return re.search(self.optional[1], key) is not None
+
+
+FLASH_WEIGHTS = WeightRules(
+    ignored=('conv_head.', 'head.', 'fc_norm.', 'clip_projector.', 'dcnv3_head_x3.',
+             'dcnv3_head_x4.'),
+    optional=('layer-scale', r'gamma[12]$'),
+    optional_note='has no layer scale; with layer_scale=1.0 the function is unchanged, with '
+                  'another value it is not',
+    source='The FlashInternImage weights are published in the Hugging Face repository '
+           'OpenGVLab/DCNv4: put the file there')
 
 
 class _Inert:
@@ -60,7 +88,7 @@ class _Inert:
 
 
 def load_pretrained(model: nn.Module, checkpoint: str, prefix: Optional[str] = None,
-                    map_location: str = 'cpu') -> None:
+                    map_location: str = 'cpu', rules: WeightRules = FLASH_WEIGHTS) -> None:
     """Loads a published file into a backbone and logs what matched.
 
     Args:
@@ -69,25 +97,28 @@ def load_pretrained(model: nn.Module, checkpoint: str, prefix: Optional[str] = N
         prefix: take only keys that begin with it, and cut it off; None cuts `module.` and, in the
             file of a whole detector, keeps what is below `backbone.`.
         map_location: where the tensors are read to.
+        rules: of the family.
 
     Raises:
         FileNotFoundError: no such file; says where the published weights are.
         OSError: the URL cannot be fetched.
         ValueError: the file holds something else than weights, or weights that do not fit.
-            Classifier layers may be left over, and layer scale may be missing.
+            What `rules.ignored` names may be left over, what `rules.optional` names missing.
     """
-    weights = select_backbone(find_state_dict(read_file(checkpoint, map_location), checkpoint),
-                              prefix)
+    content = read_file(checkpoint, map_location, rules.source)
+    weights = select_backbone(find_state_dict(content, checkpoint), prefix)
     own = model.state_dict()
-    used = {key: value for key, value in weights.items() if not key.startswith(_CLASSIFIER)}
+    used = {key: value for key, value in weights.items() if not key.startswith(rules.ignored)}
+    if rules.adapt is not None:
+        used = rules.adapt(model, used)
     mismatched = [f'{key} {tuple(used[key].shape)}, expected {tuple(own[key].shape)}'
                   for key in own if key in used and used[key].shape != own[key].shape]
     found = [key for key in own if key in used]
     missing = [key for key in own if key not in used]
     unexpected = [key for key in used if key not in own]
-    kept = []  # a file without any layer scale leaves it at its start value
-    if not any(key.endswith(_LAYER_SCALE) for key in used):
-        kept = [key for key in missing if key.endswith(_LAYER_SCALE)]
+    kept = []  # a file without any of the optional tensors leaves them at their initial values
+    if not any(map(rules.is_optional, used)):
+        kept = [key for key in missing if rules.is_optional(key)]
         missing = [key for key in missing if key not in kept]
     if len(found) < len(own) / 10:
         tops = sorted({key.split('.')[0] for key in weights})
@@ -98,7 +129,7 @@ def load_pretrained(model: nn.Module, checkpoint: str, prefix: Optional[str] = N
             'Give init_cfg a prefix where the backbone stands below one')
     report = (f'{len(found) - len(mismatched)} of {len(own)} tensors matched; '
               f'{len(weights) - len(used)} classifier tensors ignored; '
-              f'{len(kept)} layer-scale tensors absent, left at their start; '
+              f'{len(kept)} {rules.optional[0]} tensors absent, left at their start; '
               f'missing {_shorten(missing)}; unexpected {_shorten(unexpected)}; '
               f'of another shape {_shorten(mismatched)}')
     if missing or unexpected or mismatched:
@@ -106,10 +137,8 @@ def load_pretrained(model: nn.Module, checkpoint: str, prefix: Optional[str] = N
                          f'unexpected or differently shaped tensors, got {checkpoint}: {report}')
     model.load_state_dict(used, strict=not kept)
     print_log(f'{type(model).__name__} loaded {checkpoint}: {report}', logger='current')
-    if kept:
-        print_log(f'{checkpoint} has no layer scale; with layer_scale=1.0 the function is '
-                  'unchanged, with another value it is not', logger='current',
-                  level=logging.WARNING)
+    if kept and rules.optional_note:
+        print_log(f'{checkpoint} {rules.optional_note}', logger='current', level=logging.WARNING)
 
 
 def _shorten(names: list[str]) -> str:
@@ -151,12 +180,14 @@ def find_state_dict(content: Any, source: str) -> Mapping[str, Tensor]:
                      f'{_CONTAINERS}, got {source} with {keys}')
 
 
-def read_file(checkpoint: str, map_location: str = 'cpu') -> Any:
+def read_file(checkpoint: str, map_location: str = 'cpu',
+              published: str = FLASH_WEIGHTS.source) -> Any:
     """Reads a .pth or .safetensors file, weights only.
 
     Args:
         checkpoint: path or http(s) URL.
         map_location: where the tensors are read to.
+        published: a sentence on where such files can be found, for the error of a missing one.
 
     Raises:
         FileNotFoundError: no such file.
@@ -168,8 +199,7 @@ def read_file(checkpoint: str, map_location: str = 'cpu') -> Any:
     if not path.is_file():
         raise FileNotFoundError(
             f'Pretrained: checkpoint must be an existing file or an http(s) URL, got '
-            f'{checkpoint!r}. The FlashInternImage weights are published in the Hugging Face '
-            'repository OpenGVLab/DCNv4: put the file there. To train from scratch instead, add '
+            f'{checkpoint!r}. {published}. To train from scratch instead, add '
             '--cfg-options model.backbone.init_cfg=None')
     if path.suffix == '.safetensors':
         try:

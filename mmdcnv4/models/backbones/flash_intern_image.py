@@ -13,17 +13,16 @@ Differs:  `arch` names the published sizes; without it `offset_scale` is 1. `lay
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, Optional, Union
 
-from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ...ops import DCNv4
-from ..checkpoint import load_pretrained
+from ..layers.arguments import Arguments, is_number
+from ..layers.backbone import Backbone
 from ..layers.dcnv3 import ACTIVATIONS, DCNv3
 from ..layers.intern_image_block import CORE_OPS, BlockOptions, DWConv, Stage, Stem
 
@@ -52,11 +51,11 @@ INTERN_IMAGE_SETTINGS: dict[str, dict[str, Any]] = {
 # What an argument is when neither the caller nor the size table gives it.
 _DEFAULTS = dict(mlp_ratio=4.0, layer_scale=None, offset_scale=1.0, post_norm=False,
                  dw_kernel_size=None, mlp_fc2_bias=False, dcn_output_bias=False)
-_FOREIGN_WEIGHTS = ('open-mmlab://', 'torchvision://', 'mmcls://', 'mmpretrain://')
+_CHECK = Arguments('FlashInternImage')
 
 
 @MODELS.register_module()
-class FlashInternImage(BaseModule):
+class FlashInternImage(Backbone):
     """FlashInternImage, with the argument names and the parameter names of its published weights.
 
     Feature maps have strides 4, 8, 16, 32 and widths C, 2C, 4C, 8C. Any image size works: a layer
@@ -110,7 +109,6 @@ class FlashInternImage(BaseModule):
         ValueError: the message names the argument, the expectation and the value.
     """
 
-    init_cfg: Any
     arch_settings = ARCH_SETTINGS
 
     def __init__(self, arch: Optional[str] = None, channels: Optional[int] = None,
@@ -130,38 +128,34 @@ class FlashInternImage(BaseModule):
                  out_indices: Sequence[int] = (0, 1, 2, 3), frozen_stages: int = -1,
                  pretrained: Optional[str] = None,
                  init_cfg: Union[dict, list, None] = None) -> None:
-        super().__init__(init_cfg=init_cfg)
-        _check_choice('core_op', core_op, CORE_OPS)
-        _check_choice('norm_layer', norm_layer, ('LN',))
-        _check_choice('act_layer', act_layer, tuple(ACTIVATIONS))
-        _refuse_pretrained(pretrained)
+        super().__init__(init_cfg=init_cfg, pretrained=pretrained)
+        _CHECK.choice('core_op', core_op, CORE_OPS)
+        _CHECK.choice('norm_layer', norm_layer, ('LN',))
+        _CHECK.choice('act_layer', act_layer, tuple(ACTIVATIONS))
         size = _resolve_arch(arch, self.arch_settings, dict(
             channels=channels, depths=depths, groups=groups, mlp_ratio=mlp_ratio,
             layer_scale=layer_scale, offset_scale=offset_scale, post_norm=post_norm,
             dw_kernel_size=dw_kernel_size, mlp_fc2_bias=mlp_fc2_bias,
             dcn_output_bias=dcn_output_bias))
-        if size['layer_scale'] is not None and not _is_number(size['layer_scale']):
-            raise ValueError("FlashInternImage: layer_scale must be a number, None or 'arch', got "
-                             f'{size["layer_scale"]!r}')
-        _check_rate('drop_rate', drop_rate)
-        _check_numbers(
-            mlp_ratio=(Real, size['mlp_ratio']), offset_scale=(Real, size['offset_scale']),
-            in_channels=(Integral, in_channels),
-            dw_kernel_size=(Integral, size['dw_kernel_size']))
+        if size['layer_scale'] is not None and not is_number(size['layer_scale']):
+            raise _CHECK.refuse('layer_scale', "a number, None or 'arch'", size['layer_scale'])
+        _CHECK.rate('drop_rate', drop_rate)
+        for name in ('mlp_ratio', 'offset_scale'):
+            _CHECK.positive(name, size[name])
+        _CHECK.positive('in_channels', in_channels, Integral)
+        if size['dw_kernel_size'] is not None:
+            _CHECK.positive('dw_kernel_size', size['dw_kernel_size'], Integral)
         channels, depths, groups = (size.pop(key) for key in ('channels', 'depths', 'groups'))
         _check_sizes(channels, depths, groups)
         self.channels, self.depths, self.groups = channels, tuple(depths), tuple(groups)
-        self.out_indices = _check_out_indices(out_indices)
-        if frozen_stages not in range(-1, 5):
-            raise ValueError('FlashInternImage: frozen_stages must be -1 ... 4, '
-                             f'got {frozen_stages!r}')
-        self.frozen_stages = frozen_stages
+        self.out_indices = _CHECK.out_indices(out_indices)
+        self.frozen_stages = _CHECK.frozen_stages(frozen_stages)
         post_norm_ids = _check_post_norm_ids(level2_post_norm, level2_post_norm_block_ids,
                                              self.depths[2])
         options = BlockOptions(
             core_op=core_op, drop_rate=drop_rate, act_layer=act_layer, res_post_norm=res_post_norm,
             center_feature_scale=center_feature_scale, mask_init=mask_init, with_cp=with_cp, **size)
-        drop_paths = _drop_path_rates(drop_path_rate, drop_path_type, self.depths)
+        drop_paths = _CHECK.drop_path_rates(drop_path_rate, self.depths, drop_path_type)
 
         self.patch_embed = Stem(in_channels, channels, act_layer)
         self.pos_drop = nn.Dropout(drop_rate)
@@ -187,49 +181,15 @@ class FlashInternImage(BaseModule):
             if isinstance(module, (DCNv4, DCNv3, DWConv)):
                 module.reset_parameters()
 
-    def init_weights(self) -> None:
-        """Start values, then those of `init_cfg`; whatever comes first, DCNv4 starts as said above.
+    def _frozen_modules(self) -> Sequence[nn.Module]:
+        if self.frozen_stages < 0:
+            return ()
+        return (self.patch_embed, self.pos_drop, *self.levels[:self.frozen_stages])
 
-        As everywhere in mmengine a second call changes nothing and logs a warning.
-
-        Raises:
-            FileNotFoundError, ValueError: from the file that `init_cfg` names.
-        """
-        if self.is_init:
-            super().init_weights()
-            return
-        init_cfg = self.init_cfg
-        configs = [] if not init_cfg else [init_cfg] if isinstance(init_cfg, dict) else init_cfg
-        pretrained = [cfg for cfg in configs if cfg['type'] in ('Pretrained', PretrainedInit)]
-        self._reset_parameters()
-        self.init_cfg = [cfg for cfg in configs if cfg not in pretrained]
-        try:
-            super().init_weights()
-        finally:
-            self.init_cfg = init_cfg
-        self._reset_core_ops()
-        for cfg in pretrained:
-            load_pretrained(self, **_pretrained_arguments(cfg))
-
-    def _freeze(self) -> None:
-        """Freezes the first stages, and those behind the last output, which never run.
-
-        They stay in the state dict, as in the published files; DistributedDataParallel waits for
-        a gradient of every parameter that is not frozen.
-        """
-        if self.frozen_stages >= 0:
-            for module in (self.patch_embed, self.pos_drop, *self.levels[:self.frozen_stages]):
-                module.eval().requires_grad_(False)
-        last = self.out_indices[-1]
-        self.levels[last + 1:].requires_grad_(False)
-        if last < 3:
-            self.levels[last].downsample.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> FlashInternImage:
-        """Sets the training mode; frozen stages stay in evaluation mode."""
-        super().train(mode)
-        self._freeze()
-        return self
+    def _unused_modules(self) -> Sequence[nn.Module]:
+        last: Any = self.levels[self.out_indices[-1]]
+        behind = tuple(self.levels[self.out_indices[-1] + 1:])
+        return (*behind, last.downsample) if behind else ()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Computes the feature maps.
@@ -244,10 +204,7 @@ class FlashInternImage(BaseModule):
         Raises:
             ValueError: `x` has another shape, or no pixel.
         """
-        in_channels = self.patch_embed.conv1.in_channels
-        if x.dim() != 4 or x.shape[1] != in_channels or 0 in x.shape[2:]:
-            raise ValueError(f'FlashInternImage: x must have shape (N, {in_channels}, H, W) with '
-                             f'H and W >= 1, got {tuple(x.shape)}')
+        self._check_images(x, self.patch_embed.conv1.in_channels)
         x = self.pos_drop(self.patch_embed(x))
         outs = []
         for index, level in enumerate(self.levels):
@@ -286,58 +243,6 @@ class InternImage(FlashInternImage):
         super().__init__(arch, core_op=core_op, **options)
 
 
-def _check_choice(name: str, value: Any, choices: tuple) -> None:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f'FlashInternImage: {name} must be one of {choices}, got {value!r}')
-
-
-def _is_number(value: Any, kind: type = Real) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _check_numbers(**values: Any) -> None:
-    """Refuses what is not a positive number; (kind, value), value None where none is allowed."""
-    for name, (kind, value) in values.items():
-        if value is not None and not (_is_number(value, kind) and value > 0):
-            raise ValueError(f'FlashInternImage: {name} must be '
-                             f'{"an integer" if kind is Integral else "a number"} > 0, '
-                             f'got {value!r}')
-
-
-def _check_rate(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 <= value < 1:
-        raise ValueError(f'FlashInternImage: {name} must be in [0, 1), got {value!r}')
-
-
-def _check_integers(name: str, values: Any) -> tuple[int, ...]:
-    if not isinstance(values, (list, tuple, range)) or not all(
-            _is_number(value, Integral) for value in values):
-        raise ValueError(f'FlashInternImage: {name} must be a sequence of integers, '
-                         f'got {values!r}')
-    return tuple(values)
-
-
-def _refuse_pretrained(pretrained: Optional[str]) -> None:
-    if pretrained is None:
-        return
-    if not isinstance(pretrained, str) or not pretrained.startswith(_FOREIGN_WEIGHTS):
-        raise ValueError('FlashInternImage: pretrained must be None, give '
-                         "init_cfg=dict(type='Pretrained', checkpoint=...) instead, "
-                         f'got {pretrained!r}')
-    warnings.warn(f'FlashInternImage: pretrained={pretrained!r} names weights of another backbone '
-                  "and is ignored; set model.pretrained=None and give the backbone an init_cfg",
-                  stacklevel=3)
-
-
-def _pretrained_arguments(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = {key: value for key, value in cfg.items() if key not in ('type', '_scope_')}
-    known = ('checkpoint', 'prefix', 'map_location')
-    if 'checkpoint' not in arguments or not set(arguments) <= set(known):
-        raise ValueError("FlashInternImage: init_cfg of type 'Pretrained' must have checkpoint and "
-                         f'nothing but {known}, got {dict(cfg)}')
-    return arguments
-
-
 def _resolve_arch(arch: Optional[str], table: dict[str, dict[str, Any]],
                   given: dict[str, Any]) -> dict[str, Any]:
     """Defaults, overridden by the table of `arch`, overridden by the arguments that were given."""
@@ -356,11 +261,11 @@ def _resolve_arch(arch: Optional[str], table: dict[str, dict[str, Any]],
 
 
 def _check_sizes(channels: int, depths: Sequence[int], groups: Sequence[int]) -> None:
-    if not _is_number(channels, Integral) or channels < 2 or channels % 2:
+    if not is_number(channels, Integral) or channels < 2 or channels % 2:
         raise ValueError(f'FlashInternImage: channels must be even and >= 2, '
                          f'got {channels!r}')
     for name, values in (('depths', depths), ('groups', groups)):
-        values = _check_integers(name, values)
+        values = _CHECK.integers(name, values)
         if len(values) != 4 or min(values) < 1:
             raise ValueError(f'FlashInternImage: {name} must be four numbers >= 1, '
                              f'got {values}')
@@ -370,31 +275,12 @@ def _check_sizes(channels: int, depths: Sequence[int], groups: Sequence[int]) ->
                              f'stage ({channels * 2**stage}), got {group}')
 
 
-def _check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
-    indices = _check_integers('out_indices', out_indices)
-    if not indices or list(indices) != sorted(set(indices)) or not set(indices) <= {0, 1, 2, 3}:
-        raise ValueError('FlashInternImage: out_indices must be an ascending selection of '
-                         f'0, 1, 2, 3, got {indices}')
-    return indices
-
-
 def _check_post_norm_ids(enabled: bool, ids: Optional[Sequence[int]],
                          depth: int) -> tuple[int, ...]:
     if not enabled:
         return ()
-    ids = _check_integers('level2_post_norm_block_ids', () if ids is None else ids)
+    ids = _CHECK.integers('level2_post_norm_block_ids', () if ids is None else ids)
     if not ids or len(set(ids)) != len(ids) or not set(ids) <= set(range(depth)):
         raise ValueError('FlashInternImage: level2_post_norm_block_ids must be different blocks '
                          f'of the third stage (0 ... {depth - 1}), got {ids}')
     return ids
-
-
-def _drop_path_rates(rate: float, kind: str, depths: Sequence[int]) -> list[list[float]]:
-    """Drop-path probability of every block, stage by stage."""
-    _check_choice('drop_path_type', kind, ('linear', 'uniform'))
-    _check_rate('drop_path_rate', rate)
-    last = sum(depths) - 1
-    rates = [rate * index / max(last, 1) if kind == 'linear' else rate
-             for index in range(last + 1)]
-    starts = [sum(depths[:stage]) for stage in range(len(depths))]
-    return [rates[start:start + depth] for start, depth in zip(starts, depths)]

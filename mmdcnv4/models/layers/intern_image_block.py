@@ -16,9 +16,9 @@ from typing import Optional, Union
 import torch
 from mmcv.cnn.bricks import DropPath
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ...ops import DCNv4
+from .backbone import recompute
 from .dcnv3 import ACTIVATIONS, DCNv3
 from .norm import ToChannelsFirst, ToChannelsLast
 
@@ -177,7 +177,7 @@ class InternImageBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (N, H, W, c) to (N, H, W, c)."""
         if self.with_cp and x.requires_grad:
-            return checkpoint(self._forward, x, use_reentrant=False)
+            return recompute(self._forward, x)
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
