@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backbones, registered once in mmengine's root registry for all task libraries."""
 
+from .dat import DAT
 from .flash_intern_image import FlashInternImage, InternImage
 
-__all__ = ['FlashInternImage', 'InternImage']
+__all__ = ['DAT', 'FlashInternImage', 'InternImage']

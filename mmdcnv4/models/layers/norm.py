@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
@@ -22,6 +24,16 @@ class ToChannelsFirst(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Moves the channels behind the batch axis."""
         return x.permute(0, 3, 1, 2)
+
+
+def map_norm(channels: int) -> nn.Sequential:
+    """Norm of a (N, C, H, W) map over its channels, with keys `norm.weight` and `norm.bias`.
+
+    The result has the shape of the map and NHWC memory order, in which 1x1 convolutions and the
+    next norm need no copy.
+    """
+    return nn.Sequential(OrderedDict(
+        to_last=ToChannelsLast(), norm=nn.LayerNorm(channels), to_first=ToChannelsFirst()))
 
 
 @MODELS.register_module('ChannelLN')
