@@ -25,6 +25,8 @@ ALLOWED = {
         'eight arguments of a convolution, as mmcv passes them, and the options of DCNv4',
     ('mmdcnv4/models/backbones/flash_intern_image.py', 'FlashInternImage.__init__', 'parameters'):
         'the official argument names of the backbone',
+    ('mmdcnv4/models/backbones/dat.py', 'DAT.__init__', 'parameters'):
+        'sizes and options of three families, and what every backbone has',
 }
 
 # file name, function -> reason

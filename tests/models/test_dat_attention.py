@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention layers of DAT against formulas written down once more, query by query.
 
-Neighbourhood attention is compared with a gather of every window and with a mask over the whole
-map; deformable attention and shifted windows with loops over single numbers.
+Neighbourhood attention is compared with a mask over the whole map, and with the gather of every
+window; deformable attention and shifted windows with loops over single numbers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from mmdcnv4.models.layers.local_attention import (
     NeighborhoodAttention,
     WindowAttention,
     neighborhood_attention,
+    neighborhood_attention_reference,
     tile_groups,
 )
 
@@ -37,21 +38,6 @@ def randomise(module, scale=0.5):
 def window_start(query, length, size):
     """The window inside the map whose centre is nearest to the query."""
     return min(range(length - size + 1), key=lambda start: abs(start + size // 2 - query))
-
-
-def gather_attention(q, k, v, rpb, size=K):
-    """All windows side by side: what the tiles must equal. Shapes (N, H, W, heads, d)."""
-    height, width = q.shape[1:3]
-    starts = [torch.tensor([window_start(i, length, size) for i in range(length)])
-              for length in (height, width)]
-    rows, columns = (start[:, None] + torch.arange(size) for start in starts)
-    windows = [x[:, rows][:, :, :, columns] for x in (k, v)]  # (N, H, K, W, K, heads, d)
-    logits = torch.einsum('nijhd,niajbhd->nijhab', q, windows[0]) / math.sqrt(q.shape[-1])
-    y = rows - torch.arange(height)[:, None] + size - 1
-    x = columns - torch.arange(width)[:, None] + size - 1
-    bias = rpb[:, y[:, :, None, None], x]  # (heads, H, K, W, K)
-    weights = (logits + bias.permute(1, 3, 0, 2, 4)).flatten(4).softmax(4).view_as(logits)
-    return torch.einsum('nijhab,niajbhd->nijhd', weights, windows[1])
 
 
 def masked_attention(layer, x):
@@ -82,7 +68,8 @@ def test_tiles_equal_the_gather_form(size, limit, monkeypatch):
     inputs = [torch.randn(2, *size, 2, 4, dtype=torch.float64, requires_grad=True)
               for _ in range(3)]
     inputs.append(torch.randn(2, 13, 13, dtype=torch.float64, requires_grad=True))
-    out, expected = neighborhood_attention(*inputs, K), gather_attention(*inputs)
+    out, expected = (form(*inputs, K) for form in (
+        neighborhood_attention, neighborhood_attention_reference))
     torch.testing.assert_close(out, expected)
     weight = torch.randn_like(out)
     grads = torch.autograd.grad((out * weight).sum(), inputs)

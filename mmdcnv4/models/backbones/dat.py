@@ -297,6 +297,8 @@ def _check_size(size: Mapping[str, Any]) -> None:
         raise _CHECK.refuse('offset_range_factor', '-1 or a number >= 0', factor)
     if size['layer_scale'] is not None and not is_number(size['layer_scale']):
         raise _CHECK.refuse('layer_scale', 'a number or None', size['layer_scale'])
+    for name in ('use_conv_stem', 'use_dwc_mlp', 'use_lpu', 'use_offsets'):
+        _CHECK.flag(name, size[name])
     _CHECK.choice('ref_mode', size['ref_mode'], REF_MODES)
     _CHECK.choice('position_bias', size['position_bias'], POSITION_BIASES)
     for stage in range(4):

@@ -29,6 +29,11 @@ class Arguments(NamedTuple):
             raise self.refuse(
                 name, f'{"an integer" if kind is Integral else "a number"} > 0', value)
 
+    def flag(self, name: str, value: Any) -> None:
+        """`value` is True or False."""
+        if not isinstance(value, bool):
+            raise self.refuse(name, 'True or False', value)
+
     def rate(self, name: str, value: Any) -> None:
         """`value` is a probability below 1."""
         if not is_number(value) or not 0 <= value < 1:

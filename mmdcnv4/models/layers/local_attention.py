@@ -189,6 +189,27 @@ def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor,
     return torch.cat(outs, 1)
 
 
+def neighborhood_attention_reference(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor,
+                                     kernel_size: int) -> Tensor:
+    """The same by gathering the window of every query: plain, and kernel_size^2 times the memory.
+
+    Arguments and result are those of :func:`neighborhood_attention`.
+    """
+    places, index = [], []
+    for length in q.shape[1:3]:
+        query = torch.arange(length, device=q.device)[:, None]
+        start = (query - kernel_size // 2).clamp(0, length - kernel_size)
+        places.append(start + torch.arange(kernel_size, device=q.device))  # (length, K)
+        index.append(places[-1] - query + kernel_size - 1)
+    rows, columns = places
+    keys, values = (x[:, rows][:, :, :, columns] for x in (k, v))  # (N, H, K, W, K, heads, d)
+    logits = torch.einsum('nijhd,niajbhd->nijhab', q * q.shape[-1]**-0.5, keys)
+    bias = rpb[:, index[0][:, :, None, None], index[1]]  # (heads, H, K, W, K)
+    logits = logits + bias.permute(1, 3, 0, 2, 4)
+    weights = logits.flatten(4).softmax(4).view_as(logits)
+    return torch.einsum('nijhab,niajbhd->nijhd', weights, values)
+
+
 class NeighborhoodAttention(nn.Module):
     """Multi-head neighbourhood attention with a relative position bias.
 
