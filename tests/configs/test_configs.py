@@ -44,6 +44,9 @@ EXACT = {
     'image-classifier_flash-intern-image-s': 50_067_496,
     'image-classifier_flash-intern-image-b': 97_448_960,
     'image-classifier_flash-intern-image-l': 223_297_080,
+    'image-classifier_dat-pp-t': 23_962_876,
+    'image-classifier_dat-pp-s': 53_127_366,
+    'image-classifier_dat-pp-b': 93_690_640,
 }
 # Known to 10,000 parameters.
 MILLIONS = {
@@ -53,6 +56,16 @@ MILLIONS = {
     'mask2former_flash-intern-image-b': 118.08, 'mask2former_flash-intern-image-l': 242.28,
     # the neck has three stages (C3 to C5) and two more levels; the head is that of R50
     'retinanet_flash-intern-image-t': 38.90,
+    'retinanet_dat-pp-t_fpn_32xb2-1x': 33.68, 'retinanet_dat-pp-t_fpn_32xb2-3x': 33.68,
+    'retinanet_dat-pp-s_fpn_32xb2-1x': 63.30, 'retinanet_dat-pp-s_fpn_32xb2-3x': 63.30,
+    # with a strided convolution for the fifth level of the neck
+    'mask-rcnn_dat-pp-t_fpn_32xb2-1x': 44.78, 'mask-rcnn_dat-pp-t_fpn_32xb2-3x': 44.78,
+    'mask-rcnn_dat-pp-s_fpn_32xb2-1x': 74.40, 'mask-rcnn_dat-pp-s_fpn_32xb2-3x': 74.40,
+    'cascade-mask-rcnn_dat-pp-t': 81.44, 'cascade-mask-rcnn_dat-pp-s': 110.47,
+    'cascade-mask-rcnn_dat-pp-b': 150.90,
+    'upernet_dat-pp-t': 53.76, 'upernet_dat-pp-s': 84.78, 'upernet_dat-pp-b': 127.20,
+    'semantic-fpn_dat-pp-t': 27.70, 'semantic-fpn_dat-pp-s': 56.73,
+    'semantic-fpn_dat-pp-b': 97.16,
 }
 # T has two layer scales per block in dense prediction, and none in the classifier.
 BACKBONE = {'t': 28_651_776, 's': 48_490_176, 'b': 94_897_048, 'l': 218_914_640}

@@ -22,7 +22,8 @@ from helpers.zoo import LEAVES, SHARED_DATA, build_model, build_optimiser, read
 
 FACTOR = 8
 SIZES = ('scale', 'scales', 'crop_size')
-LAYERS = dict(FlashInternImage=4, InternImage=4, ResNet=4 + 6 + 3)  # deformable ones
+LAYERS = dict(DAT=4, FlashInternImage=4, InternImage=4, ResNet=4 + 6 + 3)  # deformable ones
+PREDICTORS = ('offset_mask.weight', 'dcn.mask.weight', 'conv_offset.3.weight')  # in them
 QUERIES = 50  # of DINO; its maps must have that many positions
 NAMES = [name for name in LEAVES if not name.startswith('bevformer_v2/')]
 
@@ -49,6 +50,8 @@ def make_smaller(cfg):
     model.backbone.init_cfg = None
     if 'InternImage' in model.backbone.type:
         model.backbone.update(depths=(1, 1, 1, 1), drop_path_rate=0.0)  # every block takes part
+    elif model.backbone.type == 'DAT':
+        model.backbone.update(blocks=('ND', 'D', 'D', 'D'), drop_path_rate=0.0)
     if 'size' in model.get('data_preprocessor', {}):
         model.data_preprocessor.size = divide(model.data_preprocessor.size)
     if 'num_queries' in model:
@@ -74,6 +77,8 @@ def real_images(cfg):
     """Options of a data set that point it at real images."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f'needs the sample images in {SHARED_DATA}')
+    if 'bccd' in cfg.train_dataloader.dataset.data_root:
+        return dict(data_root=f'{SHARED_DATA}/bccd/')
     if cfg.default_scope == 'mmdet':
         return dict(data_root=f'{SHARED_DATA}/coco_sample/', data_prefix=dict(img='images/'),
                     ann_file='annotations/instances_val2017.json')
@@ -85,7 +90,7 @@ def load(cfg, loader, drawn):
     """Two images, each through the pipeline of `loader`."""
     options = Config(dict(dataset=cfg[loader].dataset))._cfg_dict.to_dict()['dataset']
     is_drawn = 'drawn_scenes' in options['data_root']
-    if not is_drawn:  # those are small
+    if not is_drawn and 'bccd' not in options['data_root']:  # those are small
         options['pipeline'] = shrink(options['pipeline'])
     import_module(f'{cfg.default_scope}.datasets')
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
@@ -137,8 +142,9 @@ def test_trains_and_predicts(name, drawn):
     model.init_weights()
     wrapper = build_optimiser(cfg, model)
     before = {key: value.detach().clone() for key, value in model.backbone.named_parameters()
-              if key.endswith(('offset_mask.weight', 'dcn.mask.weight'))}
-    assert len(before) == LAYERS[cfg.model.backbone.type]
+              if key.endswith(PREDICTORS)}
+    is_plain = cfg.model.backbone.type == 'ResNet' and 'dcn' not in cfg.model.backbone
+    assert len(before) == (0 if is_plain else LAYERS[cfg.model.backbone.type])
     model.train()
     # mmdet's ResNet starts its branches at zero: the first step reaches only their last norms
     for _ in range(2 if cfg.model.backbone.type == 'ResNet' else 1):

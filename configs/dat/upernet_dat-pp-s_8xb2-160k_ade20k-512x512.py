@@ -1,0 +1,15 @@
+_base_ = [
+    '../_base_/models/upernet.py', '../_base_/datasets/ade20k-512x512.py',
+    '../_base_/schedules/adamw-no-decay_160k.py', '../_base_/seg-runtime.py',
+    '../_base_/models/dat-pp_s.py'
+]
+
+model = dict(
+    data_preprocessor=dict(size=_base_.crop_size),
+    backbone=dict(
+        _delete_=True,  # the Swin Transformer of the base
+        **_base_.dat,
+        drop_path_rate=0.5,
+        with_cp=True),
+    decode_head=dict(in_channels=_base_.widths),
+    auxiliary_head=dict(in_channels=_base_.widths[2]))
