@@ -5,8 +5,10 @@
 python tools/analysis_tools/get_flops.py CONFIG --shape 800 1280 [--part backbone]
 
 A call of the operator counts 5 K per output element: four for the interpolation of each of the K
-samples, one for its mask. Norms and other elementwise layers, of which the counter knows some, are
-given apart: tables of papers leave them out.
+samples, one for its mask. A call of PyTorch's attention counts both products, including those that
+a mask hides: the tiles of neighbourhood attention compute four times the products of the windows.
+Norms and other elementwise layers, of which the counter knows some, are given apart: tables of
+papers leave them out.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from mmdcnv4.cli.explain import explain
 from mmdcnv4.cli.preflight import UserError
 from mmdcnv4.ops import _extension
 
-PRODUCTS = ('conv', 'linear', 'matmul', 'addmm', 'mm', 'bmm', 'einsum', 'dcnv4')
+PRODUCTS = ('conv', 'linear', 'matmul', 'addmm', 'mm', 'bmm', 'einsum', 'dcnv4',
+            'scaled_dot_product_attention')
 
 
 class Cost(NamedTuple):

@@ -165,7 +165,7 @@ def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor,
     Raises:
         ValueError: the map is smaller than the window.
     """
-    batch, height, width, heads, _ = q.shape
+    batch, height, width, heads = map(int, q.shape[:4])  # int: tracers have tensors there
     if min(height, width) < kernel_size:
         raise ValueError(f'neighborhood_attention: q must have at least {kernel_size} rows and '
                          f'columns, got {height} x {width}')
