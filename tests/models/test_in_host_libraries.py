@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""FlashInternImage inside unmodified configs of mmdet, mmsegmentation and mmdet3d.
+"""Our backbones inside unmodified configs of mmdet, mmsegmentation and mmdet3d.
 
 A user's config names one of theirs as `_base_`, adds `custom_imports`, and overrides the backbone;
 the widths that the parts behind it expect follow. Each runs in the library's own scope.
@@ -16,19 +16,26 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData, PixelData
 
-from mmdcnv4.models.backbones import FlashInternImage
-
-BACKBONE = """dict(_delete_=True, type='FlashInternImage', channels=16, depths=(1, 1, 2, 1),
-                  groups=(1, 2, 4, 8), drop_path_rate=0.1)"""
-MASK_RCNN = f"""
+# small ones with the same widths; the parameters that learn only if the whole block does
+BACKBONES = {
+    'FlashInternImage': (
+        """dict(_delete_=True, type='FlashInternImage', channels=16, depths=(1, 1, 2, 1),
+                groups=(1, 2, 4, 8), drop_path_rate=0.1)""", '.dcn.offset_mask.weight'),
+    'DAT': (
+        """dict(_delete_=True, type='DAT', channels=16, blocks=('D', 'ND', 'D', 'D'),
+                heads=(1, 2, 4, 8), groups=(1, 1, 2, 4), use_conv_stem=True, use_dwc_mlp=True,
+                use_lpu=True, drop_path_rate=0.1)""", '.conv_offset.3.weight'),
+}
+BACKBONE = BACKBONES['FlashInternImage'][0]
+MASK_RCNN = """
 _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py'
 custom_imports = dict(imports=['mmdcnv4'], allow_failed_imports=False)
-model = dict(backbone={BACKBONE}, neck=dict(in_channels=[16, 32, 64, 128]))
+model = dict(backbone={}, neck=dict(in_channels=[16, 32, 64, 128]))
 """
-UPERNET = f"""
+UPERNET = """
 _base_ = 'mmseg::upernet/upernet_r50_4xb2-40k_cityscapes-512x1024.py'
 custom_imports = dict(imports=['mmdcnv4'], allow_failed_imports=False)
-model = dict(backbone={BACKBONE}, decode_head=dict(in_channels=[16, 32, 64, 128]),
+model = dict(backbone={}, decode_head=dict(in_channels=[16, 32, 64, 128]),
              auxiliary_head=dict(in_channels=64))
 """
 FCOS3D = f"""
@@ -53,7 +60,7 @@ def build(tmp_path, text):
     torch.manual_seed(0)
     model = MODELS.build(Config.fromfile(path).model)
     model.init_weights()
-    assert isinstance(model.backbone, FlashInternImage)
+    assert type(model.backbone).__name__ in BACKBONES
     return revert_sync_batchnorm(model)
 
 
@@ -61,17 +68,20 @@ def assert_backbone_learns(model, losses):
     loss, _ = model.parse_losses(losses)
     assert torch.isfinite(loss)
     loss.backward()
-    for stage in model.backbone.levels:
-        # the offsets start with zero masks behind them, the masks do not
-        assert stage.blocks[-1].dcn.offset_mask.weight.grad.any()
-    assert model.backbone.patch_embed.conv1.weight.grad.any()
+    _, name = BACKBONES[type(model.backbone).__name__]
+    # the offsets of DCNv4 start with zero masks behind them, the masks do not
+    deep = {key: p for key, p in model.backbone.named_parameters() if key.endswith(name)}
+    assert len({key.split('.')[1] for key in deep}) == 4  # one in every stage
+    first = next(p for p in model.backbone.parameters() if p.dim() == 4)  # of the stem
+    assert all(p.grad.any() for p in (first, *deep.values()))
 
 
 @pytest.mark.parametrize('scope', ['mmdet'], indirect=True)
-def test_mask_rcnn(tmp_path, scope):
+@pytest.mark.parametrize('backbone', BACKBONES)
+def test_mask_rcnn(tmp_path, scope, backbone):
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
-    model = build(tmp_path, MASK_RCNN)
+    model = build(tmp_path, MASK_RCNN.format(BACKBONES[backbone][0]))
     samples = []
     for _ in range(2):
         sample = DetDataSample(metainfo=dict(
@@ -94,11 +104,12 @@ def test_mask_rcnn(tmp_path, scope):
 
 
 @pytest.mark.parametrize('scope', ['mmseg'], indirect=True)
-def test_upernet(tmp_path, scope):
+@pytest.mark.parametrize('backbone', BACKBONES)
+def test_upernet(tmp_path, scope, backbone):
     from mmseg.structures import SegDataSample
     # the config of mmseg names ResNet weights one level above the backbone
     with pytest.warns(UserWarning, match='open-mmlab://resnet50_v1c'):
-        model = build(tmp_path, UPERNET)
+        model = build(tmp_path, UPERNET.format(BACKBONES[backbone][0]))
     sample = SegDataSample(metainfo=dict(img_shape=(64, 96), ori_shape=(64, 96),
                                          pad_shape=(64, 96)))
     sample.gt_sem_seg = PixelData(data=torch.randint(0, 19, (1, 64, 96)))

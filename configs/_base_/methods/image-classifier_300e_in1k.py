@@ -1,6 +1,6 @@
-# ImageNet-1K from scratch in mmpretrain, with the data and the schedule of its Swin Transformer, for
-# 1024 images; backbone, neck and width of the head to be set. timm's colour jitter of 0.4 has no
-# effect when RandAugment is used and is left out.
+# ImageNet-1K from scratch in mmpretrain, with the data and the schedule of its Swin Transformer,
+# for 1024 images; backbone, neck and width of the head to be set. timm's colour jitter of 0.4 has
+# no effect when RandAugment is used and is left out.
 _base_ = [
     'mmpretrain::_base_/datasets/imagenet_bs64_swin_224.py',
     'mmpretrain::_base_/schedules/imagenet_bs1024_adamw_swin.py',

@@ -1,4 +1,5 @@
-# mmseg's Semantic FPN for ADE20K with AdamW, 40k iterations of 32 images, as PVT and DAT++ train it.
+# mmseg's Semantic FPN for ADE20K with AdamW, 40k iterations of 32 images, as PVT and DAT++ train
+# it.
 _base_ = [
     'mmseg::_base_/models/fpn_r50.py', '../datasets/ade20k-512x512.py',
     'mmseg::_base_/schedules/schedule_40k.py', '../seg-runtime.py'

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Times neighbourhood attention, forward and backward, and measures its memory on a CPU.
 
-python tools/benchmark_attention.py --shape 1x100x160 --heads 2 --width 32
+python benchmarks/attention.py --shape 1x100x160 --heads 2 --width 32
 
 Compares the tiles of mmdcnv4 with the gather of every window, after checking that both give the
 same result and the same gradients. Peak memory is the growth of the largest resident set (VmHWM of
