@@ -112,6 +112,15 @@ def test_shapes_and_memory_order(case, size):
     assert_close(single, tuple(out[2:] for out in outs))
 
 
+def test_shapes_without_memory(case):
+    """On the meta device, as tools that count do."""
+    with torch.device('meta'):
+        model = MODELS.build(dict(type=case.type, **case.options))
+        outs = model(torch.zeros(2, 3, 70, 100))
+    assert [tuple(out.shape[1:]) for out in outs] == list(
+        zip(case.widths, case.sizes(70), case.sizes(100)))
+
+
 def test_a_training_step_without_images(case):
     for gradient in gradients(case.build().eval(), torch.randn(0, 3, 64, 64)).values():
         assert gradient.nan_to_num().abs().max() == 0

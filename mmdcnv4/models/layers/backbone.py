@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Optional, Union
 
 import torch
@@ -31,6 +32,14 @@ def recompute(function: Callable[..., Any], *inputs: Any, preserve_rng_state: bo
         return function(*inputs)
     return checkpoint(function, *inputs, use_reentrant=False,
                       preserve_rng_state=preserve_rng_state)
+
+
+def full_precision(x: Tensor) -> AbstractContextManager:
+    """A context without autocast on the device of `x`; some devices, such as meta, have none."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 class Backbone(BaseModule):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backbone import recompute
+from .backbone import full_precision, recompute
 from .local_attention import MAX_LOGITS, pad_at_least
 from .norm import map_norm
 
@@ -180,7 +180,7 @@ class DeformableAttention(nn.Module):
         if self.position_bias == 'fixed':
             bias = self.rpe_table[:, first:first + q.shape[2]].to(q.dtype)
         elif points is not None and self.position_bias in ('deformable', 'log_cpb'):
-            with torch.autocast(q.device.type, enabled=False):
+            with full_precision(q):
                 bias = self._bias(points, first, q.shape[2], size).to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
@@ -219,7 +219,7 @@ class DeformableAttention(nn.Module):
                              f'{self.size} of construction, got {size}')
         q, points = self.proj_q(x), None
         if self.options.use_offsets:
-            with torch.autocast(x.device.type, enabled=False):
+            with full_precision(x):
                 points = self.positions(q.to(self.proj_q.weight.dtype))
                 keys = self._sample(x, points)
             points = points.flatten(1, 2)
