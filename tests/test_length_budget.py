@@ -23,6 +23,8 @@ ALLOWED = {
         'the official argument names, and four of ours',
     ('mmdcnv4/models/layers/dcnv4_conv.py', 'DCNv4Conv2d.__init__', 'parameters'):
         'eight arguments of a convolution, as mmcv passes them, and the options of DCNv4',
+    ('mmdcnv4/models/backbones/dynamic_mobile_former.py', 'DynamicMobileFormer.__init__',
+     'parameters'): 'sizes of the family, and the arguments that all backbones have',
     ('mmdcnv4/models/backbones/flash_intern_image.py', 'FlashInternImage.__init__', 'parameters'):
         'the official argument names of the backbone',
     ('mmdcnv4/models/backbones/dat.py', 'DAT.__init__', 'parameters'):

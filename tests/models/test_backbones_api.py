@@ -61,6 +61,12 @@ _DAT = dict(channels=16, heads=(1, 2, 4, 8), groups=(1, 1, 2, 4), img_size=64, d
 CASES = {
     'FlashInternImage': Case('FlashInternImage', _FLASH, (16, 32, 64, 128)),
     'InternImage': Case('InternImage', dict(_FLASH, dw_kernel_size=3), (16, 32, 64, 128)),
+    'DynamicMobileFormer': Case(
+        'DynamicMobileFormer', dict(
+            stem_channels=(8, 12, 8), stages=(((16, 12, 2),), ((20, 16, 2),),
+                                              ((32, 20, 4), (24, 20, 2)), ((40, 24, 4),)),
+            groups=2, num_tokens=3, token_channels=32, num_kernels=3, drop_path_rate=0.0),
+        (12, 16, 20, 24), freezes_stem=False),
     'DAT++': Case('DAT', dict(_DAT, blocks=('D', 'N', 'ND', 'D'), use_conv_stem=True,
                               use_dwc_mlp=True, use_lpu=True), (16, 32, 64, 128)),
     'DAT': Case('DAT', dict(_DAT, blocks=('L', 'S', 'LD', 'D'), strides=(1, 1, 1, 1), window_size=3,

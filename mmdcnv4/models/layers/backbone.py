@@ -5,13 +5,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Optional, Union
 
 import torch
 from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint import FLASH_WEIGHTS, WeightRules, load_pretrained
@@ -20,18 +21,38 @@ from .arguments import Arguments
 _FOREIGN_WEIGHTS = ('open-mmlab://', 'torchvision://', 'mmcls://', 'mmpretrain://')
 
 
-def recompute(function: Callable[..., Any], *inputs: Any, preserve_rng_state: bool = True) -> Any:
+def recompute(function: Callable[..., Any], *inputs: Any, preserve_rng_state: bool = True,
+              norms_of: Optional[nn.Module] = None) -> Any:
     """Calls `function`, and once more in the backward pass, instead of keeping what it computes.
 
     Args:
         function: of tensors; may use parameters of a module, which get their gradients.
         inputs: its arguments.
         preserve_rng_state: whether both calls draw the same random numbers.
+        norms_of: a module whose batch norms `function` uses; their running statistics then count
+            the batch once and not twice.
     """
     if not torch.is_grad_enabled():
         return function(*inputs)
+    options: dict[str, Any] = {}
+    if norms_of is not None:
+        options['context_fn'] = lambda: (nullcontext(), _no_running_statistics(norms_of))
     return checkpoint(function, *inputs, use_reentrant=False,
-                      preserve_rng_state=preserve_rng_state)
+                      preserve_rng_state=preserve_rng_state, **options)
+
+
+@contextmanager
+def _no_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norms in training normalise as ever, but leave their running statistics alone."""
+    norms = [norm for norm in module.modules()
+             if isinstance(norm, _BatchNorm) and norm.training and norm.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
