@@ -46,13 +46,16 @@ def _no_running_statistics(module: nn.Module) -> Iterator[None]:
     """Batch norms in training normalise as ever, but leave their running statistics alone."""
     norms = [norm for norm in module.modules()
              if isinstance(norm, _BatchNorm) and norm.training and norm.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.sub_(1)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager:
