@@ -16,6 +16,7 @@ _MODULES = {
     'mmdcnv4.models.layers': ('mmengine', 'mmcv'),
     'mmdcnv4.models.backbones': ('mmengine', 'mmcv'),
     'mmdcnv4.engine': ('mmengine',),
+    'mmdcnv4.datasets.multi_scale': ('mmengine', 'numpy'),
 }
 
 # module that was left out -> reason

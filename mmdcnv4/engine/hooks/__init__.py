@@ -3,5 +3,6 @@
 """Hooks of a run."""
 
 from .progress import ProgressBarHook
+from .temperature import TemperatureAnnealingHook
 
-__all__ = ['ProgressBarHook']
+__all__ = ['ProgressBarHook', 'TemperatureAnnealingHook']

@@ -1,0 +1,12 @@
+# Dynamic Mobile-Former S for detection. No weights are published: train
+# configs/dynamic_mobile_former/image-classifier_dynamic-mobile-former-s_... and put its checkpoint
+# there. From scratch: --cfg-options model.backbone.init_cfg=None model.backbone.frozen_stages=-1
+dynamic_mobile_former = dict(
+    type='DynamicMobileFormer',
+    arch='s',
+    drop_path_rate=0.1,
+    norm_cfg=dict(type='SyncBN'),
+    frozen_stages=2,  # blocks 0 to 3; the stem learns, as in the published runs
+    init_cfg=dict(
+        type='Pretrained', checkpoint='checkpoints/dynamic-mobile-former-s_in1k.pth'))
+widths = [40, 72, 176, 240]  # of the feature maps at strides 4, 8, 16, 32
