@@ -47,6 +47,9 @@ EXACT = {
     'image-classifier_dat-pp-t': 23_962_876,
     'image-classifier_dat-pp-s': 53_127_366,
     'image-classifier_dat-pp-b': 93_690_640,
+    'image-classifier_dynamic-mobile-former-xxs': 15_075_208,
+    'image-classifier_dynamic-mobile-former-xs': 19_805_516,
+    'image-classifier_dynamic-mobile-former-s': 25_145_252,
 }
 # Known to 10,000 parameters.
 MILLIONS = {
@@ -58,6 +61,10 @@ MILLIONS = {
     'retinanet_flash-intern-image-t': 38.90,
     'retinanet_dat-pp-t_fpn_32xb2-1x': 33.68, 'retinanet_dat-pp-t_fpn_32xb2-3x': 33.68,
     'retinanet_dat-pp-s_fpn_32xb2-1x': 63.30, 'retinanet_dat-pp-s_fpn_32xb2-3x': 63.30,
+    'retinanet_dynamic-mobile-former-xxs': 19.35, 'retinanet_dynamic-mobile-former-xs': 22.33,
+    'retinanet_dynamic-mobile-former-s': 26.00,
+    'mask-rcnn_dynamic-mobile-former-s_fpn_8xb2-1x': 36.54,
+    'mask-rcnn_dynamic-mobile-former-s_fpn_8xb2-3x': 36.54,
     # with a strided convolution for the fifth level of the neck
     'mask-rcnn_dat-pp-t_fpn_32xb2-1x': 44.78, 'mask-rcnn_dat-pp-t_fpn_32xb2-3x': 44.78,
     'mask-rcnn_dat-pp-s_fpn_32xb2-1x': 74.40, 'mask-rcnn_dat-pp-s_fpn_32xb2-3x': 74.40,

@@ -23,7 +23,8 @@ from helpers.zoo import LEAVES, SHARED_DATA, build_model, build_optimiser, read
 FACTOR = 8
 SIZES = ('scale', 'scales', 'crop_size')
 LAYERS = dict(DAT=4, FlashInternImage=4, InternImage=4, ResNet=4 + 6 + 3)  # deformable ones
-PREDICTORS = ('offset_mask.weight', 'dcn.mask.weight', 'conv_offset.3.weight')  # in them
+PREDICTORS = ('offset_mask.weight', 'dcn.mask.weight', 'conv_offset.3.weight',
+              'static_weight')  # in them, and what is learned at once in dynamic convolutions
 QUERIES = 50  # of DINO; its maps must have that many positions
 NAMES = [name for name in LEAVES if not name.startswith('bevformer_v2/')]
 
@@ -52,6 +53,8 @@ def make_smaller(cfg):
         model.backbone.update(depths=(1, 1, 1, 1), drop_path_rate=0.0)  # every block takes part
     elif model.backbone.type == 'DAT':
         model.backbone.update(blocks=('ND', 'D', 'D', 'D'), drop_path_rate=0.0)
+    elif model.backbone.type == 'DynamicMobileFormer':
+        model.backbone.update(frozen_stages=-1, drop_path_rate=0.0)
     if 'size' in model.get('data_preprocessor', {}):
         model.data_preprocessor.size = divide(model.data_preprocessor.size)
     if 'num_queries' in model:
@@ -144,7 +147,10 @@ def test_trains_and_predicts(name, drawn):
     before = {key: value.detach().clone() for key, value in model.backbone.named_parameters()
               if key.endswith(PREDICTORS)}
     is_plain = cfg.model.backbone.type == 'ResNet' and 'dcn' not in cfg.model.backbone
-    assert len(before) == (0 if is_plain else LAYERS[cfg.model.backbone.type])
+    if cfg.model.backbone.type == 'DynamicMobileFormer':
+        assert len(before) == 3 * len(model.backbone.blocks) + model.backbone.class_features
+    else:
+        assert len(before) == (0 if is_plain else LAYERS[cfg.model.backbone.type])
     model.train()
     # mmdet's ResNet starts its branches at zero: the first step reaches only their last norms
     for _ in range(2 if cfg.model.backbone.type == 'ResNet' else 1):

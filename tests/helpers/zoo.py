@@ -20,7 +20,8 @@ CONFIGS = ROOT / 'configs'
 LEAVES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob('[!_]*/*.py'))
 BASES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob('_base_/**/*.py'))
 ZOO = [name for name in LEAVES
-       if name.startswith(('dat/', 'flash_intern_image/', 'intern_image/'))]
+       if name.startswith(('dat/', 'dynamic_mobile_former/', 'flash_intern_image/',
+                           'intern_image/'))]
 SHARED_DATA = ROOT.parent / 'shared' / 'data'
 
 
