@@ -25,6 +25,11 @@ BACKBONES = {
         """dict(_delete_=True, type='DAT', channels=16, blocks=('D', 'ND', 'D', 'D'),
                 heads=(1, 2, 4, 8), groups=(1, 1, 2, 4), use_conv_stem=True, use_dwc_mlp=True,
                 use_lpu=True, drop_path_rate=0.1)""", '.conv_offset.3.weight'),
+    'DynamicMobileFormer': (
+        """dict(_delete_=True, type='DynamicMobileFormer', stem_channels=(8, 16, 8),
+                stages=(((16, 16, 2),), ((32, 32, 2),), ((64, 64, 4),), ((96, 128, 4),)),
+                groups=2, num_tokens=3, token_channels=32, num_kernels=3)""",
+        '.dw_conv.static_weight'),
 }
 BACKBONE = BACKBONES['FlashInternImage'][0]
 MASK_RCNN = """
