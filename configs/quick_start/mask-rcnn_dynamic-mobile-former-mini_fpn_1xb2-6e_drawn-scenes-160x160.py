@@ -1,4 +1,4 @@
-# The Mask R-CNN of the quick start with a small Dynamic Mobile-Former in place of FlashInternImage.
+# The Mask R-CNN of the quick start with a small Dynamic Mobile-Former as its backbone.
 _base_ = ['./mask-rcnn_flash-intern-image-mini_fpn_1xb2-6e_drawn-scenes-160x160.py',
           '../_base_/models/dynamic-mobile-former_mini.py']
 

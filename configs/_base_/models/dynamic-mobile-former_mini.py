@@ -1,5 +1,5 @@
-# Dynamic Mobile-Former with the blocks of the published sizes, small enough for CPU cores and images
-# of a few hundred pixels.
+# Dynamic Mobile-Former with the blocks of the published sizes, small enough for CPU cores and
+# images of a few hundred pixels.
 dynamic_mobile_former = dict(
     type='DynamicMobileFormer',
     stem_channels=(16, 32, 16),

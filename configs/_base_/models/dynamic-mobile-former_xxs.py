@@ -1,5 +1,5 @@
 # Dynamic Mobile-Former XXS for detection. No weights are published: train
-# configs/dynamic_mobile_former/image-classifier_dynamic-mobile-former-xxs_... and put its checkpoint
+# the classifier, image-classifier_dynamic-mobile-former-xxs_..., and put its checkpoint
 # there. From scratch: --cfg-options model.backbone.init_cfg=None model.backbone.frozen_stages=-1
 dynamic_mobile_former = dict(
     type='DynamicMobileFormer',
