@@ -14,7 +14,7 @@ PAGES = sorted(path for path in ROOT.rglob('*.md')
 
 LINK = re.compile(r'\]\(([^)\s]+)\)')
 # a path below one of our folders, as it stands in a command or in back quotes
-FILE = re.compile(r'(?<![\w/.:-])((?:tools|configs|mmdcnv4|csrc|tests|benchmarks|requirements)'
+FILE = re.compile(r'(?<![\w/.:-])((?:tools|configs|mmdcnv4|csrc|tests|dev|benchmarks|requirements)'
                   r'/[\w./-]*\w)')
 TARGET = re.compile(r'^\s*(?:\$ )?make ([a-z-]+)', re.MULTILINE)
 FENCE = re.compile(r'```(?:shell|bash|console)\n(.*?)```', re.DOTALL)
@@ -50,5 +50,5 @@ def test_quoted_make_targets_exist():
 
 def test_readme_names_every_top_level_folder():
     readme = (ROOT / 'README.md').read_text()
-    for folder in ('csrc', 'mmdcnv4', 'configs', 'tools', 'tests'):
+    for folder in ('csrc', 'mmdcnv4', 'configs', 'tools', 'dev', 'benchmarks', 'tests'):
         assert f'`{folder}/`' in readme
