@@ -192,13 +192,23 @@ def make_extension() -> dict:
     return dict(ext_modules=[extension], cmdclass=dict(build_ext=cpp_extension.BuildExtension))
 
 
+def link_recipes() -> None:
+    """Makes `mmdcnv4/.mim` for a build in the source folder: links to the folders beside it."""
+    target = ROOT / 'mmdcnv4' / '.mim'
+    target.mkdir(exist_ok=True)
+    for name in ('configs', 'tools', 'model-index.yml'):
+        if not (target / name).exists():
+            (target / name).symlink_to(Path('..', '..', name), (ROOT / name).is_dir())
+
+
 class BuildWithConfigs(build_py):
-    """Adds `mmdcnv4/.mim`, where mim and configs that inherit `mmdcnv4::...` look."""
+    """Adds `mmdcnv4/.mim`, where mim and mmengine look for what `mmdcnv4::...` names."""
 
     def run(self) -> None:
-        """Copies after the modules; an editable install has the folders beside it."""
+        """Copies after the modules; an editable installation has links instead."""
         super().run()
         if getattr(self, 'editable_mode', False):  # setuptools >= 64
+            link_recipes()
             return
         target = Path(self.build_lib, 'mmdcnv4', '.mim')
         # dev/ and benchmarks/ need the sources, which a wheel does not have
@@ -210,4 +220,6 @@ class BuildWithConfigs(build_py):
 
 options = make_extension()
 options.setdefault('cmdclass', {})['build_py'] = BuildWithConfigs
+if '--inplace' in sys.argv:
+    link_recipes()
 setup(license='Apache-2.0', **options)

@@ -91,9 +91,10 @@ def _backend() -> str:
 
 def _registered() -> list[str]:
     """Type names of this package in mmengine's root registries."""
-    if _version('mmengine') == 'not installed':
+    try:
+        from mmengine import registry
+    except Exception:  # absent, or broken, which `skipped` tells
         return []
-    from mmengine import registry
     roots = (registry.MODELS, registry.HOOKS, registry.OPTIM_WRAPPER_CONSTRUCTORS,
              registry.DATASETS, registry.TRANSFORMS)
     return sorted({name for root in roots for name, member in root.module_dict.items()
@@ -115,6 +116,8 @@ def collect() -> list[tuple[str, list[tuple[str, str]]]]:
     registered = [('registered', ', '.join(_registered()) or 'nothing')]
     registered += [(f'skipped {module}', reason)
                    for module, reason in registration.skipped.items()]
+    registered += [(f'on demand {module}', how)
+                   for module, how in registration.on_demand().items()]
     return [('software', software), ('kernels', kernels), ('registration', registered)]
 
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 HIDE = """
 import sys, warnings
@@ -91,3 +93,46 @@ with warnings.catch_warnings(record=True) as caught:
 assert 'undefined symbol' in str(caught[0].message), caught
 assert torch.__version__ in str(caught[0].message)
 """)
+
+
+def test_the_public_names():
+    run('import mmdcnv4\n'
+        'from mmdcnv4 import DCNv4, dcnv4, dcnv4_reference, use_backend\n'
+        'from mmdcnv4 import ops\n'
+        'for name in ("DCNv4", "dcnv4", "dcnv4_reference", "use_backend"):\n'
+        '    assert name in mmdcnv4.__all__ and getattr(mmdcnv4, name) is getattr(ops, name)\n'
+        'assert all(hasattr(mmdcnv4, name) for name in mmdcnv4.__all__)')
+    assert (ROOT / 'mmdcnv4' / 'py.typed').is_file()
+
+
+@pytest.mark.parametrize('package, left_out', [
+    ('mmcv', {'mmdcnv4.models.backbones'}),
+    ('mmengine', {'mmdcnv4.models.layers', 'mmdcnv4.models.backbones', 'mmdcnv4.engine',
+                  'mmdcnv4.registry'})])
+def test_the_operator_works_beside_a_broken_package(tmp_path, package, left_out):
+    """As built against another torch; what is not registered is told once, and by `info`."""
+    (tmp_path / package).mkdir()
+    (tmp_path / package / '__init__.py').write_text('raise OSError("undefined symbol: _ZN3c10")\n')
+    run(f"""
+import sys, warnings
+sys.path.insert(0, {str(tmp_path)!r})
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always')
+    from mmdcnv4 import dcnv4, info, registration
+assert set(registration.skipped) == {left_out!r}, registration.skipped
+assert set(registration.skipped.values()) == {{'OSError: undefined symbol: _ZN3c10'}}
+messages = [str(w.message) for w in caught if 'not registered' in str(w.message)]
+assert len(messages) == {len(left_out)}, messages
+""" + CALL + """
+assert call().shape == (1, 4, 5, 6)
+assert info.report().count('OSError: undefined symbol') >= len(registration.skipped)
+""")
+
+
+def test_bevformer_v2_is_known_and_not_imported():
+    run('import sys, mmdcnv4\n'
+        'assert "mmdcnv4.bevformer_v2" not in sys.modules\n'
+        'how = mmdcnv4.registration.on_demand()["mmdcnv4.bevformer_v2"]\n'
+        'assert "custom_imports" in how or "not installed" in how, how\n'
+        'from mmdcnv4.info import report\n'
+        'assert how in report()')

@@ -21,9 +21,11 @@ EVERYTHING = ('mmdcnv4',)
 
 # layer -> (own modules it may import, host packages it may import); the longest name counts
 TABLE = {
-    'mmdcnv4': (('mmdcnv4.registration', 'mmdcnv4.version'), ()),
+    'mmdcnv4': (('mmdcnv4.ops', 'mmdcnv4.registration', 'mmdcnv4.version'), ()),
     'mmdcnv4.version': ((), ()),
     'mmdcnv4.registration': (EVERYTHING, ()),
+    'mmdcnv4.registry': ((), ('mmengine',)),
+    'mmdcnv4.utils': (('mmdcnv4.registration',), ()),
     'mmdcnv4.info': (EVERYTHING, ('mmengine', 'mmcv')),
     'mmdcnv4.testing': (('mmdcnv4.ops',), ()),
     'mmdcnv4.ops': (('mmdcnv4.ops', 'mmdcnv4._C'), ()),

@@ -13,7 +13,6 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
-from ..engine.inheritance import forget_scope
 from . import preflight
 from .checkpoints import find_resumable_checkpoint
 from .preflight import UserError
@@ -36,7 +35,6 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
         raise UserError(f'the config {path} does not exist.')
     try:
         cfg = Config.fromfile(path)
-        forget_scope(cfg._cfg_dict)
         cfg.merge_from_dict(options or {})
     except Exception as error:  # a config is a program, which fails in any way
         raise UserError(f'cannot read the config {path}: '

@@ -12,12 +12,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config
 from torch import nn
 
 from helpers.tool_runner import REPOSITORY, TINY, load_tool
-from mmdcnv4.cli.analysis import ModelPart
+from mmdcnv4.cli.analysis import ModelPart, flop_analyzer
 from mmdcnv4.cli.preflight import UserError
 from mmdcnv4.models.backbones import FlashInternImage, InternImage
 from mmdcnv4.models.layers import ConvHeadNeck
@@ -45,8 +44,7 @@ class Classifier(nn.Module):
 
 def count(model, *inputs):
     with torch.no_grad():
-        analyzer = FlopAnalyzer(model.eval(), inputs)
-        return analyzer.unsupported_ops_warnings(False).by_operator()
+        return flop_analyzer(model.eval(), inputs).by_operator()
 
 
 @needs_kernels

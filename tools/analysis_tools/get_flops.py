@@ -20,12 +20,11 @@ from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
 import torch
-from mmengine.analysis import FlopAnalyzer
 from mmengine.config import Config
 
 import mmdcnv4  # noqa: F401  registers the classes
 from mmdcnv4.cli import arguments, config
-from mmdcnv4.cli.analysis import PARTS, ModelPart
+from mmdcnv4.cli.analysis import PARTS, ModelPart, flop_analyzer
 from mmdcnv4.cli.explain import explain
 from mmdcnv4.cli.preflight import UserError
 from mmdcnv4.ops import _extension
@@ -66,8 +65,7 @@ def count(cfg: Config, height: int, width: int, part: str = 'model') -> Cost:
     logging.getLogger('mmengine').setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of the tracer, about shapes that it fixes
-        analyzer = FlopAnalyzer(model, (torch.zeros(1, 3, height, width),))
-        analyzer.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+        analyzer = flop_analyzer(model, (torch.zeros(1, 3, height, width),))
         try:
             found = analyzer.by_operator()
         except (IndexError, RuntimeError, ValueError) as error:

@@ -9,6 +9,11 @@ scenes = dict(
         classes=('background', 'disk', 'ring', 'square', 'triangle', 'star'),
         palette=[(90, 90, 90), (230, 70, 60), (70, 130, 240), (60, 180, 90), (240, 180, 40),
                  (170, 90, 220)]))
+test_pipeline = [  # under this name for mmseg's inference_model
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs'),
+]
 train_dataloader = dict(
     batch_size=4,
     num_workers=1,
@@ -32,11 +37,7 @@ val_dataloader = dict(
     dataset=dict(
         **scenes,
         data_prefix=dict(img_path='images/validation', seg_map_path='annotations/validation'),
-        pipeline=[
-            dict(type='LoadImageFromFile'),
-            dict(type='LoadAnnotations'),
-            dict(type='PackSegInputs'),
-        ]))
+        pipeline=test_pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
