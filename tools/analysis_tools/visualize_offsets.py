@@ -43,9 +43,10 @@ from mmdcnv4.cli.preflight import (
 from mmdcnv4.models.checkpoint import find_state_dict, read_file
 from mmdcnv4.models.layers import dcnv3 as dcnv3_module
 from mmdcnv4.models.layers.dcnv3 import DCNv3
-from mmdcnv4.ops import DCNv4, dcnv4
+from mmdcnv4.ops import DCNv4
 from mmdcnv4.ops import module as dcnv4_module
 from mmdcnv4.ops.contract import Geometry, make_geometry, output_size
+from mmdcnv4.ops.functional import apply_geometry
 
 
 class Samples(NamedTuple):
@@ -100,9 +101,12 @@ def record(model: nn.Module, images: Tensor) -> list[Samples]:
     current: list[str] = []
     found: list[Samples] = []
 
-    def recording(value: Tensor, offset_mask: Tensor, **options: Any) -> Tensor:
-        found.append(unpack(current[-1], make_geometry(**options), value, offset_mask))
-        return dcnv4(value, offset_mask, **options)
+    def recording(value: Tensor, offset_mask: Tensor, geometry: Geometry) -> Tensor:
+        found.append(unpack(current[-1], geometry, value, offset_mask))
+        return apply_geometry(value, offset_mask, geometry)
+
+    def recording_options(value: Tensor, offset_mask: Tensor, **options: Any) -> Tensor:
+        return recording(value, offset_mask, make_geometry(**options))
 
     handles = []
     for name, module in model.named_modules():
@@ -110,8 +114,8 @@ def record(model: nn.Module, images: Tensor) -> list[Samples]:
             handles.append(module.register_forward_pre_hook(
                 lambda module, inputs, name=name: current.append(name)))
     try:
-        with torch.no_grad(), patch.object(dcnv4_module, 'dcnv4', recording), \
-                patch.object(dcnv3_module, 'dcnv4', recording):
+        with torch.no_grad(), patch.object(dcnv4_module, 'apply_geometry', recording), \
+                patch.object(dcnv3_module, 'dcnv4', recording_options):
             model(images)
     finally:
         for handle in handles:
