@@ -23,26 +23,29 @@ EVERYTHING = ('mmdcnv4',)
 TABLE = {
     'mmdcnv4': (('mmdcnv4.ops', 'mmdcnv4.registration', 'mmdcnv4.version'), ()),
     'mmdcnv4.version': ((), ()),
+    'mmdcnv4.errors': ((), ()),
     'mmdcnv4.registration': (EVERYTHING, ()),
     'mmdcnv4.registry': ((), ('mmengine',)),
     'mmdcnv4.utils': (('mmdcnv4.registration',), ()),
     'mmdcnv4.info': (EVERYTHING, ('mmengine', 'mmcv')),
     'mmdcnv4.testing': (('mmdcnv4.ops',), ()),
     'mmdcnv4.ops': (('mmdcnv4.ops', 'mmdcnv4._C'), ()),
-    'mmdcnv4.models.checkpoint': ((), ('mmengine',)),
+    'mmdcnv4.models.checkpoint': (('mmdcnv4.errors',), ('mmengine',)),
     'mmdcnv4.models.layers': (
-        ('mmdcnv4.ops', 'mmdcnv4.models.layers', 'mmdcnv4.models.checkpoint'),
+        ('mmdcnv4.errors', 'mmdcnv4.ops', 'mmdcnv4.models.layers', 'mmdcnv4.models.checkpoint'),
         ('mmengine', 'mmcv')),
     'mmdcnv4.models.backbones': (
-        ('mmdcnv4.ops', 'mmdcnv4.models.layers', 'mmdcnv4.models.checkpoint'),
+        ('mmdcnv4.errors', 'mmdcnv4.ops', 'mmdcnv4.models.layers', 'mmdcnv4.models.checkpoint'),
         ('mmengine', 'mmcv')),
     # backbones only through the registry
-    'mmdcnv4.bevformer_v2': (('mmdcnv4.bevformer_v2', 'mmdcnv4.ops'),
+    'mmdcnv4.bevformer_v2': (('mmdcnv4.errors', 'mmdcnv4.bevformer_v2', 'mmdcnv4.ops'),
                              ('mmengine', 'mmcv', 'mmdet', 'mmdet3d')),
     'mmdcnv4.datasets': (('mmdcnv4.datasets',), ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmdet3d')),
-    'mmdcnv4.engine': (('mmdcnv4.engine',), ('mmengine',)),
+    'mmdcnv4.checks': (('mmdcnv4.checks', 'mmdcnv4.errors'), ('mmengine',)),
+    'mmdcnv4.engine': (('mmdcnv4.engine', 'mmdcnv4.checks', 'mmdcnv4.errors'), ('mmengine',)),
     # the tools' start-up; it may say which registrations were skipped
-    'mmdcnv4.cli': (('mmdcnv4.cli', 'mmdcnv4.engine', 'mmdcnv4.registration'), ('mmengine',)),
+    'mmdcnv4.cli': (('mmdcnv4.cli', 'mmdcnv4.engine', 'mmdcnv4.checks', 'mmdcnv4.errors',
+                     'mmdcnv4.registration'), ('mmengine',)),
 }
 TORCH_FREE_HEADERS = ('bilinear.h', 'dcnv4_params.h', 'launch_plan.h')
 

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import InvalidValue
+
 MIN_DEPTH = 1e-5  # metres; what is nearer does not project
 _FAR = 100.0  # image widths; beyond, a point samples zero whatever its offset
 
@@ -30,8 +32,8 @@ def check_range(owner: str, pc_range: Sequence[float]) -> tuple[float, ...]:
         ValueError: it is not three minima and three larger maxima; names `owner`.
     """
     if len(pc_range) != 6 or any(pc_range[i] >= pc_range[i + 3] for i in range(3)):
-        raise ValueError(f'{owner}: pc_range must be three minima and three larger maxima, '
-                         f'got {tuple(pc_range)}')
+        raise InvalidValue(f'{owner}: pc_range must be three minima and three larger maxima, '
+                           f'got {tuple(pc_range)}')
     return tuple(pc_range)
 
 

@@ -15,6 +15,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
+from ..errors import InvalidValue
+
 PARTS = ('backbone', 'features', 'model')
 _SAMPLES = {'mmdet': ('mmdet.structures', 'DetDataSample'),
             'mmseg': ('mmseg.structures', 'SegDataSample'),
@@ -87,10 +89,10 @@ class ModelPart(nn.Module):
     def __init__(self, cfg: Config, part: str = 'model') -> None:
         super().__init__()
         if part not in PARTS:
-            raise ValueError(f'analysis: part must be one of {PARTS}, got {part!r}')
+            raise InvalidValue(f'analysis: part must be one of {PARTS}, got {part!r}')
         if cfg.default_scope not in _SAMPLES:
-            raise ValueError(f'analysis: default_scope must be one of {tuple(_SAMPLES)}, '
-                             f'got {cfg.default_scope!r}')
+            raise InvalidValue(f'analysis: default_scope must be one of {tuple(_SAMPLES)}, '
+                               f'got {cfg.default_scope!r}')
         self.model: Any = build_model(cfg)
         self.scope, self.part = cfg.default_scope, part
 

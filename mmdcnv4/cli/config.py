@@ -13,9 +13,9 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
+from ..errors import UserError
 from . import preflight
 from .checkpoints import find_resumable_checkpoint
-from .preflight import UserError
 
 _VISUALIZATION_OPTIONS = {  # default_scope: names of (switch, output folder) in its hook
     'mmdet': ('draw', 'test_out_dir'),

@@ -17,7 +17,8 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from torch import distributed as dist
 
-from .preflight import UserError, walk
+from ..checks.config import walk
+from ..errors import UserError
 
 
 def _first_slurm_host() -> str:

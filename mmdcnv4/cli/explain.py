@@ -1,195 +1,154 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""What an exception of a run means to its user.
+"""How a program ends that fails.
 
-`explain` turns exceptions that come from the user's files into a `UserError`'s one clear line.
+An error in what the user gave, a :class:`mmdcnv4.errors.UserError`, ends it in one clear line; its
+traceback goes to the log of the run. Every other exception keeps its traceback, in the log too,
+and may get a last line that begins with "hint:". A hint rests on the type of the exception and on
+what it carries, never on its text, and adds to it, never replaces.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
 import os
-import pickle
-import re
-import zipfile
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry.build_functions import build_from_cfg
 
 from .. import registration
+from ..checks.config import walk
 from ..engine.hooks.progress import close_bar
-from .preflight import OUR_TYPES, UserError, annotation_files
+from ..errors import chain, find_user_error, message_of
 
-# classes and modules whose errors name what the config or the data set holds
-_OWN_MESSAGES = ('DCNv4', 'FlashInternImage', 'NuScenesTemporalDataset',
-                 'LoadTemporalMultiViewImages', 'MultiViewCropResize', 'BEVFormerV2',
-                 'BEVFormerV2Encoder', 'BEVFormerV2Head', 'PerspectiveHead', 'analysis')
 _LIBRARIES = ('mmcv', 'mmdet', 'mmdet3d', 'mmpretrain', 'mmseg')
-_IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
-_MAX_FILES_TO_SEARCH = 50_000
 
 
-def _broken_annotation(cfg: Config) -> Optional[str]:
-    """The first annotation file that cannot be parsed, and why."""
-    for _, file in annotation_files(cfg):
-        try:
-            if file.endswith('.json'):
-                json.loads(Path(file).read_bytes())
-            elif file.endswith('.pkl'):
-                with open(file, 'rb') as stream:
-                    pickle.load(stream)  # the data set has just done the same
-        except (ValueError, EOFError, pickle.UnpicklingError) as error:
-            return f'{file} ({error})'
-        except OSError:
-            continue
-    return None
+def _entries_with(cfg: Config, file: str) -> str:
+    """Where the config names a file, or a folder above it."""
+    for path, node in walk(cfg._cfg_dict):
+        for key, value in node.items():
+            if isinstance(value, str) and len(value) > 1 and (
+                    file == value or file.startswith(value.rstrip('/') + '/')):
+                return f'{path}.{key}'.lstrip('.')
+    return ''
 
 
-def _incomplete_annotation(cfg: Config, key: str) -> Optional[str]:
-    """The first COCO-like annotation file without the list `key`."""
-    for _, file in annotation_files(cfg):
+def _hint_missing_file(error: FileNotFoundError, cfg: Optional[Config]) -> Optional[str]:
+    if not isinstance(error.filename, (str, Path)):
+        return None
+    file = str(error.filename)
+    entry = '' if cfg is None else _entries_with(cfg, file)
+    return (f'{file} does not exist (working directory {os.getcwd()})'
+            + (f'; {entry} of the config leads there' if entry else ''))
+
+
+def _hint_broken_json(cfg: Optional[Config]) -> Optional[str]:
+    """The first JSON file of the config that cannot be parsed."""
+    for _, node in walk({} if cfg is None else cfg._cfg_dict):
+        file = os.path.join(str(node.get('data_root') or ''), str(node.get('ann_file') or ''))
         if file.endswith('.json') and os.path.isfile(file):
-            content = json.loads(Path(file).read_bytes())
-            if not isinstance(content, dict) or key not in content:
-                return file
+            try:
+                json.loads(Path(file).read_bytes())
+            except ValueError as error:
+                return f'{file} is no JSON file: {error}'
     return None
 
 
-def _unreadable_image(cfg: Config) -> Optional[str]:
-    """The first image or label map of the data sets that no decoder accepts."""
-    import cv2  # only here: after a failure
-    budget = _MAX_FILES_TO_SEARCH
-    for _, folder in annotation_files(cfg):
-        if not os.path.isdir(folder):
-            continue
-        for file in sorted(Path(folder).rglob('*')):
-            if file.suffix.lower() not in _IMAGE_SUFFIXES:
-                continue
-            budget -= 1
-            if budget < 0:
-                return None
-            if cv2.imread(str(file), cv2.IMREAD_GRAYSCALE) is None:
-                return str(file)
-    return None
-
-
-def _explain_import(text: str) -> Optional[str]:
-    match = re.search(r"(\w+) is not in the ([\w:-]+ ?[\w:-]*) registry", text)
-    if match is None:
+def _hint_registry(error: BaseException) -> Optional[str]:
+    """What this package could not register, where mmengine does not find a type."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not frames or frames[-1].f_code is not build_from_cfg.__code__ or not registration.skipped:
         return None
-    skipped = registration.skipped
-    reasons = ''.join(f'\n    {name}: {why}' for name, why in skipped.items())
-    return (f'{match[1]} is in no registry: check the spelling of the type, default_scope and '
-            'custom_imports in the config.'
-            + (f' Classes of mmdcnv4 that were not registered:{reasons}' if reasons else ''))
+    reasons = '; '.join(f'{name}: {why}' for name, why in registration.skipped.items())
+    return f'mmdcnv4 did not register all of its classes: {reasons}'
 
 
-def _explain_own(text: str) -> Optional[str]:
-    """What classes of this package and a hook of mmdet say of the config and the data."""
-    # str() of a KeyError has quotes around its message
-    own = re.findall(rf"(['\"]?)\b((?:{'|'.join(_OWN_MESSAGES)}): .+)\1$", text, re.MULTILINE)
-    if own:
-        return own[-1][1]
-    match = re.search(r'The `num_classes` \((\d+)\) in (\w+) of .* `classes` (\d+)\) in (\w+)',
-                      text)
-    if match is None:
-        return None
-    return (f'{match[2]} has num_classes {match[1]}, {match[4]} has {match[3]} classes: set '
-            'metainfo.classes of the data sets and num_classes of every head alike.')
-
-
-def _explain_argument(text: str) -> Optional[str]:
-    """An argument that a class of this package does not have, often one of an inherited config."""
-    match = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
-    name = match and {'DCNv4Conv2d': 'DCNv4'}.get(match[1], match[1])
-    if match is None or name not in {*OUR_TYPES, *_OWN_MESSAGES}:
-        return None
-    return (f'{name} has no argument {match[2]}. If it comes from an inherited config, replace '
-            f"that entry as a whole: dict(_delete_=True, type='{name}', ...).")
-
-
-def translate(error: BaseException, cfg: Optional[Config] = None) -> Optional[str]:
-    """What an exception of a run means to its user; None when it is not known to be theirs.
+def hint(error: BaseException, cfg: Optional[Config] = None) -> Optional[str]:
+    """What may help with an exception that is not known to be the user's fault.
 
     Args:
-        error: the exception, also one that a worker process of a data loader has wrapped.
-        cfg: the config of the run, to find the file that is broken.
+        error: of a run; what led to it counts as well.
+        cfg: the config of the run.
     """
-    if isinstance(error, UserError):
-        return str(error)
-    text = str(error)
-    own = _explain_own(text) or _explain_argument(text)
-    if own:
-        return own
-    names = re.findall(r'failed to load image: ([^{\n]+)$', text, re.MULTILINE)
-    if names:
-        return f'cannot read the image {names[-1].strip()}: the file is empty or corrupt.'
-    if 'need at least one array to concatenate' in text:
-        return ('a data set has no image left. Check that its folders hold images, and that '
-                'metainfo.classes are the category names of its annotation file.')
-    if 'Cannot find valid image after' in text:
-        return ('the pipeline of the training data leaves no object in any sample that was tried. '
-                'Check metainfo.classes, point_cloud_range, and that the annotation file holds '
-                'objects.')
-    match = re.search(r"No such file or directory: ['\"](.+?)['\"]", text)
-    if match:
-        return f'the file {match[1]} does not exist.'
-    if isinstance(error, ModuleNotFoundError):
-        library = str(error.name).split('.')[0]
-        if library in _LIBRARIES:
-            return f'the config needs {library}, which is not installed.'
-    match = re.search(r'expected scalar type Float but found (\w+)', text)
-    if match:
-        return (f'an operator of the model does not compute in {match[1].lower()} on this device; '
-                'leave out --amp.')
-    if re.search(r'No space left on device', text):
-        return 'the disk is full; free some space and continue with --resume.'
-    if cfg is None:
-        return _explain_import(text)
-    if re.search('PytorchStreamReader|Weights only load failed', text):
-        file = cfg.get('load_from')
-        if file is not None and not zipfile.is_zipfile(file):
-            return f'the checkpoint {file} is no checkpoint.'
-        return (f'the checkpoint {file} holds objects that are neither weights nor what MMEngine '
-                'saves. It could run code, so it is refused.')
-    if re.search('JSONDecodeError|UnpicklingError|EOFError|UnicodeDecodeError',
-                 f'{type(error).__name__} {text}'):
-        broken = _broken_annotation(cfg)
-        if broken:
-            return f'cannot read the annotation file {broken}: the file is corrupt.'
-    match = re.search(r"^'(images|annotations|categories)'$", text, re.MULTILINE)
-    if match:
-        broken = _incomplete_annotation(cfg, match[1])
-        if broken:
-            return (f'the annotation file {broken} has no list {text}: COCO files hold images, '
-                    'annotations and categories.')
-    if re.search('UnidentifiedImageError|cannot identify image file|NoneType|buf.empty', text):
-        broken = _unreadable_image(cfg)
-        if broken:
-            return f'cannot read the image {broken}: the file is empty or corrupt.'
-    return _explain_import(text)
+    for link in chain(error):
+        found: Optional[str] = None
+        if isinstance(link, FileNotFoundError):
+            found = _hint_missing_file(link, cfg)
+        elif isinstance(link, OSError) and link.errno == errno.ENOSPC:
+            found = 'the disk is full; free some space and continue with --resume'
+        elif isinstance(link, json.JSONDecodeError):
+            found = _hint_broken_json(cfg)
+        elif isinstance(link, ModuleNotFoundError):
+            library = str(link.name).split('.')[0]
+            found = f'{library} is not installed' if library in _LIBRARIES else None
+        elif isinstance(link, KeyError):
+            found = _hint_registry(link)
+        if found:
+            return found
+    return None
+
+
+def _log_traceback(error: BaseException, cfg: Optional[Config]) -> None:
+    """Writes the traceback into the log file of the run, if there is one already."""
+    work_dir = None if cfg is None else cfg.get('work_dir')
+    if work_dir is None:
+        return
+    text = ''.join(traceback.format_exception(type(error), error, error.__traceback__))
+    for logger in list(MMLogger._instance_dict.values()):
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler) and \
+                    Path(work_dir).resolve() in Path(handler.baseFilename).resolve().parents:
+                handler.emit(logging.LogRecord(logger.name, logging.ERROR, __file__, 0, text, None,
+                                               None))
+                handler.flush()
+
+
+def _add_last_line(error: BaseException, line: str) -> None:
+    """Has Python print a line below the traceback."""
+    if hasattr(error, 'add_note'):  # Python >= 3.11
+        error.add_note(line)
+        return
+    show = sys.excepthook
+
+    def show_with_line(*arguments: Any) -> None:
+        show(*arguments)
+        print(line, file=sys.stderr)
+
+    sys.excepthook = show_with_line
 
 
 @contextmanager
 def explain(cfg: Optional[Config] = None, debug: bool = False) -> Iterator[None]:
-    """Ends the program with one clear last line where the user's files are at fault.
+    """Ends the program with one clear last line where what the user gave is at fault.
 
     Args:
         cfg: the config of the run.
-        debug: let the exception pass, with its traceback.
+        debug: let a user error pass as well, with its traceback.
 
     Raises:
-        SystemExit: with the message.
+        SystemExit: with the message of a user error.
     """
     try:
         yield
     except Exception as error:
-        message = None if debug else translate(error, cfg)
-        if message is None:
-            raise
-        raise SystemExit(f'error: {message}') from None
+        close_bar()  # it would stand in the middle of the text
+        _log_traceback(error, cfg)
+        fault = find_user_error(error)
+        if fault is not None and not debug:
+            raise SystemExit(f'error: {message_of(fault)}') from error
+        line = None if fault is not None else hint(error, cfg)
+        if line:
+            _add_last_line(error, f'hint: {line}')
+        raise
     finally:
         close_bar()

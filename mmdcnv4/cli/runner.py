@@ -10,16 +10,19 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
+from ..checks.config import run_all, type_name
 from . import preflight
 from .checkpoints import allow_mmengine_checkpoints
 from .distributed import prepare_distributed
 
 
-def _add_progress_bar(cfg: Config) -> None:
+def _add_hooks(cfg: Config) -> None:
+    """Adds the progress bar and the checks of the samples, unless the config has its own."""
     hooks = list(cfg.get('custom_hooks') or [])
-    present = {hook.get('type') for hook in hooks if isinstance(hook, dict)}
-    if 'ProgressBarHook' not in present:
-        hooks.append(dict(type='ProgressBarHook'))
+    present = set(map(type_name, hooks))
+    for hook in (dict(type='ProgressBarHook'), dict(type='RunChecksHook', check_config=False)):
+        if hook['type'] not in present:
+            hooks.append(hook)
     cfg.custom_hooks = hooks
 
 
@@ -27,7 +30,7 @@ def build_runner(cfg: Config, splits: tuple[str, ...]) -> Runner:
     """Checks what can be checked, then builds the Runner.
 
     Args:
-        cfg: the config with all arguments applied; a hook is added to it.
+        cfg: the config with all arguments applied; hooks are added to it.
         splits: of 'train', 'val', 'test', the data the run reads.
 
     Raises:
@@ -38,13 +41,10 @@ def build_runner(cfg: Config, splits: tuple[str, ...]) -> Runner:
         print_log(hint, level=30)
     preflight.check_folder(cfg.work_dir, '--work-dir')
     preflight.check_checkpoint(cfg.get('load_from'), 'load_from')
-    preflight.check_datasets(cfg, splits)
-    preflight.check_nuscenes_metric(cfg, splits)
-    if cfg.get('load_from') is None:
-        preflight.check_pretrained(cfg)
+    run_all(cfg, splits)
     allow_mmengine_checkpoints()
     prepare_distributed(cfg)
-    _add_progress_bar(cfg)
+    _add_hooks(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     file = cfg.get('load_from')
     if file is not None and isinstance(runner.model, nn.Module):  # some runners build it later

@@ -25,6 +25,8 @@ from mmengine.dist import barrier, get_rank
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from ..errors import user_errors
+
 _CONTAINERS = ('state_dict', 'model_ema', 'model')
 # Names in training checkpoints that say nothing about weights: the settings of the published
 # classifiers, and the logs of mmengine. None becomes the object it names.
@@ -87,6 +89,7 @@ class _Inert:
         """Forgets the state."""
 
 
+@user_errors
 def load_pretrained(model: nn.Module, checkpoint: str, prefix: Optional[str] = None,
                     map_location: str = 'cpu', rules: WeightRules = FLASH_WEIGHTS) -> None:
     """Loads a published file into a backbone and logs what matched.
@@ -161,6 +164,7 @@ def select_backbone(weights: Mapping[str, Tensor], prefix: Optional[str]) -> dic
     return inside or bare
 
 
+@user_errors
 def find_state_dict(content: Any, source: str) -> Mapping[str, Tensor]:
     """Finds the state dict inside the content of a file.
 
@@ -180,6 +184,7 @@ def find_state_dict(content: Any, source: str) -> Mapping[str, Tensor]:
                      f'{_CONTAINERS}, got {source} with {keys}')
 
 
+@user_errors
 def read_file(checkpoint: str, map_location: str = 'cpu',
               published: str = FLASH_WEIGHTS.source) -> Any:
     """Reads a .pth or .safetensors file, weights only.
@@ -195,7 +200,8 @@ def read_file(checkpoint: str, map_location: str = 'cpu',
         OSError: the URL cannot be fetched.
         ValueError: the file is damaged, or holds other objects than weights.
     """
-    path = _download(checkpoint) if re.match(r'https?://', checkpoint) else Path(checkpoint)
+    path = _download(checkpoint) if re.match(r'https?://', checkpoint) else (
+        Path(checkpoint).expanduser())  # as mmengine's loader does
     if not path.is_file():
         raise FileNotFoundError(
             f'Pretrained: checkpoint must be an existing file or an http(s) URL, got '

@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,21 @@ import torch
 pytest.importorskip('mmengine', reason='mmengine is not installed')
 
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import HistoryBuffer
+from mmengine.logging import HistoryBuffer, MMLogger
+from mmengine.registry import MODELS
 from torch import distributed as dist
 
 from mmdcnv4.cli import checkpoints, config, distributed, explain, preflight
 from mmdcnv4.cli.arguments import add_config_arguments
-from mmdcnv4.cli.preflight import UserError
+from mmdcnv4.errors import (
+    InvalidType,
+    InvalidValue,
+    MissingFile,
+    MissingKey,
+    UserError,
+    user_errors,
+)
+from mmdcnv4.ops.contract import make_geometry
 
 WEIGHTS_ONLY = tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 6)
 
@@ -337,15 +348,113 @@ def test_missing_import_is_noticed(imports: list, backbone: str, hint: bool) -> 
         assert "custom_imports = dict(imports=['mmdcnv4']" in message and backbone in message
 
 
-def test_unknown_type_is_explained() -> None:
-    error = KeyError('FlashInternImag is not in the mmdet::model registry. Please check')
-    assert 'FlashInternImag is in no registry' in explain.translate(error, base_config())
+# ------------------------------------------------------------------------------------------ ends
 
 
-def test_other_errors_keep_their_traceback() -> None:
-    with pytest.raises(ZeroDivisionError), explain.explain(base_config()):
-        1 / 0  # noqa: B018
-    with pytest.raises(UserError), explain.explain(debug=True):
-        raise UserError('x')
+class Wrapped(Exception):
+    """What a library makes of an error."""
+
+
+def fail_with(error: BaseException, cause: BaseException) -> None:
+    try:
+        raise cause
+    except type(cause):
+        raise error  # noqa: B904  as libraries do
+
+
+def test_a_user_error_ends_in_one_line_also_behind_a_registry() -> None:
     with pytest.raises(SystemExit, match='^error: x$'), explain.explain():
         raise UserError('x')
+    with pytest.raises(UserError, match='^x$'), explain.explain(debug=True):
+        raise UserError('x')
+    with pytest.raises(SystemExit, match='^error: x$'), explain.explain():
+        fail_with(InvalidValue('class `A` in a.py: x'), InvalidValue('x'))
+    worker = InvalidValue('Caught InvalidValue in DataLoader worker process 0.\nOriginal Traceback '
+                          '(most recent call last):\n ...\nmmdcnv4.errors.InvalidValue: x: y')
+    with pytest.raises(SystemExit, match='^error: x: y$'), explain.explain():
+        raise worker
+
+
+def test_a_bug_keeps_its_type_and_its_traceback() -> None:
+    """Also one that came while a user error was handled, and one that says what data do."""
+    for bug in (ZeroDivisionError('x'), AttributeError("'NoneType' object has no attribute 'a'"),
+                RuntimeError('expected scalar type Float but found Half')):
+        with pytest.raises(type(bug)) as caught, explain.explain(base_config()):
+            raise bug
+        assert caught.value is bug and not getattr(bug, '__notes__', [])
+    with pytest.raises(ZeroDivisionError), explain.explain(base_config()):
+        fail_with(ZeroDivisionError('x'), UserError('y'))
+
+
+def test_hints_rest_on_types(tmp_path: Path) -> None:
+    cfg = base_config(train_dataloader=dict(dataset=dict(data_root=f'{tmp_path}/')))
+    for bug, expected in (
+            (FileNotFoundError(2, 'No such file', f'{tmp_path}/a.jpg'),
+             f'{tmp_path}/a.jpg does not exist .*train_dataloader.dataset.data_root'),
+            (FileNotFoundError(2, 'No such file', '/elsewhere/a'), r'/elsewhere/a does .*\)$'),
+            (OSError(28, 'No space left on device'), 'the disk is full.*--resume'),
+            (ModuleNotFoundError('x', name='mmdet3d.models'), 'mmdet3d is not installed'),
+            (FileNotFoundError('only a text'), None), (OSError(5, 'I/O'), None),
+            (ModuleNotFoundError('x', name='mmdetx'), None), (KeyError('images'), None),
+            (RuntimeError('No space left on device'), None)):
+        for error in (bug, Wrapped('b')):
+            with pytest.raises(type(error)) as caught, explain.explain(cfg):
+                fail_with(error, bug) if error is not bug else fail_with(bug, ValueError('c'))
+            notes = getattr(caught.value, '__notes__', [])
+            if expected is None:
+                assert not notes
+            else:
+                assert len(notes) == 1 and re.match(f'hint: .*{expected}', notes[0]), notes
+            if notes:
+                del caught.value.__notes__
+
+
+def test_a_type_that_was_not_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build() -> list:
+        with pytest.raises(KeyError, match='FlashInternImag is not in') as caught, \
+                explain.explain(base_config()):
+            MODELS.build(dict(type='FlashInternImag'))
+        return getattr(caught.value, '__notes__', [])
+
+    monkeypatch.setattr(explain.registration, 'skipped', {})
+    assert build() == []
+    monkeypatch.setattr(explain.registration, 'skipped', {'mmdcnv4.models': 'needs mmcv'})
+    assert build() == ['hint: mmdcnv4 did not register all of its classes: mmdcnv4.models: needs '
+                       'mmcv']
+
+
+def test_tracebacks_are_in_the_log_of_the_run_and_in_no_other(tmp_path: Path) -> None:
+    for name in ('one', 'two'):
+        (tmp_path / name).mkdir()
+        MMLogger.get_instance(f'{tmp_path}-{name}', log_file=str(tmp_path / name / 'a.log'))
+    for error, kind in ((UserError('mistake'), SystemExit), (ZeroDivisionError('bug'),
+                                                             ZeroDivisionError)):
+        with pytest.raises(kind), explain.explain(base_config(work_dir=str(tmp_path / 'one'))):
+            raise error
+    log = (tmp_path / 'one/a.log').read_text()
+    assert log.count('Traceback') == 2 and 'UserError: mistake' in log
+    assert 'ZeroDivisionError: bug' in log and 'test_cli.py' in log
+    assert not (tmp_path / 'two/a.log').read_text()
+
+
+def test_user_errors_are_what_programs_catch() -> None:
+    @user_errors
+    def refuse(error: Exception) -> None:
+        raise error
+
+    def fail_elsewhere() -> None:
+        json.loads('[')
+
+    for own, plain in ((InvalidType, TypeError), (InvalidValue, ValueError),
+                       (MissingFile, FileNotFoundError), (MissingKey, KeyError)):
+        assert issubclass(own, plain) and issubclass(own, UserError)
+        assert str(own('a b')) == 'a b'
+    # raised by a module of another package, and so passed on as they are
+    for plain in (TypeError, ValueError, FileNotFoundError, ZeroDivisionError):
+        with pytest.raises(plain) as caught:
+            refuse(plain('x'))
+        assert type(caught.value) is plain
+    with pytest.raises(json.JSONDecodeError):
+        user_errors(fail_elsewhere)()
+    with pytest.raises(InvalidValue, match='kernel_size'):
+        user_errors(make_geometry)(kernel_size=-1, groups=1)

@@ -17,7 +17,7 @@ from torch import nn
 
 from helpers.tool_runner import REPOSITORY, TINY, load_tool
 from mmdcnv4.cli.analysis import ModelPart, flop_analyzer
-from mmdcnv4.cli.preflight import UserError
+from mmdcnv4.errors import UserError
 from mmdcnv4.models.backbones import FlashInternImage, InternImage
 from mmdcnv4.models.layers import ConvHeadNeck
 from mmdcnv4.ops import DCNv4, _extension

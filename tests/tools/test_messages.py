@@ -14,11 +14,15 @@ import numpy as np
 import pytest
 import torch
 from mmcv.cnn import build_conv_layer
-from mmengine.config import Config
+from mmengine.dataset import Compose
+from PIL import Image
 from torch import nn
 
 from helpers.tool_runner import TINY, data_options, load_tool
-from mmdcnv4.cli import explain, preflight
+from mmdcnv4.checks.samples import CheckedPipeline
+from mmdcnv4.cli import preflight
+from mmdcnv4.errors import UserError, find_user_error
+from mmdcnv4.models.backbones import FlashInternImage
 
 train, test, demo = (load_tool(name) for name in ('train', 'test', 'demo/image_demo'))
 CONFIG = str(TINY / 'mask_rcnn.py')
@@ -90,11 +94,11 @@ def test_categories_of_another_name(data: Path, tmp_path: Path) -> None:
 
 
 def test_pipeline_that_drops_every_sample(data: Path, tmp_path: Path) -> None:
-    message = train_message(data, tmp_path / 'work', **{
-        'train_dataloader.dataset.max_refetch': 3,
-        'train_dataloader.dataset.pipeline.2.type': 'FilterAnnotations',
-        'train_dataloader.dataset.pipeline.2.min_gt_bbox_wh': '(999,999)'})
-    assert 'leaves no object in any sample' in message
+    with pytest.raises(Exception, match='Cannot find valid image after 3'):
+        run_train(data, tmp_path / 'work', **{
+            'train_dataloader.dataset.max_refetch': 3,
+            'train_dataloader.dataset.pipeline.2.type': 'FilterAnnotations',
+            'train_dataloader.dataset.pipeline.2.min_gt_bbox_wh': '(999,999)'})
 
 
 @pytest.mark.parametrize(('content', 'workers'), [(b'', 0), (b'\xff\xd8\xff\xe0 no image', 1)])
@@ -129,9 +133,38 @@ def test_missing_pretrained_weights(data: Path, tmp_path: Path) -> None:
     assert 'model.backbone.init_cfg.checkpoint: the pre-trained weights absent.pth' in message
 
 
-def test_unknown_type(data: Path, tmp_path: Path) -> None:
-    message = train_message(data, tmp_path / 'work', **{'model.neck.type': 'FPNN'})
-    assert 'FPNN is in no registry' in message
+def run_train(data: Path, work_dir: Path, **entries: object) -> None:
+    options = data_options(data, experiment_name=work_dir.parent.name, **entries)
+    train.main([CONFIG, '--work-dir', str(work_dir), *options])
+
+
+def test_unknown_type_keeps_the_message_of_mmengine(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match='FPNN is not in the .*model registry'):
+        run_train(data, tmp_path / 'work', **{'model.neck.type': 'FPNN'})
+
+
+def test_a_bug_is_not_blamed_on_the_data(data: Path, tmp_path: Path,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its text names what data errors name, and an image of the data set is broken."""
+    (data / 'coco/images/val/000001.jpg').write_bytes(b'')
+
+    def fail(*arguments: object) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'shape'")
+
+    monkeypatch.setattr(FlashInternImage, 'forward', fail)
+    with pytest.raises(AttributeError, match="^'NoneType' object") as caught:
+        run_train(data, tmp_path / 'work')
+    assert not getattr(caught.value, '__notes__', [])
+    log = next((tmp_path / 'work').glob('*/*.log')).read_text()
+    assert 'Traceback' in log and "AttributeError: 'NoneType' object" in log
+
+
+def test_a_user_error_of_the_run_is_in_the_log_with_its_traceback(data: Path,
+                                                                  tmp_path: Path) -> None:
+    (data / 'coco/images/train/000003.jpg').write_bytes(b'')
+    train_message(data, tmp_path / 'work')
+    log = next((tmp_path / 'work').glob('*/*.log')).read_text()
+    assert 'Traceback' in log and 'empty or corrupt' in log and '000003.jpg' in log
 
 
 @pytest.mark.parametrize(('entry', 'expected'), [
@@ -150,9 +183,7 @@ def test_dcn_of_an_inherited_config() -> None:
                               (dict(groups_=1), 'DCNv4 has no argument groups_. ')):
         with pytest.raises(TypeError) as caught:
             build_conv_layer(dict(type='DCNv4', **options), 16, 16, 3)
-        assert str(explain.translate(caught.value)).startswith(expected)
-    assert explain.translate(TypeError("ResNet.__init__() got an unexpected keyword argument "
-                                         "'depths'")) is None
+        assert str(find_user_error(caught.value)).startswith(expected)
 
 
 def test_missing_checkpoint(data: Path, tmp_path: Path) -> None:
@@ -197,7 +228,7 @@ def test_weights_of_another_model(data: Path, tmp_path: Path) -> None:
     shapes = preflight.read_shapes(str(file))
     preflight.check_weights(nn.DataParallel(model), shapes, str(file))
     preflight.check_weights(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 7)), shapes, str(file))
-    with pytest.raises(preflight.UserError, match=f'{file} .* of the 4 .* 0 are .* holds 4.*conv'):
+    with pytest.raises(UserError, match=f'{file} .* of the 4 .* 0 are .* holds 4.*conv'):
         preflight.check_weights(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), shapes, str(file))
     assert 'of this model' in train_message(data, tmp_path / 'work', load_from=file)
 
@@ -219,13 +250,31 @@ def test_annotation_file_that_is_a_folder(data: Path, tmp_path: Path) -> None:
     assert f'dataset.ann_file: the annotation file {data}/coco/annotations is a folder' in message
 
 
-def test_search_for_a_broken_image_passes_small_ones(data: Path) -> None:
-    folder = data / 'coco/images/train'
-    cv2.imwrite(str(folder / '000000.png'), np.zeros((4, 4, 3), np.uint8))
-    cfg = Config(dict(train_dataloader=dict(dataset=dict(data_prefix=dict(img=str(folder))))))
-    assert explain._unreadable_image(cfg) is None
-    (folder / '000001.png').touch()
-    assert explain._unreadable_image(cfg) == str(folder / '000001.png')
+def test_only_the_files_of_the_sample_that_fails_are_looked_at(tmp_path: Path) -> None:
+    good, gray, picture = tmp_path / 'a.png', tmp_path / 'b.png', tmp_path / 'c.gif'
+    cv2.imwrite(str(good), np.zeros((1, 1, 3), np.uint8))
+    cv2.imwrite(str(gray), np.zeros((4, 4), np.uint16))
+    Image.new('L', (4, 4)).save(picture)
+    (tmp_path / 'broken.png').touch()
+
+    def fail(sample: dict) -> None:
+        raise ZeroDivisionError('bug')
+
+    pipeline = CheckedPipeline(Compose([fail]))
+    for sample in ({}, dict(img_path=str(good)), dict(img_path=str(gray)),
+                   dict(img_path='s3://bucket/a.png'),
+                   dict(lidar_points=dict(lidar_path=str(tmp_path / 'a.bin')))):
+        with pytest.raises(ZeroDivisionError):
+            pipeline(sample)
+    for sample, message in (
+            (dict(images=dict(CAM_FRONT=dict(img_path=str(tmp_path / 'absent.png')))),
+             'absent.png does not exist'),
+            (dict(img_path=str(good), seg_map_path=str(tmp_path / 'broken.png')),
+             'broken.png: the file is empty or corrupt'),
+            (dict(img_path=str(picture)), 'c.gif: it is a GIF file, which OpenCV does not read')):
+        with pytest.raises(UserError, match=message) as caught:
+            pipeline(sample)
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
 def test_image_demo(data: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ import mmdcnv4  # noqa: F401  registers the classes
 from mmdcnv4.cli import arguments, config
 from mmdcnv4.cli.analysis import PARTS, ModelPart, flop_analyzer
 from mmdcnv4.cli.explain import explain
-from mmdcnv4.cli.preflight import UserError
+from mmdcnv4.errors import UserError
 from mmdcnv4.ops import _extension
 
 PRODUCTS = ('conv', 'linear', 'matmul', 'addmm', 'mm', 'bmm', 'einsum', 'dcnv4',

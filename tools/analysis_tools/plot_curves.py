@@ -23,7 +23,8 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 from mmdcnv4.cli.explain import explain
-from mmdcnv4.cli.preflight import PICTURE_ENDINGS, UserError, check_file
+from mmdcnv4.cli.preflight import PICTURE_ENDINGS, check_file
+from mmdcnv4.errors import UserError
 
 
 class Curve(NamedTuple):

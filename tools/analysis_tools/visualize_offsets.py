@@ -33,13 +33,8 @@ from mmdcnv4.cli.analysis import ModelPart
 from mmdcnv4.cli.arguments import OptionsAction, add_config_arguments
 from mmdcnv4.cli.config import read_config
 from mmdcnv4.cli.explain import explain
-from mmdcnv4.cli.preflight import (
-    PICTURE_ENDINGS,
-    UserError,
-    check_checkpoint,
-    check_file,
-    check_weights,
-)
+from mmdcnv4.cli.preflight import PICTURE_ENDINGS, check_checkpoint, check_file, check_weights
+from mmdcnv4.errors import UserError, user_errors
 from mmdcnv4.models.checkpoint import find_state_dict, read_file
 from mmdcnv4.models.layers import dcnv3 as dcnv3_module
 from mmdcnv4.models.layers.dcnv3 import DCNv3
@@ -179,8 +174,8 @@ def draw_grid(options: dict[str, Any], out: Path) -> None:
     options = {('padding' if key == 'pad' else key): value for key, value in options.items()}
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f'--grid: options must be among pad and {sorted(known)}, got {unknown}')
-    geometry = make_geometry(groups=1, **{**known, **options})
+        raise UserError(f'--grid: options must be among pad and {sorted(known)}, got {unknown}')
+    geometry = user_errors(make_geometry)(groups=1, **{**known, **options})
     size = 15
     row, column = (side // 2 for side in output_size(size, size, geometry))
     place = resting_positions(geometry, row, column)
@@ -209,7 +204,7 @@ def prepare_image(path: str, longest: Optional[int], preprocessor: dict
     """
     image = cv2.imread(path)
     if image is None:
-        raise ValueError(f'IMAGE must be a picture, got {path}')
+        raise UserError(f'IMAGE must be a picture, got {path}')
     if longest is not None:
         scale = longest / max(image.shape[:2])
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
@@ -248,21 +243,18 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def draw(args: argparse.Namespace) -> None:
     """Draws what the arguments ask for, and prints the statistics of every layer."""
-    try:
-        if args.grid is not None:
-            draw_grid(args.grid, args.out)
-            return
-        cfg = read_config(args.config, args.cfg_options)
-        check_checkpoint(args.checkpoint, 'checkpoint')
-        model = ModelPart(cfg, 'backbone').eval()
-        image, images = prepare_image(args.image, args.size,
-                                      cfg.model.get('data_preprocessor') or {})
-        weights = dict(find_state_dict(read_file(args.checkpoint), args.checkpoint))
-        check_weights(model.model, {name: value.shape for name, value in weights.items()},
-                      args.checkpoint)
-        model.model.load_state_dict(weights)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        raise UserError(str(error)) from error
+    if args.grid is not None:
+        draw_grid(args.grid, args.out)
+        return
+    cfg = read_config(args.config, args.cfg_options)
+    check_checkpoint(args.checkpoint, 'checkpoint')
+    model = ModelPart(cfg, 'backbone').eval()
+    image, images = prepare_image(args.image, args.size,
+                                  cfg.model.get('data_preprocessor') or {})
+    weights = dict(find_state_dict(read_file(args.checkpoint), args.checkpoint))
+    check_weights(model.model, {name: value.shape for name, value in weights.items()},
+                  args.checkpoint)
+    model.model.load_state_dict(weights)
     samples = record(model.model.backbone, images)
     if not samples:
         raise UserError('the backbone must have DCNv4 or DCNv3 layers, found none')

@@ -25,7 +25,7 @@ from mmengine.config import Config
 
 from mmdcnv4.cli import arguments, checkpoints, config, preflight
 from mmdcnv4.cli.explain import explain
-from mmdcnv4.cli.preflight import UserError
+from mmdcnv4.errors import UserError
 
 # pairs of corners in mmdet3d's order: bottom, top, uprights
 EDGES = ((0, 3), (3, 7), (7, 4), (4, 0), (1, 2), (2, 6), (6, 5), (5, 1), (0, 1), (3, 2), (7, 6),

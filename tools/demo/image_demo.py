@@ -18,7 +18,7 @@ from mmengine.config import Config
 
 from mmdcnv4.cli import arguments, checkpoints, config, preflight
 from mmdcnv4.cli.explain import explain
-from mmdcnv4.cli.preflight import UserError
+from mmdcnv4.errors import UserError
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 Draw = Callable[[np.ndarray, str, Path], None]

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple, Optional, Union
 from mmdet3d.datasets import NuScenesDataset
 from mmdet3d.registry import DATASETS
 
+from ...errors import InvalidValue, MissingFile, MissingKey
+
 _INFO_VERSION = '1.1'
 _CREATE = '`mim run mmdet3d create_data nuscenes` (mmdetection3d 1.x)'
 # what model and pipeline read of each sample, and of each of its cameras
@@ -53,8 +55,8 @@ class NuScenesTemporalDataset(NuScenesDataset):
                  scene_table: Optional[str] = None, **kwargs: Any) -> None:
         self.frames = tuple(frames)
         if 0 not in self.frames or list(self.frames) != sorted(set(self.frames)):
-            raise ValueError('NuScenesTemporalDataset: frames must be ascending and contain 0, '
-                             f'got {self.frames}')
+            raise InvalidValue('NuScenesTemporalDataset: frames must be ascending and contain 0, '
+                               f'got {self.frames}')
         self._check_classes((kwargs.get('metainfo') or {}).get('classes'))
         self.scene_table = scene_table
         self._links: dict[str, Link] = {}
@@ -64,23 +66,23 @@ class NuScenesTemporalDataset(NuScenesDataset):
     def _check_classes(self, classes: Union[Sequence[str], str, None]) -> None:
         known = self.METAINFO['classes']
         if classes is not None and (isinstance(classes, str) or not set(classes) <= set(known)):
-            raise ValueError('NuScenesTemporalDataset: metainfo.classes must be a list of names '
-                             f"out of {known}, ['car'] for a single one, got {classes!r}")
+            raise InvalidValue('NuScenesTemporalDataset: metainfo.classes must be a list of names '
+                               f"out of {known}, ['car'] for a single one, got {classes!r}")
 
     def load_data_list(self) -> list[dict]:
         """Reads the info file and checks its version."""
         try:
             data_list = super().load_data_list()
         except (TypeError, ValueError) as error:
-            raise ValueError(
+            raise InvalidValue(
                 f'NuScenesTemporalDataset: ann_file {self.ann_file} must hold data_list and '
                 f'metainfo (version {_INFO_VERSION}); infos of mmdetection3d 0.x use other box '
                 f'conventions, make new ones with {_CREATE}') from error
         version = self.metainfo.get('info_version')
         if version != _INFO_VERSION:
-            raise ValueError('NuScenesTemporalDataset: ann_file must have info_version '
-                             f'{_INFO_VERSION!r}, got {version!r} in {self.ann_file}; make it '
-                             f'with {_CREATE}')
+            raise InvalidValue('NuScenesTemporalDataset: ann_file must have info_version '
+                               f'{_INFO_VERSION!r}, got {version!r} in {self.ann_file}; make it '
+                               f'with {_CREATE}')
         return data_list
 
     def parse_data_info(self, info: dict) -> Union[list[dict], dict]:
@@ -94,9 +96,9 @@ class NuScenesTemporalDataset(NuScenesDataset):
             for key in path.split('.'):
                 node = node.get(key) if isinstance(node, dict) else None
             if node is None:
-                raise KeyError(f'NuScenesTemporalDataset: ann_file {self.ann_file} must give '
-                               f'{path} for every sample, got none for {info.get("token")}; '
-                               f'make it with {_CREATE}')
+                raise MissingKey(f'NuScenesTemporalDataset: ann_file {self.ann_file} must give '
+                                 f'{path} for every sample, got none for {info.get("token")}; '
+                                 f'make it with {_CREATE}')
         return super().parse_data_info(info)
 
     def filter_data(self) -> list[dict]:
@@ -123,7 +125,7 @@ class NuScenesTemporalDataset(NuScenesDataset):
         path = Path(self.scene_table or
                     Path(self.data_root, self.metainfo['version'], 'sample.json'))
         if not path.is_file():
-            raise FileNotFoundError(
+            raise MissingFile(
                 f'NuScenesTemporalDataset: frames {self.frames} need the links between samples, '
                 f'which the info file does not hold, and there is no {path}; unpack the nuScenes '
                 'tables there, or set scene_table')
@@ -131,7 +133,7 @@ class NuScenesTemporalDataset(NuScenesDataset):
         links = {row['token']: Link(row['scene_token'], row['prev'], row['next']) for row in rows}
         unknown = [info['token'] for info in data_list if info['token'] not in links]
         if unknown:
-            raise ValueError(
+            raise InvalidValue(
                 f'NuScenesTemporalDataset: scene_table {path} must list every sample, got none '
                 f'for {len(unknown)}, the first {unknown[0]}; is it the table of this split?')
         return links

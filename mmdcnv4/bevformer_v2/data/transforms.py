@@ -20,6 +20,7 @@ from mmdet3d.registry import TRANSFORMS
 from mmengine.fileio import get
 from mmengine.structures import InstanceData
 
+from ...errors import InvalidValue, MissingFile, MissingKey
 from ..geometry import bda_matrix, current2frame
 
 CAMERAS = ('CAM_FRONT', 'CAM_FRONT_RIGHT', 'CAM_FRONT_LEFT', 'CAM_BACK', 'CAM_BACK_LEFT',
@@ -58,20 +59,20 @@ class LoadTemporalMultiViewImages(BaseTransform):
 
     def _load(self, info: dict, camera: str) -> np.ndarray:
         if camera not in info['images']:
-            raise KeyError(f'LoadTemporalMultiViewImages: sample {info["token"]} must have camera '
-                           f'{camera}, got {sorted(info["images"])}')
+            raise MissingKey(f'LoadTemporalMultiViewImages: sample {info["token"]} must have '
+                             f'camera {camera}, got {sorted(info["images"])}')
         path = info['images'][camera].get('img_path')
         try:
             data = get(path, backend_args=self.backend_args)
         except (OSError, TypeError) as error:
-            raise FileNotFoundError(
+            raise MissingFile(
                 f'LoadTemporalMultiViewImages: no image of {camera} of sample {info["token"]} at '
                 f'{path}; check data_root and data_prefix') from error
         # OpenCV gives None for a damaged image, and an error of its own for an empty file
         image = mmcv.imfrombytes(data, flag='color', channel_order='bgr') if data else None
         if image is None:
-            raise ValueError(f'LoadTemporalMultiViewImages: the image of {camera} of sample '
-                             f'{info["token"]} at {path} cannot be decoded; it is damaged')
+            raise InvalidValue(f'LoadTemporalMultiViewImages: the image of {camera} of sample '
+                               f'{info["token"]} at {path} cannot be decoded; it is damaged')
         return image
 
     def transform(self, results: dict) -> dict:
@@ -154,12 +155,12 @@ class MultiViewCropResize(BaseTransform):
     def __init__(self, crop: Sequence[int] = (0, 260, 1600, 900), heights: Sequence[int] = (640,),
                  img_flip_prob: float = 0.0) -> None:
         if not isinstance(crop, (list, tuple)) or len(crop) != 4:
-            raise ValueError('MultiViewCropResize: crop must be four numbers x1, y1, x2, y2, '
-                             f'got {crop!r}')
+            raise InvalidValue('MultiViewCropResize: crop must be four numbers x1, y1, x2, y2, '
+                               f'got {crop!r}')
         if not isinstance(heights, (list, tuple)) or not heights or not all(
                 isinstance(height, int) and height > 0 for height in heights):
-            raise ValueError('MultiViewCropResize: heights must be a list of integers > 0, got '
-                             f'{heights!r}')
+            raise InvalidValue('MultiViewCropResize: heights must be a list of integers > 0, got '
+                               f'{heights!r}')
         self.crop, self.heights = tuple(crop), tuple(heights)
         self.img_flip_prob = img_flip_prob
 
@@ -168,8 +169,8 @@ class MultiViewCropResize(BaseTransform):
         x1, y1, x2, y2 = self.crop
         for image in results['img']:
             if not (0 <= x1 < x2 <= image.shape[1] and 0 <= y1 < y2 <= image.shape[0]):
-                raise ValueError(f'MultiViewCropResize: crop must be inside the image '
-                                 f'{image.shape[1]} x {image.shape[0]}, got {self.crop}')
+                raise InvalidValue(f'MultiViewCropResize: crop must be inside the image '
+                                   f'{image.shape[1]} x {image.shape[0]}, got {self.crop}')
         height = int(np.random.choice(self.heights))
         width = round((x2 - x1) * height / (y2 - y1))
         results['img'] = [mmcv.imresize(np.ascontiguousarray(image[y1:y2, x1:x2]),

@@ -24,6 +24,7 @@ from mmengine.model import BaseModule
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...errors import InvalidValue
 from ..geometry import check_range, pillar_points, project_points
 from .attention import BEVSelfAttention, Sizes, SpatialCrossAttention, VisibleCells
 
@@ -86,11 +87,11 @@ class BEVFormerV2Encoder(BaseModule):
         super().__init__()
         self.pc_range = check_range('BEVFormerV2Encoder', pc_range)
         if num_points % num_pillar_points:
-            raise ValueError('BEVFormerV2Encoder: num_points must be a multiple of '
-                             f'num_pillar_points ({num_pillar_points}), got {num_points}')
+            raise InvalidValue('BEVFormerV2Encoder: num_points must be a multiple of '
+                               f'num_pillar_points ({num_pillar_points}), got {num_points}')
         if embed_dims % 2 or embed_dims % num_heads:
-            raise ValueError('BEVFormerV2Encoder: embed_dims must be even and a multiple of '
-                             f'num_heads ({num_heads}), got {embed_dims}')
+            raise InvalidValue('BEVFormerV2Encoder: embed_dims must be even and a multiple of '
+                               f'num_heads ({num_heads}), got {embed_dims}')
         self.bev_size, self.embed_dims = (bev_size[0], bev_size[1]), embed_dims
         self.num_cams, self.num_levels, self.with_cp = num_cams, num_levels, with_cp
         rows, columns = self.bev_size
@@ -152,7 +153,7 @@ class BEVFormerV2Encoder(BaseModule):
             ValueError: another number of levels or cameras than the encoder was built for.
         """
         if len(features) != self.num_levels or features[0].shape[1] != self.num_cams:
-            raise ValueError(
+            raise InvalidValue(
                 f'BEVFormerV2Encoder: features must be {self.num_levels} levels of '
                 f'{self.num_cams} cameras, got {len(features)} of {features[0].shape[1]}')
         batch = features[0].shape[0]
@@ -189,7 +190,7 @@ class TemporalFusion(BaseModule):
                  norm_cfg: Union[dict, None] = None) -> None:
         super().__init__()
         if num_frames < 2:
-            raise ValueError(f'TemporalFusion: num_frames must be 2 or more, got {num_frames}')
+            raise InvalidValue(f'TemporalFusion: num_frames must be 2 or more, got {num_frames}')
         norm_cfg = dict(type='BN') if norm_cfg is None else norm_cfg
         self.bev_size, self.embed_dims = (bev_size[0], bev_size[1]), embed_dims
         channels = num_frames * embed_dims

@@ -26,6 +26,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ...errors import InvalidValue
 from ..geometry import check_range
 from .box_code import CENTER, CODE_SIZE, encode_boxes, select_boxes
 
@@ -282,7 +283,7 @@ class BEVFormerV2Head(BaseModule):
     def _objects(self, instances: InstanceData, device: torch.device) -> InstanceData:
         labels = instances.labels_3d.to(device)
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise ValueError(
+            raise InvalidValue(
                 f'BEVFormerV2Head: labels must be 0 ... {self.num_classes - 1} (num_classes), got '
                 f'{int(labels.min())} ... {int(labels.max())}; do the classes of the data set '
                 'match the model?')

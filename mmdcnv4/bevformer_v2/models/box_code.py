@@ -17,6 +17,8 @@ from mmdet3d.registry import TASK_UTILS
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from ...errors import InvalidValue
+
 CODE_SIZE = 10
 CENTER = [0, 1, 4]  # x, y, z inside a code
 _MIN_SIZE = 1e-3  # metres; the log of a flat box would be infinite
@@ -69,7 +71,8 @@ class BBox3DCodeSmoothL1Cost(BaseMatchCost):
     def __init__(self, weight: float = 1.0, dims: int = 8) -> None:
         super().__init__(weight)
         if not 1 <= dims <= CODE_SIZE:
-            raise ValueError(f'BBox3DCodeSmoothL1Cost: dims must be 1 ... {CODE_SIZE}, got {dims}')
+            raise InvalidValue(f'BBox3DCodeSmoothL1Cost: dims must be 1 ... {CODE_SIZE}, '
+                               f'got {dims}')
         self.dims = dims
 
     def __call__(self, pred_instances: InstanceData, gt_instances: InstanceData,

@@ -22,6 +22,7 @@ from mmdet3d.models.detectors import Base3DDetector
 from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 
+from ...errors import InvalidValue
 from ..geometry import warp_bev
 from .bev_head import ExtraQueries
 from .grid_mask import GridMask
@@ -111,11 +112,12 @@ class BEVFormerV2(Base3DDetector):
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
         self.frames = tuple(frames)
         if 0 not in self.frames or list(self.frames) != sorted(set(self.frames)):
-            raise ValueError('BEVFormerV2: frames must be ascending and contain 0, got '
-                             f'{self.frames}')
+            raise InvalidValue('BEVFormerV2: frames must be ascending and contain 0, got '
+                               f'{self.frames}')
         if (temporal_fusion is None) != (len(self.frames) == 1):
-            raise ValueError('BEVFormerV2: temporal_fusion must be given exactly if there is more '
-                             f'than one frame, got {temporal_fusion} with frames {self.frames}')
+            raise InvalidValue('BEVFormerV2: temporal_fusion must be given exactly if there is '
+                               f'more than one frame, got {temporal_fusion} with frames '
+                               f'{self.frames}')
         self.current = self.frames.index(0)
         self.num_bev_levels, self.mono_loss_weight = num_bev_levels, mono_loss_weight
         self.img_backbone = MODELS.build(img_backbone)
@@ -139,8 +141,8 @@ class BEVFormerV2(Base3DDetector):
             # only x and y: pillars and boxes may have heights of their own
             seen = {v[:2] + v[3:5] if name == 'pc_range' else v for v in values.values()}
             if len(seen) > 1:
-                raise ValueError(f'BEVFormerV2: {name} must be the same in {" and ".join(values)}, '
-                                 f'got {values}')
+                raise InvalidValue(f'BEVFormerV2: {name} must be the same in '
+                                   f'{" and ".join(values)}, got {values}')
 
     def extract_feat(self, images: Tensor, flip: Tensor) -> list[Tensor]:
         """Feature maps of one frame.
@@ -202,7 +204,7 @@ class BEVFormerV2(Base3DDetector):
         images = inputs['imgs']
         frames = len(self.frames)
         if images.shape[1] % frames or tuple(data_samples[0].metainfo['frames']) != self.frames:
-            raise ValueError(
+            raise InvalidValue(
                 f'BEVFormerV2: inputs must hold the frames {self.frames} of the model, got '
                 f'{images.shape[1]} images of frames {data_samples[0].metainfo["frames"]}; set '
                 'frames alike in model and data set')

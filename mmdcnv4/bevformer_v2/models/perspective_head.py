@@ -27,6 +27,7 @@ from mmengine.model import BaseModule
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from ...errors import InvalidValue
 from ..geometry import camera_boxes_to_lidar
 from ..targets.perspective_targets import Locations, assign_images, distances
 from .perspective_losses import (
@@ -121,8 +122,8 @@ class PerspectiveHead(BaseModule):
                  test_cfg: Optional[dict] = None) -> None:
         super().__init__()
         if len(canonical_sizes) != num_classes:
-            raise ValueError('PerspectiveHead: canonical_sizes must have one entry per class '
-                             f'({num_classes}), got {len(canonical_sizes)}')
+            raise InvalidValue('PerspectiveHead: canonical_sizes must have one entry per class '
+                               f'({num_classes}), got {len(canonical_sizes)}')
         norm_cfg = dict(type='BN') if norm_cfg is None else norm_cfg
         self.num_classes, self.strides = num_classes, tuple(strides)
         self.depth_range = (float(depth_range[0]), float(depth_range[1]))
@@ -186,8 +187,8 @@ class PerspectiveHead(BaseModule):
     def forward(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
         """Raw outputs (M, P, channels) for maps (M, C, h, w); P pixels of all levels."""
         if len(features) != len(self.strides):
-            raise ValueError(f'PerspectiveHead: features must be {len(self.strides)} levels '
-                             f'(strides), got {len(features)}')
+            raise InvalidValue(f'PerspectiveHead: features must be {len(self.strides)} levels '
+                               f'(strides), got {len(features)}')
         levels = [self._level(x, level) for level, x in enumerate(features)]
         return {name: torch.cat([level[name] for level in levels], 1) for name in PREDICTORS}
 

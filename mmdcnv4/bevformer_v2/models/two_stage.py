@@ -21,6 +21,7 @@ from mmengine.model import BaseModule
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from ...errors import InvalidValue
 from ..geometry import check_range
 from .bev_head import ExtraQueries
 from .detector import BEVFormerV2, Geometry, without_training
@@ -51,8 +52,8 @@ class ProposalQueries(BaseModule):
                  embed_dims: int = 256, start_iteration: int = 2000) -> None:
         super().__init__()
         if embed_dims % 4:
-            raise ValueError('ProposalQueries: embed_dims must be a multiple of 4, '
-                             f'got {embed_dims}')
+            raise InvalidValue('ProposalQueries: embed_dims must be a multiple of 4, '
+                               f'got {embed_dims}')
         self.num_proposals, self.start_iteration = num_proposals, start_iteration
         self.embed_dims = embed_dims
         low, high = torch.tensor(check_range('ProposalQueries', pc_range)).split(3)
@@ -120,7 +121,7 @@ class TwoStageBEVFormerV2(BEVFormerV2):
     def __init__(self, proposals: dict, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if self.perspective_head is None:
-            raise ValueError('TwoStageBEVFormerV2: perspective_head must be given, got None')
+            raise InvalidValue('TwoStageBEVFormerV2: perspective_head must be given, got None')
         self.proposals = MODELS.build(proposals)
 
     def _extra_queries(self, maps: Sequence[Tensor], geometry: Geometry) -> ExtraQueries:

@@ -3,6 +3,7 @@
 """Hooks of a run."""
 
 from .progress import ProgressBarHook
+from .run_checks import RunChecksHook
 from .temperature import TemperatureAnnealingHook
 
-__all__ = ['ProgressBarHook', 'TemperatureAnnealingHook']
+__all__ = ['ProgressBarHook', 'RunChecksHook', 'TemperatureAnnealingHook']

@@ -22,6 +22,12 @@ def _is_not_plain_progress(record: logging.LogRecord) -> bool:
     return _PLAIN_PROGRESS.match(record.getMessage()) is None
 
 
+def _is_terminal(stream: Any) -> bool:
+    """Whether a stream is one; programs put None or what only writes in the place of stdout."""
+    isatty = getattr(stream, 'isatty', None)
+    return callable(isatty) and bool(isatty())
+
+
 def close_bar() -> None:
     """Takes away the bar that an exception left open, and shows the cursor again."""
     if ProgressBarHook.shown is not None:
@@ -52,7 +58,7 @@ class ProgressBarHook(Hook):
 
     def _start(self, runner: Any) -> None:
         """Opens the bar, if there is a place for it."""
-        if self._progress is not None or not is_main_process() or not sys.stdout.isatty():
+        if self._progress is not None or not is_main_process() or not _is_terminal(sys.stdout):
             return
         try:
             from rich.progress import (

@@ -20,6 +20,8 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS
 from torch import nn
 
+from ...errors import InvalidValue
+
 _DEFAULTS: dict[str, Any] = dict(
     num_layers=None, layer_decay_rate=1.0, depths=None, offset_lr_scale=1.0, custom_keys=None,
     backbone_small_lr=False, dino_head=False, head_embed_decay=True)
@@ -83,22 +85,22 @@ class CustomLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         given = {} if paramwise_cfg is None else dict(paramwise_cfg)
         unknown = sorted(set(given) - set(_DEFAULTS))
         if unknown:
-            raise ValueError(f'layer decay: paramwise_cfg must have keys among {sorted(_DEFAULTS)}'
-                             f', got {unknown}')
+            raise InvalidValue(f'layer decay: paramwise_cfg must have keys among '
+                               f'{sorted(_DEFAULTS)}, got {unknown}')
         super().__init__(optim_wrapper_cfg, {**_DEFAULTS, **given})
         if self.base_lr is None:
-            raise ValueError('layer decay: optim_wrapper.optimizer must set lr, got '
-                             f'{self.optimizer_cfg}')
+            raise InvalidValue('layer decay: optim_wrapper.optimizer must set lr, got '
+                               f'{self.optimizer_cfg}')
 
     def _validate_cfg(self) -> None:
         cfg = self.paramwise_cfg
         if not 0 < cfg['layer_decay_rate'] <= 1:
-            raise ValueError('layer decay: layer_decay_rate must be in (0, 1], '
-                             f'got {cfg["layer_decay_rate"]}')
+            raise InvalidValue('layer decay: layer_decay_rate must be in (0, 1], '
+                               f'got {cfg["layer_decay_rate"]}')
         for key, options in (cfg['custom_keys'] or {}).items():
             if set(options) != {'lr_mult'}:
-                raise ValueError(f'layer decay: custom_keys[{key!r}] must be dict(lr_mult=...), '
-                                 f'got {options}')
+                raise InvalidValue(f'layer decay: custom_keys[{key!r}] must be dict(lr_mult=...), '
+                                   f'got {options}')
 
     def add_params(self, params: list[dict], module: nn.Module, prefix: str = '',
                    is_dcn_module: Optional[int] = None) -> None:
@@ -123,8 +125,8 @@ class CustomLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             group['params'].append(parameter)
             group['param_names'].append(name)
         if not has_backbone:
-            raise ValueError('layer decay: the model must have parameters named '
-                             '...backbone.patch_embed... or ...backbone.levels..., got none')
+            raise InvalidValue('layer decay: the model must have parameters named '
+                               '...backbone.patch_embed... or ...backbone.levels..., got none')
         params.extend(groups.values())
         print_log(f'layer decay: {sum(len(group["params"]) for group in params)} parameters in '
                   f'{len(params)} groups, lr {min(group["lr"] for group in params):.3g} to '
@@ -134,16 +136,16 @@ class CustomLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         found = set(_backbone_depths(model))
         given = self.paramwise_cfg['depths']
         if given is not None and found and tuple(given) not in found:
-            raise ValueError(f'layer decay: depths must be those of the backbone {sorted(found)}, '
-                             f'got {tuple(given)}')
+            raise InvalidValue(f'layer decay: depths must be those of the backbone '
+                               f'{sorted(found)}, got {tuple(given)}')
         if given is None and len(found) != 1:
-            raise ValueError('layer decay: depths must be given where the model has not one '
-                             f'backbone with depths, found {sorted(found)}')
+            raise InvalidValue('layer decay: depths must be given where the model has not one '
+                               f'backbone with depths, found {sorted(found)}')
         depths = tuple(given) if given is not None else found.pop()
         num_layers = self.paramwise_cfg['num_layers']
         if num_layers is not None and num_layers != sum(depths):
-            raise ValueError(f'layer decay: num_layers must be the sum of depths {depths}, '
-                             f'{sum(depths)}, got {num_layers}')
+            raise InvalidValue(f'layer decay: num_layers must be the sum of depths {depths}, '
+                               f'{sum(depths)}, got {num_layers}')
         return depths
 
     def _group_key(self, name: str, dim: int, depths: Sequence[int],

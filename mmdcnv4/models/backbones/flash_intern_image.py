@@ -20,6 +20,7 @@ from typing import Any, Optional, Union
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ...errors import user_arguments
 from ...ops import DCNv4
 from ..layers.arguments import Arguments, is_number
 from ..layers.backbone import Backbone
@@ -111,6 +112,7 @@ class FlashInternImage(Backbone):
 
     arch_settings = ARCH_SETTINGS
 
+    @user_arguments('FlashInternImage')
     def __init__(self, arch: Optional[str] = None, channels: Optional[int] = None,
                  depths: Optional[Sequence[int]] = None, groups: Optional[Sequence[int]] = None,
                  mlp_ratio: Optional[float] = None, drop_rate: float = 0.0,
@@ -238,6 +240,7 @@ class InternImage(FlashInternImage):
 
     arch_settings = INTERN_IMAGE_SETTINGS
 
+    @user_arguments('InternImage')
     def __init__(self, arch: Optional[str] = None, core_op: str = 'DCNv3',
                  **options: Any) -> None:
         super().__init__(arch, core_op=core_op, **options)

@@ -14,6 +14,7 @@ from typing import Optional
 from mmengine.registry import MODELS
 from torch import Tensor
 
+from ...errors import user_arguments
 from ...ops import DCNv4
 from ...ops.contract import IntOrPair, make_geometry
 
@@ -59,6 +60,7 @@ class DCNv4Conv2d(DCNv4):
         TypeError, ValueError: the message names the argument, the rule and the value.
     """
 
+    @user_arguments('DCNv4')
     def __init__(self, in_channels: int, out_channels: int, kernel_size: IntOrPair,
                  stride: IntOrPair = 1, padding: IntOrPair = 0, dilation: IntOrPair = 1,
                  groups: int = 1, bias: bool = True, *, group: Optional[int] = None,

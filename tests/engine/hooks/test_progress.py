@@ -17,9 +17,9 @@ from mmengine.logging import HistoryBuffer
 from mmengine.registry import HOOKS
 
 from mmdcnv4.cli.explain import explain
-from mmdcnv4.cli.preflight import UserError
 from mmdcnv4.engine.hooks import progress
 from mmdcnv4.engine.hooks.progress import ProgressBarHook
+from mmdcnv4.errors import UserError
 
 HIDE_CURSOR, SHOW_CURSOR = '\x1b[?25l', '\x1b[?25h'
 

@@ -1,0 +1,152 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a COCO file must hold so that mmdet reads, trains on and evaluates it.
+
+The rules are those of mmdet 3.3's `CocoDataset` and `LoadAnnotations` and of pycocotools; a field
+that they do not read for an entry may be absent from it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any, Optional
+
+from ..errors import InvalidValue
+
+
+def read_coco(file: str) -> dict[str, Any]:
+    """The content of a COCO file.
+
+    Raises:
+        InvalidValue: it is no JSON file of a dict with the lists `images` and `categories`.
+    """
+    try:
+        content = json.loads(Path(file).read_bytes())
+    except ValueError as error:  # UnicodeDecodeError is one, too
+        raise InvalidValue(f'cannot read the annotation file {file}: the file is corrupt '
+                           f'({error}).') from error
+    for key in ('images', 'categories'):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise InvalidValue(f"the annotation file {file} has no list '{key}': COCO files hold "
+                               'images, annotations and categories.')
+    return content
+
+
+def _fault(file: str, what: str, index: int, entry: Any, field: str, remedy: str) -> InvalidValue:
+    found = repr(entry[field]) if isinstance(entry, dict) and field in entry else 'nothing'
+    name = entry.get('id', '?') if isinstance(entry, dict) else '?'
+    return InvalidValue(f'the annotation file {file}: {what}[{index}] (id {name}) has {found} as '
+                        f'{field}. {remedy}')
+
+
+def _check_fields(file: str, what: str, entries: Iterable[Any], fields: Sequence[str],
+                  remedy: str) -> None:
+    for index, entry in enumerate(entries):
+        for field in fields:
+            if not isinstance(entry, dict) or entry.get(field) is None:
+                raise _fault(file, what, index, entry, field, remedy)
+
+
+def _chosen(content: dict, classes: Optional[Sequence[str]]) -> set:
+    """The ids of the categories of these names."""
+    return {category['id'] for category in content['categories']
+            if classes is None or category['name'] in classes}
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, (list, tuple)) and len(box) == 4 and all(
+        isinstance(value, Real) and not isinstance(value, bool) for value in box)
+
+
+def _is_used(annotation: dict, image: dict) -> bool:
+    """Whether mmdet goes on with a box: one that is not empty and overlaps its image."""
+    x, y, width, height = annotation['bbox']
+    return (min(x + width, image['width']) > max(x, 0) and width >= 1 and height >= 1
+            and min(y + height, image['height']) > max(y, 0))
+
+
+def check_coco_dataset(file: str, classes: Optional[Sequence[str]], needs_mask: bool,
+                       drops_empty: bool) -> Optional[str]:
+    """Refuses a file on which a `CocoDataset` would fail.
+
+    Args:
+        file: the annotation file.
+        classes: names of the categories that the data set takes; None for all.
+        needs_mask: whether its pipeline loads masks.
+        drops_empty: whether it leaves out images without an object of these classes.
+
+    Returns:
+        The name of the first image.
+
+    Raises:
+        InvalidValue: names the file, the entry, the field and a remedy.
+    """
+    content = read_coco(file)
+    images, annotations = content['images'], content.get('annotations') or []
+    _check_fields(file, 'images', images, ('id', 'file_name', 'width', 'height'),
+                  'Every image needs its id, its file and its size in pixels.')
+    _check_fields(file, 'categories', content['categories'], ('id', 'name'),
+                  'Every category needs both.')
+    _check_fields(file, 'annotations', annotations, ('id', 'image_id', 'category_id'),
+                  'Every object needs its own id and those of its image and of its category.')
+    chosen = _chosen(content, classes)
+    by_id = {image['id']: image for image in images}
+    for index, annotation in enumerate(annotations):
+        image = by_id.get(annotation['image_id'])
+        if annotation.get('ignore') or image is None:
+            continue
+        if not _is_box(annotation.get('bbox')):
+            raise _fault(file, 'annotations', index, annotation, 'bbox',
+                         'It must be four numbers: [x, y, width, height] in pixels.')
+        if not _is_used(annotation, image):
+            continue
+        if not isinstance(annotation.get('area'), Real):
+            raise _fault(file, 'annotations', index, annotation, 'area',
+                         'It must be the area in pixels; width * height of the box will do.')
+        if needs_mask and annotation['category_id'] in chosen and annotation['area'] > 0 \
+                and not annotation.get('segmentation'):
+            raise _fault(file, 'annotations', index, annotation, 'segmentation',
+                         'The model learns masks: every object needs a polygon or a run-length '
+                         'mask; for boxes alone take a model without a mask head.')
+    if not images:
+        raise InvalidValue(f'the annotation file {file} holds no image.')
+    if drops_empty and not any(annotation['category_id'] in chosen for annotation in annotations):
+        known = [category['name'] for category in content['categories']]
+        raise InvalidValue(
+            f'the data set of {file} has no image left: the file holds {len(annotations)} objects, '
+            'none of a class of the config. metainfo.classes must be names of its categories '
+            f'{known}, got {classes}.')
+    return str(images[0]['file_name'])
+
+
+def check_coco_metric(file: str, metric: dict, classes: Optional[Sequence[str]]) -> None:
+    """Refuses a file that pycocotools cannot evaluate, before the first epoch.
+
+    Args:
+        file: the annotation file of the metric.
+        metric: its dict in the config.
+        classes: names of the categories that are evaluated; None for all.
+
+    Raises:
+        InvalidValue: names the file, the entry, the field and a remedy.
+    """
+    kinds = metric.get('metric', 'bbox')
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if metric.get('format_only') or not {'bbox', 'segm', 'proposal'} & set(kinds):
+        return
+    content = read_coco(file)
+    chosen = _chosen(content, classes)
+    for index, annotation in enumerate(content.get('annotations') or []):
+        if annotation.get('category_id') not in chosen:
+            continue
+        for field, remedy in (('iscrowd', 'It must be 0, or 1 for a group of objects.'),
+                              ('area', 'It must be the area in pixels.')):
+            if not isinstance(annotation.get(field), Real):
+                raise _fault(file, 'annotations', index, annotation, field,
+                             f'The metric reads it. {remedy}')
+        if 'segm' in kinds and not annotation.get('segmentation'):
+            raise _fault(file, 'annotations', index, annotation, 'segmentation',
+                         'The metric compares masks; set its metric=["bbox"] for boxes alone.')

@@ -1,0 +1,155 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""Names the files of the one sample on which a pipeline fails, and checks its label map.
+
+Only that sample is looked at. Where its files are readable the error passes unchanged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Optional
+
+import torch
+from mmengine.dataset import Compose
+from torch import nn
+
+from ..errors import InvalidValue, MissingFile, UserError
+from .config import is_local
+
+_FILES = ('img_path', 'seg_map_path', 'lidar_path')
+
+
+class LabelRange(NamedTuple):
+    """The labels of a segmentor: 0 ... `num_classes` - 1 and `ignore_index`."""
+
+    num_classes: int
+    ignore_index: int
+
+
+def label_range(model: nn.Module) -> Optional[LabelRange]:
+    """The labels that every head of the model takes whose loss fails on others.
+
+    That are heads with a cross entropy over all classes; other losses do without.
+    """
+    ranges = []
+    module: Any
+    for module in model.modules():
+        losses = getattr(module, 'loss_decode', None)
+        losses = list(losses) if isinstance(losses, nn.ModuleList) else [losses]
+        if any(type(loss).__name__ == 'CrossEntropyLoss' and not (
+                loss.use_sigmoid or loss.use_mask)
+               for loss in losses):
+            ranges.append(LabelRange(module.num_classes, module.ignore_index))
+    return min(ranges) if ranges else None
+
+
+def sample_files(data: Any) -> Iterator[str]:
+    """The local files of a sample, at any depth of its dict."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            if key in _FILES and isinstance(value, str) and is_local(value):
+                yield value
+            elif isinstance(value, dict):
+                yield from sample_files(value)
+
+
+def check_image(file: str) -> None:
+    """Refuses an image or label map that is absent or that OpenCV cannot read.
+
+    Raises:
+        UserError: names the file.
+    """
+    import cv2  # only here: after a failure
+    if not os.path.isfile(file):
+        raise MissingFile(f'the file {file} does not exist.')
+    if cv2.imread(file, cv2.IMREAD_UNCHANGED) is not None:
+        return
+    kind = None
+    try:
+        from PIL import Image
+        with Image.open(file) as image:
+            image.load()
+            kind = image.format
+    except (ImportError, OSError, ValueError, SyntaxError):  # what PIL says of other files
+        pass
+    if kind is None:
+        raise InvalidValue(f'cannot read the image {file}: the file is empty or corrupt.')
+    raise InvalidValue(f'cannot read the image {file}: it is a {kind} file, which OpenCV does not '
+                       'read; convert it to PNG or JPEG, or let the pipeline use another decoder '
+                       "with LoadImageFromFile's imdecode_backend='pillow'.")
+
+
+class CheckedPipeline(Compose):
+    """A pipeline that says which file it fails on.
+
+    Args:
+        pipeline: does the work; its transforms are shared.
+        labels: that a label map may hold; None to look at none.
+    """
+
+    def __init__(self, pipeline: Compose, labels: Optional[LabelRange] = None) -> None:
+        self.transforms = pipeline.transforms  # shared, as hooks may change one of them
+        self.labels = labels
+
+    def __call__(self, data: dict) -> Optional[dict]:
+        """Applies the transforms.
+
+        Raises:
+            UserError: a file of the sample is absent, unreadable, or holds labels that the model
+                does not know.
+        """
+        files = list(sample_files(data))  # transforms may change the dict
+        try:
+            result = super().__call__(data)
+        except UserError:
+            raise
+        except Exception as error:
+            for file in files:
+                if not file.lower().endswith(('.bin', '.npy')):
+                    self._blame(file, error)
+            if files and hasattr(error, 'add_note'):  # Python >= 3.11
+                error.add_note(f'while the pipeline worked on {files[0]}')
+            raise
+        if self.labels is not None and result is not None:
+            self._check_labels(result, files)
+        return result
+
+    @staticmethod
+    def _blame(file: str, error: Exception) -> None:
+        try:
+            check_image(file)
+        except UserError as fault:
+            raise fault from error
+
+    def _check_labels(self, result: dict, files: list[str]) -> None:
+        field = getattr(result.get('data_samples'), 'gt_sem_seg', None)
+        if field is None or self.labels is None:
+            return
+        labels = torch.as_tensor(field.data)
+        name = next((file for file in files[1:]), files[0] if files else '?')
+        if labels.dim() != 3 or labels.shape[0] != 1:
+            raise InvalidValue(
+                f'the label map {name} must have one channel that holds the number of the class, '
+                f'got the shape {tuple(labels.shape)}; write coloured maps anew with one number '
+                'per pixel.')
+        count, ignored = self.labels
+        wrong = labels[((labels < 0) | (labels >= count)) & (labels != ignored)]
+        if wrong.numel():
+            raise InvalidValue(
+                f'the label map {name} holds the value {int(wrong[0])}, allowed are 0 ... '
+                f'{count - 1} and {ignored} (ignored), after reduce_zero_label and label_map of '
+                'the data set; set num_classes of every head and metainfo.classes alike, or mend '
+                'the map.')
+
+
+def check_samples_of(dataset: Any, labels: Optional[LabelRange] = None) -> None:
+    """Makes a data set, or those that it wraps, name the files on which their pipelines fail."""
+    for inner in getattr(dataset, 'datasets', ()):
+        check_samples_of(inner, labels)
+    if hasattr(dataset, 'dataset'):
+        check_samples_of(dataset.dataset, labels)
+    pipeline = getattr(dataset, 'pipeline', None)
+    if isinstance(pipeline, Compose) and not isinstance(pipeline, CheckedPipeline):
+        dataset.pipeline = CheckedPipeline(pipeline, labels)

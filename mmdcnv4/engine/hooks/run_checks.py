@@ -1,0 +1,70 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""The checks of the tools for every trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+
+from ...checks import config, samples
+from ...errors import InvalidValue
+
+
+@HOOKS.register_module()
+class RunChecksHook(Hook):
+    """Finds faults in the user's files before the first iteration, and names a sample that fails.
+
+    The tools of this package run it by themselves; for `mim train` and other trainers:
+    `custom_hooks = [dict(type='RunChecksHook')]`.
+
+    Args:
+        check_config: look at the files that the config names before the run. The tools have
+            already done it when the run begins.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, check_config: bool = True) -> None:
+        self.check_config = check_config
+
+    def before_run(self, runner: Any) -> None:
+        """Checks the files of the config; from here on a pipeline names what it fails on.
+
+        Raises:
+            UserError: names the file and the entry of the config.
+        """
+        loops: dict[str, Any] = {split: getattr(runner, f'_{split}_loop', None)
+                                 for split in config.SPLITS}
+        ready = [split for split, loop in loops.items() if hasattr(loop, 'dataloader')]
+        if self.check_config:
+            config.run_all(runner.cfg, tuple(ready))
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        for split in ready:
+            labels = samples.label_range(model) if split == 'train' else None
+            samples.check_samples_of(loops[split].dataloader.dataset, labels)
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Refuses to resume with an optimizer that groups the parameters otherwise.
+
+        Raises:
+            InvalidValue: says what differs, and how to go on.
+        """
+        saved = checkpoint.get('optimizer')
+        if not getattr(runner, '_resume', False) or not isinstance(saved, dict):
+            return
+        own = runner.optim_wrapper.state_dict()
+        if 'param_groups' not in saved or 'param_groups' not in own:
+            return  # several optimizers
+        sizes = [[len(group['params']) for group in state['param_groups']]
+                 for state in (saved, own)]
+        if sizes[0] != sizes[1]:
+            raise InvalidValue(
+                f'cannot resume: the optimizer of the checkpoint has {len(sizes[0])} groups of '
+                f'{sum(sizes[0])} parameters, that of the config {len(sizes[1])} of '
+                f'{sum(sizes[1])}. Another frozen_stages, optim_wrapper.constructor or '
+                'paramwise_cfg groups them otherwise; go back to the config of the checkpoint, or '
+                'start a new run from its weights with load_from=<checkpoint> instead of resume.')
