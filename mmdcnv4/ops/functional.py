@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, Optional
 
 import torch
@@ -29,8 +30,12 @@ Backend = Literal['auto', 'native', 'pytorch']
 _BACKENDS = ('auto', 'native', 'pytorch')
 _COMPILED = ('auto', 'native')  # those that take the compiled kernels where they can
 # read once: torch.compile of torch 2.4 cannot trace through os.environ
-_from_environment: str = os.environ.get('MMDCNV4_BACKEND', 'auto')
-_override: Optional[str] = None
+_from_environment: str = os.environ.get('MMDCNV4_BACKEND') or 'auto'
+# Of `use_backend`, for each thread and each asynchronous task apart. torch.compile cannot trace a
+# ContextVar, and a graph must not hold a choice that is over: tracing reads the variable of the
+# module, which its guards watch.
+_override: ContextVar[Optional[str]] = ContextVar('mmdcnv4_backend', default=None)
+_override_of_traces: Optional[str] = None
 
 
 def _checked_backend(backend: str, source: str) -> str:
@@ -41,8 +46,9 @@ def _checked_backend(backend: str, source: str) -> str:
 
 def get_backend() -> str:
     """The backend in force: of `use_backend`, else of `MMDCNV4_BACKEND` at import, else 'auto'."""
-    if _override is not None:
-        return _override
+    override = _override_of_traces if torch.compiler.is_compiling() else _override.get()
+    if override is not None:
+        return override
     return _checked_backend(_from_environment, 'MMDCNV4_BACKEND')
 
 
@@ -54,12 +60,14 @@ def use_backend(backend: Backend) -> Iterator[None]:
         backend: 'native' (compiled kernels, an error without them), 'pytorch' (slow,
             differentiable twice, any device) or 'auto' (compiled kernels where there are some).
     """
-    global _override
-    previous, _override = _override, _checked_backend(backend, 'backend')
+    global _override_of_traces
+    token = _override.set(_checked_backend(backend, 'backend'))
+    _override_of_traces = backend
     try:
         yield
     finally:
-        _override = previous
+        _override.reset(token)
+        _override_of_traces = _override.get()
 
 
 def _why_not_native(device_type: str) -> Optional[str]:
@@ -209,8 +217,10 @@ def apply_geometry(value: Tensor, offset_mask: Tensor, geometry: Geometry) -> Te
 
 def _call_plain(backend: Optional[str], *arguments: Any) -> Any:
     """The short way: checked, cast and differentiated in C++. NotImplemented where it is closed."""
-    chosen = _override or _from_environment if backend is None else backend
-    if chosen not in _COMPILED or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return NotImplemented
+    chosen = _override.get() or _from_environment if backend is None else backend
+    if chosen not in _COMPILED:
         return NotImplemented
     return _extension.call_dcnv4(*arguments)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -253,6 +254,36 @@ def test_backend_argument_and_context(monkeypatch):
         assert calls_native(call)
 
 
+def test_threads_choose_their_backends_apart(monkeypatch):
+    """Two blocks that overlap: each sees its own choice, and nothing stays in force."""
+    monkeypatch.setattr(functional, '_from_environment', 'auto')
+    entered, inner, left = threading.Event(), threading.Event(), threading.Event()
+    seen = {}
+
+    def first():
+        with use_backend('pytorch'):
+            entered.set()
+            assert inner.wait(60)
+            seen['first'] = get_backend()
+        left.set()
+
+    def second():
+        assert entered.wait(60)
+        seen['before'] = get_backend()
+        with use_backend('native'):
+            inner.set()
+            assert left.wait(60)
+            seen['second'] = get_backend()
+
+    threads = [threading.Thread(target=target) for target in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == dict(before='auto', first='pytorch', second='native')
+    assert get_backend() == 'auto' and functional._override_of_traces is None
+
+
 def test_unknown_backends(monkeypatch):
     with pytest.raises(ValueError, match="backend must be one of .* got 'fast'"):
         run_function(*strided_inputs(), backend='fast')
@@ -266,10 +297,11 @@ def test_unknown_backends(monkeypatch):
 
 def test_environment_variable():
     code = 'from mmdcnv4.ops import get_backend; print(get_backend())'
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
-                            cwd=Path(__file__).parents[2], timeout=120,
-                            env={**os.environ, 'MMDCNV4_BACKEND': 'pytorch'})
-    assert result.stdout.strip() == 'pytorch', result.stderr
+    for value, expected in (('pytorch', 'pytorch'), ('', 'auto')):  # empty: as if not set
+        result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                                cwd=Path(__file__).parents[2], timeout=120,
+                                env={**os.environ, 'MMDCNV4_BACKEND': value})
+        assert result.stdout.strip() == expected, result.stderr
 
 
 def test_forward_mode_derivative_takes_the_pytorch_path():
