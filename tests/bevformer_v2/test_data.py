@@ -216,6 +216,27 @@ def test_crop_and_resize(make_dataset):
 def test_clip():
     images = [np.array([[[260.4, -3.0, 17.6]]], np.float32)]
     assert ClipToUint8()(dict(img=images))['img'][0].tolist() == [[[255, 0, 18]]]
+    images = [np.arange(12, dtype=np.uint8).reshape(2, 2, 3)]
+    assert ClipToUint8()(dict(img=images))['img'][0] is images[0]  # bytes are left alone
+
+
+def test_no_transform_touches_what_it_need_not(make_dataset, monkeypatch):
+    """Images that are used once are not copied, and those of the right size are not resized."""
+    info = make_dataset().get_data_info(1)
+    read = []
+
+    def load(self, info, camera):
+        read.append(np.zeros((160, 320, 3), np.uint8))
+        return read[-1]
+
+    monkeypatch.setattr(LoadTemporalMultiViewImages, '_load', load)
+    results = LoadTemporalMultiViewImages()(info)
+    assert all(one is other for one, other in zip(results['img'], read)) and len(read) == 12
+    monkeypatch.setattr(mmcv, 'imresize', None)
+    results = MultiViewCropResize((0, 40, 320, 160), (120,))(results)
+    assert results['img'][0].shape == (120, 320, 3)
+    first = LoadTemporalMultiViewImages()(make_dataset().get_data_info(0))  # frame -1 is missing
+    assert not any(np.shares_memory(*pair) for pair in zip(first['img'][:6], first['img'][6:]))
 
 
 def test_photometric_distortion_of_every_image_by_itself(tiny):
