@@ -58,6 +58,7 @@ class Geometry:
         bda_mat: shape (B, 3, 3).
         frame_valid: shape (B, T).
         flip: shape (B,): whether to mirror the images.
+        image_sizes: (height, width) in pixels of each sample's images, without padding.
     """
 
     lidar2img: Tensor
@@ -66,6 +67,7 @@ class Geometry:
     bda_mat: Tensor
     frame_valid: Tensor
     flip: Tensor
+    image_sizes: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, data_samples: Sequence[Any], device: torch.device) -> Geometry:
@@ -76,7 +78,9 @@ class Geometry:
 
         return cls(stack('lidar2img').float(), stack('cam2img')[..., :3, :3].float(),
                    stack('lidar2cam').float(), stack('bda_mat').float(),
-                   stack('frame_valid').bool(), stack('img_flip').bool())
+                   stack('frame_valid').bool(), stack('img_flip').bool(),
+                   tuple((int(sample.img_shape[0]), int(sample.img_shape[1]))
+                         for sample in data_samples))
 
 
 @MODELS.register_module()
@@ -164,7 +168,7 @@ class BEVFormerV2(Base3DDetector):
                 image_size: Sequence[int]) -> Tensor:
         """BEV features (B, Hb * Wb, C) of the frame with this index."""
         return self.bev_encoder(maps[:self.num_bev_levels], geometry.lidar2img[:, frame],
-                                image_size)
+                                image_size, geometry.image_sizes)
 
     def _history(self, images: Tensor, geometry: Geometry) -> dict[int, Tensor]:
         """BEV features, without gradient, of the other frames that some sample has."""
