@@ -122,6 +122,20 @@ def test_refuses_a_sample_without_an_entry(make_dataset, edit_infos, path):
             load_eval_anns=False)) > 1
 
 
+def test_classes_of_ones_own(make_dataset, edit_infos):
+    names = ['tram', *synthetic_rig.CLASSES[1:]]
+    ann_file = edit_infos(lambda data: None,
+                          categories={name: index for index, name in enumerate(names)})
+    with pytest.raises(ValueError, match=r"info_classes must be .*infos.pkl, \('tram', 'truck'"):
+        make_dataset(ann_file=ann_file)
+    own = dict(classes=['truck', 'tram'], version='v1.0-mini')
+    with pytest.raises(ValueError, match="got .*'tram'.*set info_classes"):
+        make_dataset(ann_file=ann_file, metainfo=own)
+    info = make_dataset(ann_file=ann_file, metainfo=own, info_classes=names).get_data_info(1)
+    assert info['label_mapping'][0] == 1 and info['label_mapping'][1] == 0
+    assert info['classes'] == ('truck', 'tram')
+
+
 def test_a_subset_has_neighbours_in_the_subset(make_dataset):
     dataset = make_dataset(indices=[1, 2, 3])
     assert [tokens(dataset.get_data_info(i)) for i in range(3)] == [

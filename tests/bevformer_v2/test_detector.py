@@ -264,6 +264,15 @@ def test_frames_of_model_and_data_set_must_agree(make_model, make_batch):
         losses_of(model, make_batch(frames=(0, 1)))
 
 
+def test_classes_of_model_and_data_set_must_agree(make_model, make_batch, tiny):
+    names = list(tiny.train_dataloader.dataset.metainfo.classes)
+    names[0], names[1] = names[1], names[0]
+    batch = make_batch(metainfo=dict(classes=names, version='v1.0-mini'))
+    with pytest.raises(ValueError, match="perspective_head.classes must be .*'bicycle', 'barrier'"):
+        losses_of(make_model(), batch)
+    losses_of(make_model(perspective_head=dict(classes=names)), batch)
+
+
 @pytest.mark.parametrize('changes, message', [
     (dict(frames=(0, -1)), 'frames must be ascending'), (dict(frames=(-1,)), 'contain 0'),
     (dict(temporal_fusion=None), 'temporal_fusion must be given exactly'),

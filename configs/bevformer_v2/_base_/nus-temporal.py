@@ -1,6 +1,6 @@
 # nuScenes, six cameras; the temporal configs set `frames` in model and data sets.
 data_root = 'data/nuscenes/'
-# both heads and the mean sizes of the perspective head count classes by alphabet
+# by alphabet, as model.perspective_head.classes; another order here must be set there too
 classes = [
     'barrier', 'bicycle', 'bus', 'car', 'construction_vehicle', 'motorcycle', 'pedestrian',
     'traffic_cone', 'trailer', 'truck'

@@ -32,7 +32,7 @@ class NuScenesTemporalDataset(NuScenesDataset):
     """Samples with the infos of other key frames of the same scene.
 
     Each sample gets `frames`, `frame_infos` (the info of each frame, None where the scene has
-    none) and `label_mapping` (label in the info file to label of the model).
+    none), `classes` and `label_mapping` (label in the info file to label of the model).
 
     Args:
         data_root, ann_file: of the parent class; an info file of version 1.1.
@@ -40,21 +40,27 @@ class NuScenesTemporalDataset(NuScenesDataset):
         scene_table: `sample.json` of the nuScenes tables, with the fields `token`, `scene_token`,
             `prev`, `next`; `<data_root>/<version>/sample.json` by default. Read only if `frames`
             has more than one entry and the info file holds no such fields.
+        info_classes: names of the labels in the info file, in their order; those of nuScenes by
+            default.
         kwargs: of the parent class, which refuses unknown ones.
 
     Raises:
-        ValueError: `frames` is no such list, `metainfo.classes` names a class that nuScenes has
-            not, or the info file has another version.
+        ValueError: `frames` is no such list, `metainfo.classes` names a class that
+            `info_classes` has not, or the info file has another version.
         FileNotFoundError: links are needed and there is no table.
         KeyError: a sample lacks an entry; the message names both.
     """
 
     def __init__(self, data_root: str, ann_file: str, *, frames: Sequence[int] = (0,),
-                 scene_table: Optional[str] = None, **kwargs: Any) -> None:
+                 scene_table: Optional[str] = None,
+                 info_classes: Optional[Sequence[str]] = None, **kwargs: Any) -> None:
         self.frames = tuple(frames)
         if 0 not in self.frames or list(self.frames) != sorted(set(self.frames)):
             raise ValueError('NuScenesTemporalDataset: frames must be ascending and contain 0, '
                              f'got {self.frames}')
+        if info_classes is not None:  # the parent maps labels by it
+            self.METAINFO: dict = {**type(self).METAINFO, 'classes': tuple(info_classes)}
+            kwargs['metainfo'] = {'classes': tuple(info_classes), **(kwargs.get('metainfo') or {})}
         self._check_classes((kwargs.get('metainfo') or {}).get('classes'))
         self.scene_table = scene_table
         self._links: dict[str, Link] = {}
@@ -65,7 +71,8 @@ class NuScenesTemporalDataset(NuScenesDataset):
         known = self.METAINFO['classes']
         if classes is not None and (isinstance(classes, str) or not set(classes) <= set(known)):
             raise ValueError('NuScenesTemporalDataset: metainfo.classes must be a list of names '
-                             f"out of {known}, ['car'] for a single one, got {classes!r}")
+                             f"out of {known}, ['car'] for a single one, got {classes!r}; for "
+                             'names of your own set info_classes, the names of the info file')
 
     def load_data_list(self) -> list[dict]:
         """Reads the info file and checks its version."""
@@ -81,6 +88,12 @@ class NuScenesTemporalDataset(NuScenesDataset):
             raise ValueError('NuScenesTemporalDataset: ann_file must have info_version '
                              f'{_INFO_VERSION!r}, got {version!r} in {self.ann_file}; make it '
                              f'with {_CREATE}')
+        known, categories = tuple(self.METAINFO['classes']), self.metainfo.get('categories')
+        if categories is not None:
+            names = tuple(sorted(categories, key=lambda name: categories[name]))
+            if names != known:
+                raise ValueError('NuScenesTemporalDataset: info_classes must be the names of '
+                                 f'the labels in {self.ann_file}, {names}, got {known}')
         return data_list
 
     def parse_data_info(self, info: dict) -> Union[list[dict], dict]:
@@ -150,8 +163,9 @@ class NuScenesTemporalDataset(NuScenesDataset):
         return self.get_sample_info(self._index[token]) if token in self._index else None
 
     def get_data_info(self, idx: int) -> dict:
-        """The info of one sample, with `frames`, `frame_infos` and `label_mapping`."""
+        """The info of one sample, with `frames`, `frame_infos`, `classes`, `label_mapping`."""
         info = super().get_data_info(idx)
+        info['classes'] = tuple(self.metainfo['classes'])
         info['frames'] = self.frames
         info['label_mapping'] = self.label_mapping
         info['frame_infos'] = [

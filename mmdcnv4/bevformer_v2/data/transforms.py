@@ -79,7 +79,8 @@ class LoadTemporalMultiViewImages(BaseTransform):
         infos = results['frame_infos']
         current = infos[results['frames'].index(0)]
         lidar2ego = results['lidar_points']['lidar2ego']
-        images, intrinsics, extrinsics, loaded = [], [], [], {}
+        images, intrinsics, extrinsics = [], [], []
+        loaded: dict[str, list[np.ndarray]] = {}
         for info in infos:
             info = current if info is None else info
             if info['token'] in loaded:  # a transform may write into an image
@@ -210,7 +211,7 @@ class PackBEVInputs(Pack3DDetInputs):
 
     _META_KEYS = ('sample_idx', 'token', 'box_type_3d', 'box_mode_3d', 'img_shape', 'ori_shape',
                   'frame_valid', 'frames', 'img_flip', 'bda_mat', 'lidar2img', 'cam2img',
-                  'lidar2cam', 'cameras', 'image_transform')
+                  'lidar2cam', 'cameras', 'image_transform', 'classes')
 
     def __init__(self, keys: Sequence[str] = ('img', 'gt_bboxes_3d', 'gt_labels_3d')) -> None:
         super().__init__(tuple(keys), self._META_KEYS)

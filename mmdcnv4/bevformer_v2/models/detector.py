@@ -210,6 +210,13 @@ class BEVFormerV2(Base3DDetector):
                 f'BEVFormerV2: inputs must hold the frames {self.frames} of the model, got '
                 f'{images.shape[1]} images of frames {data_samples[0].metainfo["frames"]}; set '
                 'frames alike in model and data set')
+        expected = getattr(self.perspective_head, 'classes', None)
+        classes = data_samples[0].metainfo.get('classes')
+        if expected is not None and classes is not None and tuple(classes) != expected:
+            raise ValueError(
+                f'BEVFormerV2: perspective_head.classes must be the classes of the data set, '
+                f'{tuple(classes)}, got {expected}; set model.perspective_head.classes to the '
+                'same list: sizes belong to names')
         images = images.unflatten(1, (frames, -1))  # (B, T, V, 3, H, W)
         geometry = Geometry.of(data_samples, images.device)
         history = self._history(images, geometry)
