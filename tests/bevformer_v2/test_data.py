@@ -122,6 +122,37 @@ def test_refuses_a_sample_without_an_entry(make_dataset, edit_infos, path):
             load_eval_anns=False)) > 1
 
 
+def drop_keys(*keys):
+    def change(data_list):
+        for info in data_list:
+            info.pop('cam_instances') if 'cam_instances' in keys else None
+            for item in info['instances']:
+                for key in keys:
+                    item.pop(key, None)
+    return change
+
+
+def test_data_without_lidar_tracks_and_attributes(make_dataset, edit_infos):
+    keys = ('num_lidar_pts', 'num_radar_pts', 'bbox_3d_isvalid', 'velocity', 'cam_instances')
+    with pytest.warns(UserWarning) as caught:
+        sample = make_dataset(ann_file=edit_infos(drop_keys(*keys)))[1]['data_samples']
+    found = [str(warning.message) for warning in caught if 'gives no' in str(warning.message)]
+    assert sorted(text.split('gives no ')[1].split(':')[0] for text in found) == [
+        'cam_instances', 'num_lidar_pts', 'velocity']  # each once
+    assert 'attribute loss of the perspective head will be zero' in ' '.join(found)
+    expected = make_dataset()[1]['data_samples']
+    assert torch.equal(sample.gt_mono.bboxes, expected.gt_mono.bboxes)
+    assert sample.gt_mono.speeds.isnan().all() and (sample.gt_mono.attrs == 3).all()
+    assert len(sample.gt_instances_3d) == len(expected.gt_instances_3d)
+
+
+@pytest.mark.parametrize('key, changes', [
+    ('bbox_3d', {}), ('bbox_label_3d', {}), ('num_lidar_pts', dict(use_valid_flag=False))])
+def test_refuses_an_object_without_an_entry(make_dataset, edit_infos, key, changes):
+    with pytest.raises(KeyError, match=f'must give instances.{key} for every obj.*sample sample-0'):
+        make_dataset(ann_file=edit_infos(drop_keys(key)), **changes)
+
+
 def test_classes_of_ones_own(make_dataset, edit_infos):
     names = ['tram', *synthetic_rig.CLASSES[1:]]
     ann_file = edit_infos(lambda data: None,

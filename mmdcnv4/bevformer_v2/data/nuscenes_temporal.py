@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
@@ -17,6 +18,7 @@ _CREATE = '`mim run mmdet3d create_data nuscenes` (mmdetection3d 1.x)'
 # what model and pipeline read of each sample, and of each of its cameras
 _SAMPLE_KEYS = ('ego2global', 'images', 'lidar_points', 'lidar_points.lidar2ego')
 _CAMERA_KEYS = ('img_path', 'cam2img', 'lidar2cam')
+_POINT_COUNTS = ('num_lidar_pts', 'num_radar_pts')  # of an instance; both may be missing
 
 
 class Link(NamedTuple):
@@ -49,6 +51,9 @@ class NuScenesTemporalDataset(NuScenesDataset):
             `info_classes` has not, or the info file has another version.
         FileNotFoundError: links are needed and there is no table.
         KeyError: a sample lacks an entry; the message names both.
+
+    Warns:
+        Of what an info file lacks and is not needed: point counts, velocities, `cam_instances`.
     """
 
     def __init__(self, data_root: str, ann_file: str, *, frames: Sequence[int] = (0,),
@@ -59,10 +64,11 @@ class NuScenesTemporalDataset(NuScenesDataset):
             raise ValueError('NuScenesTemporalDataset: frames must be ascending and contain 0, '
                              f'got {self.frames}')
         if info_classes is not None:  # the parent maps labels by it
-            self.METAINFO: dict = {**type(self).METAINFO, 'classes': tuple(info_classes)}
+            self.METAINFO = {**NuScenesDataset.METAINFO, 'classes': tuple(info_classes)}
             kwargs['metainfo'] = {'classes': tuple(info_classes), **(kwargs.get('metainfo') or {})}
         self._check_classes((kwargs.get('metainfo') or {}).get('classes'))
         self.scene_table = scene_table
+        self._missing: set[str] = set()  # what a warning was given for
         self._links: dict[str, Link] = {}
         self._index: dict[str, int] = {}
         super().__init__(data_root, ann_file, **kwargs)
@@ -110,7 +116,39 @@ class NuScenesTemporalDataset(NuScenesDataset):
                 raise KeyError(f'NuScenesTemporalDataset: ann_file {self.ann_file} must give '
                                f'{path} for every sample, got none for {info.get("token")}; '
                                f'make it with {_CREATE}')
+        for item in info.get('instances') or ():
+            self._complete(item, info['token'])
+        if not self.test_mode and not info.get('cam_instances'):
+            self._warn('cam_instances', 'the attribute loss of the perspective head will be zero')
         return super().parse_data_info(info)
+
+    def _complete(self, item: dict, token: str) -> None:
+        """Gives an instance what data without LiDAR or tracks has not, with a warning."""
+        for key in ('bbox_3d', 'bbox_label_3d'):
+            if key not in item:
+                raise KeyError(f'NuScenesTemporalDataset: ann_file {self.ann_file} must give '
+                               f'instances.{key} for every object, got {sorted(item)} in sample '
+                               f'{token}')
+        points = [item[key] for key in _POINT_COUNTS if key in item]
+        if not points:
+            self._warn('num_lidar_pts', 'every object counts as visible')
+        if 'bbox_3d_isvalid' not in item:
+            item['bbox_3d_isvalid'] = not points or sum(points) > 0
+        if not self.use_valid_flag and 'num_lidar_pts' not in item:
+            raise KeyError(f'NuScenesTemporalDataset: ann_file {self.ann_file} must give '
+                           f'instances.num_lidar_pts for every object, got {sorted(item)} in '
+                           f'sample {token}; or set use_valid_flag=True')
+        if 'velocity' not in item:
+            item['velocity'] = [float('nan')] * 2  # unknown, which the speed loss leaves out
+            self._warn('velocity', 'the BEV head learns that everything stands still; set the '
+                       'last two of model.bev_head.train_cfg.code_weights to 0')
+
+    def _warn(self, key: str, effect: str) -> None:
+        """Says once that the info file lacks a key, and what follows."""
+        if key not in self._missing:
+            self._missing.add(key)
+            warnings.warn(f'NuScenesTemporalDataset: {self.ann_file} gives no {key}: {effect}',
+                          stacklevel=2)
 
     def filter_data(self) -> list[dict]:
         """Filters as the parent does, and notes where each sample stands in its scene."""
