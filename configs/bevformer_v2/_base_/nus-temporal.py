@@ -65,7 +65,7 @@ val_dataloader = dict(
         **dataset, ann_file='nuscenes_infos_val.pkl', pipeline=test_pipeline, test_mode=True))
 test_dataloader = val_dataloader
 val_evaluator = dict(
-    type='NuScenesMetric',
+    type='NuScenesSplitMetric',
     data_root=data_root,
     ann_file=data_root + 'nuscenes_infos_val.pkl',
     metric='bbox',

@@ -14,7 +14,7 @@ from mmdet3d.datasets import NuScenesDataset
 from mmdet3d.registry import DATASETS
 
 _INFO_VERSION = '1.1'
-_CREATE = '`mim run mmdet3d create_data nuscenes` (mmdetection3d 1.x)'
+_CREATE = 'tools/dataset_converters/nuscenes.py'
 # what model and pipeline read of each sample, and of each of its cameras
 _SAMPLE_KEYS = ('ego2global', 'images', 'lidar_points', 'lidar_points.lidar2ego')
 _CAMERA_KEYS = ('img_path', 'cam2img', 'lidar2cam')
