@@ -9,6 +9,7 @@ norm_cfg = dict(type='BN')
 model = dict(
     frames=frames,
     grid_mask=None,
+    data_preprocessor=dict(pad_size_divisor=32),  # all images have one size: nothing is padded
     img_backbone=dict(
         arch=None,
         channels=16,

@@ -6,6 +6,7 @@ Make it known to a config with
 `custom_imports = dict(imports=['mmdcnv4', 'mmdcnv4.bevformer_v2'], allow_failed_imports=False)`.
 """
 
+from .data.nuscenes_metric import NuScenesSplitMetric
 from .data.nuscenes_temporal import NuScenesTemporalDataset
 from .data.transforms import (
     BEVAugment,
@@ -25,6 +26,6 @@ from .targets.mono_targets import MonoTargets
 __all__ = [
     'BBox3DCodeSmoothL1Cost', 'BEVAugment', 'BEVFormerV2', 'BEVFormerV2Encoder',
     'BEVFormerV2Head', 'ClipToUint8', 'LoadTemporalMultiViewImages', 'MonoTargets',
-    'MultiViewCropResize', 'NuScenesTemporalDataset', 'PackBEVInputs', 'PerspectiveHead',
-    'ProposalQueries', 'TemporalFusion', 'TwoStageBEVFormerV2'
+    'MultiViewCropResize', 'NuScenesSplitMetric', 'NuScenesTemporalDataset', 'PackBEVInputs',
+    'PerspectiveHead', 'ProposalQueries', 'TemporalFusion', 'TwoStageBEVFormerV2'
 ]

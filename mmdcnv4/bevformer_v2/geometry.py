@@ -13,6 +13,7 @@ Source:   "BEVFormer v2", Yang et al., CVPR 2023, arXiv:2211.10439, section 3; t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Optional, Union
 
 import numpy as np
 import torch
@@ -67,18 +68,20 @@ def pillar_points(pc_range: Sequence[float], bev_size: Sequence[int], num_points
                       z[None, :, None].expand(len(xy), -1, -1)], -1)
 
 
-def project_points(points: Tensor, lidar2img: Tensor,
-                   image_size: Sequence[int]) -> tuple[Tensor, Tensor]:
+def project_points(points: Tensor, lidar2img: Tensor, image_size: Sequence[int],
+                   own_sizes: Optional[Tensor] = None) -> tuple[Tensor, Tensor]:
     """Projects points into all cameras, in float32 and without a matrix product (no TF32).
 
     Args:
         points: shape (Q, Z, 3), LiDAR frame.
         lidar2img: shape (B, V, 4, 4).
         image_size: (height, width) in pixels of the padded image.
+        own_sizes: shape (B, 2): (height, width) in pixels of the images of each sample, without
+            padding; None if nothing is padded.
 
     Returns:
-        `uv`, shape (B, V, Q, Z, 2), in image widths and heights; `is_visible`, shape (B, V, Q, Z):
-        before the camera and inside the image.
+        `uv`, shape (B, V, Q, Z, 2), in widths and heights of the padded image; `is_visible`,
+        shape (B, V, Q, Z): before the camera and inside the image itself.
     """
     matrix = lidar2img.float()[:, :, None, None]  # (B, V, 1, 1, 4, 4)
     points = points.float()[None, None, :, :, None]  # (1, 1, Q, Z, 1, 3)
@@ -86,7 +89,10 @@ def project_points(points: Tensor, lidar2img: Tensor,
     depth = camera[..., 2]
     size = camera.new_tensor([image_size[1], image_size[0]])
     uv = camera[..., :2] / depth.clamp(min=MIN_DEPTH)[..., None] / size
-    is_visible = (depth > MIN_DEPTH) & ((uv > 0) & (uv < 1)).all(-1)
+    limit: Union[Tensor, float] = 1.0
+    if own_sizes is not None:
+        limit = (own_sizes.flip(-1).to(size) / size)[:, None, None, None]  # (B, 1, 1, 1, 2)
+    is_visible = (depth > MIN_DEPTH) & ((uv > 0) & (uv < limit)).all(-1)
     return uv.clamp(-_FAR, _FAR), is_visible
 
 

@@ -214,6 +214,11 @@ def make_sample(root: Path, scene: int, frame: int, objects: list[Cuboid], drive
         found = [camera_instance_of(item, instance, lidar2cam)
                  for item, instance in zip(objects, instances)]
         cam_instances[camera] = [item for item in found if item is not None]
+    sweep = root / 'samples' / 'LIDAR_TOP' / f'{token}.bin'  # the corners: x, y, z, 0, 0
+    sweep.parent.mkdir(parents=True, exist_ok=True)
+    points = [corners(item.size, pose(instance['bbox_3d'][6], instance['bbox_3d'][:3]))
+              for item, instance in zip(objects, instances)]
+    np.pad(np.concatenate(points), ((0, 0), (0, 2))).astype('<f4').tofile(sweep)
     return dict(token=token, timestamp=time, ego2global=ego2global(drive, time).tolist(),
                 lidar_points=dict(lidar_path=f'{token}.bin', num_pts_feats=5,
                                   lidar2ego=LIDAR2EGO.tolist()),

@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of the nuScenes devkit for the synthetic rig, as far as its detection metric reads.
+"""The tables of the nuScenes devkit for the synthetic rig: key frames of cameras and LiDAR.
 
 The two scenes carry the names of the devkit's `mini_val` split.
 """
@@ -24,12 +24,46 @@ CATEGORIES = dict(
 ATTRIBUTES = ('cycle.with_rider', 'cycle.without_rider', 'pedestrian.moving',
               'pedestrian.standing', 'pedestrian.sitting_lying_down', 'vehicle.moving',
               'vehicle.parked', 'vehicle.stopped')
-IDENTITY = dict(translation=[0.0, 0.0, 0.0], rotation=[1.0, 0.0, 0.0, 0.0])
 
 
 def _turn(yaw: float) -> list[float]:
     """Quaternion of a turn about z."""
     return [math.cos(yaw / 2), 0.0, 0.0, math.sin(yaw / 2)]
+
+
+def _calibration(matrix: Sequence[Sequence[float]]) -> dict:
+    """Translation and unit quaternion (w, x, y, z) of a 4x4 matrix."""
+    pose = np.asarray(matrix, dtype=np.float64)
+    m = pose[:3, :3]
+    # eigenvector of the largest eigenvalue: Bar-Itzhack, J. Guidance 23(6), 2000
+    k = np.zeros((4, 4))
+    k[0, 0], k[1:, 1:] = np.trace(m), m + m.T - np.trace(m) * np.eye(3)
+    k[0, 1:] = k[1:, 0] = [m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]]
+    return dict(translation=pose[:3, 3].tolist(), rotation=np.linalg.eigh(k)[1][:, -1].tolist())
+
+
+def _sensors(info: dict) -> list[dict]:
+    """Rows of `sensor` and `calibrated_sensor` in one, of the rig that took a sample."""
+    rows = [dict(token='lidar', channel='LIDAR_TOP', modality='lidar', camera_intrinsic=[],
+                 **_calibration(info['lidar_points']['lidar2ego']))]
+    return rows + [dict(token=camera, channel=camera, modality='camera',
+                        camera_intrinsic=image['cam2img'], **_calibration(image['cam2ego']))
+                   for camera, image in info['images'].items()]
+
+
+def _sample_data(samples: Sequence[dict], data_list: Sequence[dict]) -> list[dict]:
+    """Rows of `sample_data`: the sweep and the images of each key frame."""
+    rows = []
+    for sample, info in zip(samples, data_list):
+        files = {'lidar': f'samples/LIDAR_TOP/{info["lidar_points"]["lidar_path"]}'}
+        files.update({camera: f'samples/{camera}/{image["img_path"]}'
+                      for camera, image in info['images'].items()})
+        rows += [dict(token=f'{sample["token"]}-{sensor}', sample_token=sample['token'],
+                      ego_pose_token=sample['token'], calibrated_sensor_token=sensor,
+                      timestamp=sample['timestamp'], fileformat=name.rsplit('.', 1)[1],
+                      is_key_frame=True, height=0, width=0, filename=name, prev='', next='')
+                 for sensor, name in files.items()]
+    return rows
 
 
 def _annotations(data_list: Sequence[dict]) -> tuple[list[dict], list[dict]]:
@@ -88,9 +122,10 @@ def write_tables(root: Path, data_list: Sequence[dict], links: Sequence[dict],
         category=[dict(token=name, name=CATEGORIES[name], description='') for name in classes],
         attribute=[dict(token=name, name=name, description='') for name in ATTRIBUTES],
         visibility=[dict(token='4', level='v80-100', description='')],
-        sensor=[dict(token='lidar', channel='LIDAR_TOP', modality='lidar')],
-        calibrated_sensor=[dict(token='lidar', sensor_token='lidar', camera_intrinsic=[],
-                                **IDENTITY)],
+        sensor=[{key: row[key] for key in ('token', 'channel', 'modality')}
+                for row in _sensors(data_list[0])],
+        calibrated_sensor=[dict(row, sensor_token=row['token'])
+                           for row in _sensors(data_list[0])],
         ego_pose=[dict(token=info['token'], timestamp=sample['timestamp'],
                        translation=pose[:3, 3].tolist(),
                        rotation=_turn(math.atan2(pose[1, 0], pose[0, 0])))
@@ -101,11 +136,7 @@ def write_tables(root: Path, data_list: Sequence[dict], links: Sequence[dict],
                     last_sample_token=tokens[-1])
                for name, (token, tokens) in zip(SCENES, scenes.items())],
         sample=samples,
-        sample_data=[dict(token=f'{sample["token"]}-lidar', sample_token=sample['token'],
-                          ego_pose_token=sample['token'], calibrated_sensor_token='lidar',
-                          timestamp=sample['timestamp'], fileformat='pcd', is_key_frame=True,
-                          height=0, width=0, filename='', prev='', next='')
-                     for sample in samples],
+        sample_data=_sample_data(samples, data_list),
         sample_annotation=annotations, instance=instances,
         map=[dict(token='map', log_tokens=['log'], category='semantic_prior',
                   filename='maps/blank.png')])

@@ -165,6 +165,23 @@ def test_encoder_does_not_care_for_the_order_of_cameras():
         atol=1e-5, rtol=1e-5)
 
 
+def test_a_sample_does_not_depend_on_the_sizes_of_its_neighbours():
+    """Its own maps in a larger, padded batch, whatever the maps hold in the padding."""
+    encoder = randomize(tiny_encoder())
+    own, padded, strides = (64, 96), (96, 128), (16, 32)
+    matrices = rig_matrices(2, own[1], own[0])
+    alone = [torch.randn(1, 3, 16, own[0] // stride, own[1] // stride) for stride in strides]
+    expected = encoder(alone, matrices[:1], own)
+    mixed = []
+    for maps, stride in zip(alone, strides):
+        both = 9 * torch.randn(2, 3, 16, padded[0] // stride, padded[1] // stride)
+        both[0, :, :, :maps.shape[-2], :maps.shape[-1]] = maps[0]
+        mixed.append(both)
+    out = encoder(mixed, matrices, padded, (own, padded))
+    torch.testing.assert_close(out[:1], expected, atol=1e-5, rtol=1e-5)
+    assert (encoder(mixed, matrices, padded)[:1] - expected).abs().max() > 0.1  # padding counts
+
+
 def test_checkpointing_changes_nothing():
     features = [torch.randn(1, 3, 16, *size) for size in SIZES]
     gradients = []

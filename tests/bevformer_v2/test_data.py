@@ -122,6 +122,51 @@ def test_refuses_a_sample_without_an_entry(make_dataset, edit_infos, path):
             load_eval_anns=False)) > 1
 
 
+def drop_keys(*keys):
+    def change(data_list):
+        for info in data_list:
+            info.pop('cam_instances') if 'cam_instances' in keys else None
+            for item in info['instances']:
+                for key in keys:
+                    item.pop(key, None)
+    return change
+
+
+def test_data_without_lidar_tracks_and_attributes(make_dataset, edit_infos):
+    keys = ('num_lidar_pts', 'num_radar_pts', 'bbox_3d_isvalid', 'velocity', 'cam_instances')
+    with pytest.warns(UserWarning) as caught:
+        sample = make_dataset(ann_file=edit_infos(drop_keys(*keys)))[1]['data_samples']
+    found = [str(warning.message) for warning in caught if 'gives no' in str(warning.message)]
+    assert sorted(text.split('gives no ')[1].split(':')[0] for text in found) == [
+        'cam_instances', 'num_lidar_pts', 'velocity']  # each once
+    assert 'attribute loss of the perspective head will be zero' in ' '.join(found)
+    expected = make_dataset()[1]['data_samples']
+    assert torch.equal(sample.gt_mono.bboxes, expected.gt_mono.bboxes)
+    assert sample.gt_mono.speeds.isnan().all() and (sample.gt_mono.attrs == 3).all()
+    assert len(sample.gt_instances_3d) == len(expected.gt_instances_3d)
+
+
+@pytest.mark.parametrize('key, changes', [
+    ('bbox_3d', {}), ('bbox_label_3d', {}), ('num_lidar_pts', dict(use_valid_flag=False))])
+def test_refuses_an_object_without_an_entry(make_dataset, edit_infos, key, changes):
+    with pytest.raises(KeyError, match=f'must give instances.{key} for every obj.*sample sample-0'):
+        make_dataset(ann_file=edit_infos(drop_keys(key)), **changes)
+
+
+def test_classes_of_ones_own(make_dataset, edit_infos):
+    names = ['tram', *synthetic_rig.CLASSES[1:]]
+    ann_file = edit_infos(lambda data: None,
+                          categories={name: index for index, name in enumerate(names)})
+    with pytest.raises(ValueError, match=r"info_classes must be .*infos.pkl, \('tram', 'truck'"):
+        make_dataset(ann_file=ann_file)
+    own = dict(classes=['truck', 'tram'], version='v1.0-mini')
+    with pytest.raises(ValueError, match="got .*'tram'.*set info_classes"):
+        make_dataset(ann_file=ann_file, metainfo=own)
+    info = make_dataset(ann_file=ann_file, metainfo=own, info_classes=names).get_data_info(1)
+    assert info['label_mapping'][0] == 1 and info['label_mapping'][1] == 0
+    assert info['classes'] == ('truck', 'tram')
+
+
 def test_a_subset_has_neighbours_in_the_subset(make_dataset):
     dataset = make_dataset(indices=[1, 2, 3])
     assert [tokens(dataset.get_data_info(i)) for i in range(3)] == [
@@ -216,6 +261,27 @@ def test_crop_and_resize(make_dataset):
 def test_clip():
     images = [np.array([[[260.4, -3.0, 17.6]]], np.float32)]
     assert ClipToUint8()(dict(img=images))['img'][0].tolist() == [[[255, 0, 18]]]
+    images = [np.arange(12, dtype=np.uint8).reshape(2, 2, 3)]
+    assert ClipToUint8()(dict(img=images))['img'][0] is images[0]  # bytes are left alone
+
+
+def test_no_transform_touches_what_it_need_not(make_dataset, monkeypatch):
+    """Images that are used once are not copied, and those of the right size are not resized."""
+    info = make_dataset().get_data_info(1)
+    read = []
+
+    def load(self, info, camera):
+        read.append(np.zeros((160, 320, 3), np.uint8))
+        return read[-1]
+
+    monkeypatch.setattr(LoadTemporalMultiViewImages, '_load', load)
+    results = LoadTemporalMultiViewImages()(info)
+    assert all(one is other for one, other in zip(results['img'], read)) and len(read) == 12
+    monkeypatch.setattr(mmcv, 'imresize', None)
+    results = MultiViewCropResize((0, 40, 320, 160), (120,))(results)
+    assert results['img'][0].shape == (120, 320, 3)
+    first = LoadTemporalMultiViewImages()(make_dataset().get_data_info(0))  # frame -1 is missing
+    assert not any(np.shares_memory(*pair) for pair in zip(first['img'][:6], first['img'][6:]))
 
 
 def test_photometric_distortion_of_every_image_by_itself(tiny):

@@ -101,6 +101,29 @@ def test_predictions_do_not_depend_on_the_batch(make_model, make_batch):
         torch.testing.assert_close(*order, atol=2e-3, rtol=1e-3)
 
 
+class Pooled(nn.Module):
+    """A backbone of four levels in which no cell knows its neighbours."""
+
+    def forward(self, x):
+        x = x[:, torch.arange(64) % 3]
+        return [nn.functional.avg_pool2d(x, stride) for stride in (8, 16, 32, 64)]
+
+
+def test_predictions_do_not_depend_on_the_sizes_of_the_neighbours(make_model, make_dataset, tiny):
+    from mmengine.dataset import pseudo_collate
+    model = make_model(**TODAY, data_preprocessor=dict(pad_size_divisor=64)).eval()
+    model.img_backbone, model.img_neck = Pooled(), nn.Identity()
+    pipe = list(tiny.test_dataloader.dataset.pipeline)
+    samples = []
+    for index, height in ((0, 64), (4, 96)):
+        pipe[1] = dict(pipe[1], crop=(0, 0, 320, 160), heights=(height,))
+        samples.append(make_dataset(pipeline=pipe, test_mode=True, frames=(0,))[index])
+    found = [model(*preprocess(model, pseudo_collate(list(chosen)), False), mode='tensor')
+             for chosen in (samples, samples[:1], samples[1:])]
+    for both, *alone in zip(*found):
+        torch.testing.assert_close(both, torch.cat(alone, 1), atol=1e-4, rtol=1e-4)
+
+
 class Pointwise(nn.Module):
     """A backbone without neighbours: mirrored images give mirrored maps."""
 
@@ -239,6 +262,15 @@ def test_frames_of_model_and_data_set_must_agree(make_model, make_batch):
     model = make_model()
     with pytest.raises(ValueError, match=r'frames \(-1, 0\) of the model.*of frames \(0, 1\)'):
         losses_of(model, make_batch(frames=(0, 1)))
+
+
+def test_classes_of_model_and_data_set_must_agree(make_model, make_batch, tiny):
+    names = list(tiny.train_dataloader.dataset.metainfo.classes)
+    names[0], names[1] = names[1], names[0]
+    batch = make_batch(metainfo=dict(classes=names, version='v1.0-mini'))
+    with pytest.raises(ValueError, match="perspective_head.classes must be .*'bicycle', 'barrier'"):
+        losses_of(make_model(), batch)
+    losses_of(make_model(perspective_head=dict(classes=names)), batch)
 
 
 @pytest.mark.parametrize('changes, message', [

@@ -45,6 +45,21 @@ def test_project_points():
     assert uv.isfinite().all()
 
 
+def test_padding_is_not_visible():
+    """Points at pixels 100, 180 and 250 of a row; the images are 160 and 200 pixels wide."""
+    lidar2img = torch.eye(4)
+    lidar2img[:3, :3] = CAM2IMG
+    points = torch.tensor([[[(x - 130) / 200, 0.0, 1]] for x in (100.0, 180, 250)])
+    matrices = lidar2img.expand(2, 1, 4, 4)
+    padded = geometry.project_points(points, matrices, (160, 260))
+    uv, is_visible = geometry.project_points(points, matrices, (160, 260),
+                                             torch.tensor([[160, 160], [160, 200]]))
+    assert padded[1].all() and torch.equal(uv, padded[0])
+    assert is_visible[:, 0, :, 0].tolist() == [[True, False, False], [True, True, False]]
+    low = geometry.project_points(points, matrices, (160, 260), torch.tensor([[60, 260]] * 2))
+    assert not low[1].any()  # the row is the 70th
+
+
 def test_projection_is_that_of_numpy_for_every_sample():
     rng = np.random.default_rng(0)
     matrices = rng.normal(size=(2, 3, 4, 4)).astype(np.float32)

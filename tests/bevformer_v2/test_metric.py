@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -63,6 +64,27 @@ def test_truth_scores_perfectly(two_by_two):
     for prediction in truth:  # a metre off: no longer within half a metre
         prediction.bboxes_3d.tensor[:, 0] += 1
     assert 0.4 < score(cfg, dataset, truth)[f'{PREFIX}/mAP'] < 0.8
+
+
+@pytest.mark.parametrize('change, error, message', [
+    (lambda data: data.pop(), ValueError, 'exactly the 4 samples of mini_val.*got 3, of wh.* 0 '),
+    (lambda data: data[0].update(token='other'), ValueError, 'got 4, of which 1 are not .* and 1'),
+    (None, FileNotFoundError, 'v1.0-trainval/scene.json.*set metainfo.version')])
+def test_info_files_are_looked_at_before_the_run(two_by_two, change, error, message):
+    """When the loop hands over the meta information of the data set."""
+    pytest.importorskip('nuscenes', reason='the nuScenes devkit is not installed')
+    from mmdet3d.registry import METRICS
+    path = two_by_two / 'synthetic_infos.pkl'
+    if change is not None:
+        infos = pickle.loads(path.read_bytes())
+        change(infos['data_list'])
+        path.write_bytes(pickle.dumps(infos))
+    meta = dict(classes=(), version='v1.0-trainval' if change is None else 'v1.0-mini')
+    cfg = tiny_config(two_by_two).val_evaluator
+    with pytest.raises(error, match=message):
+        METRICS.build(cfg).dataset_meta = meta
+    cfg.update(format_only=True, jsonfile_prefix='out')
+    METRICS.build(cfg).dataset_meta = meta
 
 
 def test_file_for_the_test_server(two_by_two, tmp_path):

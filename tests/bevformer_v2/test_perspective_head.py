@@ -43,7 +43,7 @@ def objects_of(boxes, cams, **changes):
         cam_idx=torch.tensor(cams, dtype=torch.long), labels=torch.arange(count),
         bboxes=torch.tensor(boxes).reshape(-1, 4).float(),
         centers_2d=torch.tensor([[60.0, 30.0]]).expand(count, 2),
-        depths=torch.full((count,), 12.0), sizes_wlh=torch.tensor([CANONICAL_SIZES[3]] * count
+        depths=torch.full((count,), 12.0), sizes_wlh=torch.tensor([CANONICAL_SIZES['car']] * count
                                                                  ).reshape(-1, 3),
         rots=geometry.yaw_rotation(torch.linspace(0.2, 1, count)),
         attrs=torch.full((count,), 1), speeds=torch.full((count,), 2.0))
@@ -55,6 +55,20 @@ def make_head(**changes):
     options = dict(in_channels=8, strides=STRIDES, num_convs=1, train_cfg=dict(ranges=RANGES),
                    norm_cfg=dict(type='BN'))
     return PerspectiveHead(**{**options, **changes})
+
+
+def test_sizes_belong_to_names():
+    names = list(CANONICAL_SIZES)[::-1]
+    sizes = make_head(classes=names).canonical_sizes
+    assert sizes[names.index('bus')].tolist() == pytest.approx(CANONICAL_SIZES['bus'])
+    assert torch.equal(sizes, make_head().canonical_sizes.flip(0))
+    own = make_head(num_classes=2, classes=['car', 'tram'],
+                    canonical_sizes=dict(tram=(2.4, 30, 3.5))).canonical_sizes
+    assert own[1].tolist() == pytest.approx([2.4, 30, 3.5])
+    with pytest.raises(ValueError, match=r"of \['tram'\], .*canonical_sizes=dict\(tram=\(w, l"):
+        make_head(num_classes=2, classes=['car', 'tram'])
+    with pytest.raises(ValueError, match='classes must be num_classes .3. names'):
+        make_head(num_classes=3)
 
 
 def test_locations_start_at_the_corner():

@@ -12,7 +12,9 @@ model = dict(
         type='Det3DDataPreprocessor',
         mean=[103.53, 116.28, 123.675],
         std=[1.0, 1.0, 1.0],
-        pad_size_divisor=32),
+        # the stride of the coarsest map of the BEV encoder: its cells are 64 pixels wide, whatever
+        # the size of the image and of its neighbours in the batch
+        pad_size_divisor=64),
     img_backbone=dict(
         type='mmdet.ResNet',
         depth=50,

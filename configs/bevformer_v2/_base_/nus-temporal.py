@@ -1,6 +1,6 @@
 # nuScenes, six cameras; the temporal configs set `frames` in model and data sets.
 data_root = 'data/nuscenes/'
-# both heads and the mean sizes of the perspective head count classes by alphabet
+# by alphabet, as model.perspective_head.classes; another order here must be set there too
 classes = [
     'barrier', 'bicycle', 'bus', 'car', 'construction_vehicle', 'motorcycle', 'pedestrian',
     'traffic_cone', 'trailer', 'truck'
@@ -65,7 +65,7 @@ val_dataloader = dict(
         **dataset, ann_file='nuscenes_infos_val.pkl', pipeline=test_pipeline, test_mode=True))
 test_dataloader = val_dataloader
 val_evaluator = dict(
-    type='NuScenesMetric',
+    type='NuScenesSplitMetric',
     data_root=data_root,
     ann_file=data_root + 'nuscenes_infos_val.pkl',
     metric='bbox',

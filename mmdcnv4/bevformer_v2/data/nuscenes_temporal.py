@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional, Union
@@ -15,10 +16,11 @@ from mmdet3d.registry import DATASETS
 from ...errors import InvalidValue, MissingFile, MissingKey
 
 _INFO_VERSION = '1.1'
-_CREATE = '`mim run mmdet3d create_data nuscenes` (mmdetection3d 1.x)'
+_CREATE = 'tools/dataset_converters/nuscenes.py'
 # what model and pipeline read of each sample, and of each of its cameras
 _SAMPLE_KEYS = ('ego2global', 'images', 'lidar_points', 'lidar_points.lidar2ego')
 _CAMERA_KEYS = ('img_path', 'cam2img', 'lidar2cam')
+_POINT_COUNTS = ('num_lidar_pts', 'num_radar_pts')  # of an instance; both may be missing
 
 
 class Link(NamedTuple):
@@ -34,7 +36,7 @@ class NuScenesTemporalDataset(NuScenesDataset):
     """Samples with the infos of other key frames of the same scene.
 
     Each sample gets `frames`, `frame_infos` (the info of each frame, None where the scene has
-    none) and `label_mapping` (label in the info file to label of the model).
+    none), `classes` and `label_mapping` (label in the info file to label of the model).
 
     Args:
         data_root, ann_file: of the parent class; an info file of version 1.1.
@@ -42,23 +44,33 @@ class NuScenesTemporalDataset(NuScenesDataset):
         scene_table: `sample.json` of the nuScenes tables, with the fields `token`, `scene_token`,
             `prev`, `next`; `<data_root>/<version>/sample.json` by default. Read only if `frames`
             has more than one entry and the info file holds no such fields.
+        info_classes: names of the labels in the info file, in their order; those of nuScenes by
+            default.
         kwargs: of the parent class, which refuses unknown ones.
 
     Raises:
-        ValueError: `frames` is no such list, `metainfo.classes` names a class that nuScenes has
-            not, or the info file has another version.
+        ValueError: `frames` is no such list, `metainfo.classes` names a class that
+            `info_classes` has not, or the info file has another version.
         FileNotFoundError: links are needed and there is no table.
         KeyError: a sample lacks an entry; the message names both.
+
+    Warns:
+        Of what an info file lacks and is not needed: point counts, velocities, `cam_instances`.
     """
 
     def __init__(self, data_root: str, ann_file: str, *, frames: Sequence[int] = (0,),
-                 scene_table: Optional[str] = None, **kwargs: Any) -> None:
+                 scene_table: Optional[str] = None,
+                 info_classes: Optional[Sequence[str]] = None, **kwargs: Any) -> None:
         self.frames = tuple(frames)
         if 0 not in self.frames or list(self.frames) != sorted(set(self.frames)):
             raise InvalidValue('NuScenesTemporalDataset: frames must be ascending and contain 0, '
                                f'got {self.frames}')
+        if info_classes is not None:  # the parent maps labels by it
+            self.METAINFO = {**NuScenesDataset.METAINFO, 'classes': tuple(info_classes)}
+            kwargs['metainfo'] = {'classes': tuple(info_classes), **(kwargs.get('metainfo') or {})}
         self._check_classes((kwargs.get('metainfo') or {}).get('classes'))
         self.scene_table = scene_table
+        self._missing: set[str] = set()  # what a warning was given for
         self._links: dict[str, Link] = {}
         self._index: dict[str, int] = {}
         super().__init__(data_root, ann_file, **kwargs)
@@ -67,7 +79,8 @@ class NuScenesTemporalDataset(NuScenesDataset):
         known = self.METAINFO['classes']
         if classes is not None and (isinstance(classes, str) or not set(classes) <= set(known)):
             raise InvalidValue('NuScenesTemporalDataset: metainfo.classes must be a list of names '
-                               f"out of {known}, ['car'] for a single one, got {classes!r}")
+                               f"out of {known}, ['car'] for a single one, got {classes!r}; for "
+                               'names of your own set info_classes, the names of the info file')
 
     def load_data_list(self) -> list[dict]:
         """Reads the info file and checks its version."""
@@ -83,6 +96,12 @@ class NuScenesTemporalDataset(NuScenesDataset):
             raise InvalidValue('NuScenesTemporalDataset: ann_file must have info_version '
                                f'{_INFO_VERSION!r}, got {version!r} in {self.ann_file}; make it '
                                f'with {_CREATE}')
+        known, categories = tuple(self.METAINFO['classes']), self.metainfo.get('categories')
+        if categories is not None:
+            names = tuple(sorted(categories, key=lambda name: categories[name]))
+            if names != known:
+                raise InvalidValue('NuScenesTemporalDataset: info_classes must be the names of '
+                                   f'the labels in {self.ann_file}, {names}, got {known}')
         return data_list
 
     def parse_data_info(self, info: dict) -> Union[list[dict], dict]:
@@ -99,7 +118,39 @@ class NuScenesTemporalDataset(NuScenesDataset):
                 raise MissingKey(f'NuScenesTemporalDataset: ann_file {self.ann_file} must give '
                                  f'{path} for every sample, got none for {info.get("token")}; '
                                  f'make it with {_CREATE}')
+        for item in info.get('instances') or ():
+            self._complete(item, info['token'])
+        if not self.test_mode and not info.get('cam_instances'):
+            self._warn('cam_instances', 'the attribute loss of the perspective head will be zero')
         return super().parse_data_info(info)
+
+    def _complete(self, item: dict, token: str) -> None:
+        """Gives an instance what data without LiDAR or tracks has not, with a warning."""
+        for key in ('bbox_3d', 'bbox_label_3d'):
+            if key not in item:
+                raise MissingKey(f'NuScenesTemporalDataset: ann_file {self.ann_file} must give '
+                                 f'instances.{key} for every object, got {sorted(item)} in sample '
+                                 f'{token}')
+        points = [item[key] for key in _POINT_COUNTS if key in item]
+        if not points:
+            self._warn('num_lidar_pts', 'every object counts as visible')
+        if 'bbox_3d_isvalid' not in item:
+            item['bbox_3d_isvalid'] = not points or sum(points) > 0
+        if not self.use_valid_flag and 'num_lidar_pts' not in item:
+            raise MissingKey(f'NuScenesTemporalDataset: ann_file {self.ann_file} must give '
+                             f'instances.num_lidar_pts for every object, got {sorted(item)} in '
+                             f'sample {token}; or set use_valid_flag=True')
+        if 'velocity' not in item:
+            item['velocity'] = [float('nan')] * 2  # unknown, which the speed loss leaves out
+            self._warn('velocity', 'the BEV head learns that everything stands still; set the '
+                       'last two of model.bev_head.train_cfg.code_weights to 0')
+
+    def _warn(self, key: str, effect: str) -> None:
+        """Says once that the info file lacks a key, and what follows."""
+        if key not in self._missing:
+            self._missing.add(key)
+            warnings.warn(f'NuScenesTemporalDataset: {self.ann_file} gives no {key}: {effect}',
+                          stacklevel=2)
 
     def filter_data(self) -> list[dict]:
         """Filters as the parent does, and notes where each sample stands in its scene."""
@@ -152,8 +203,9 @@ class NuScenesTemporalDataset(NuScenesDataset):
         return self.get_sample_info(self._index[token]) if token in self._index else None
 
     def get_data_info(self, idx: int) -> dict:
-        """The info of one sample, with `frames`, `frame_infos` and `label_mapping`."""
+        """The info of one sample, with `frames`, `frame_infos`, `classes`, `label_mapping`."""
         info = super().get_data_info(idx)
+        info['classes'] = tuple(self.metainfo['classes'])
         info['frames'] = self.frames
         info['label_mapping'] = self.label_mapping
         info['frame_infos'] = [

@@ -80,12 +80,15 @@ class LoadTemporalMultiViewImages(BaseTransform):
         infos = results['frame_infos']
         current = infos[results['frames'].index(0)]
         lidar2ego = results['lidar_points']['lidar2ego']
-        images, intrinsics, extrinsics, loaded = [], [], [], {}
+        images, intrinsics, extrinsics = [], [], []
+        loaded: dict[str, list[np.ndarray]] = {}
         for info in infos:
             info = current if info is None else info
-            if info['token'] not in loaded:
+            if info['token'] in loaded:  # a transform may write into an image
+                images += [image.copy() for image in loaded[info['token']]]
+            else:
                 loaded[info['token']] = [self._load(info, camera) for camera in self.cameras]
-            images += [image.copy() for image in loaded[info['token']]]
+                images += loaded[info['token']]
             motion = current2frame(lidar2ego, current['ego2global'], info['ego2global'])
             views = [info['images'][camera] for camera in self.cameras]
             intrinsics.append([_homogeneous(view['cam2img']) for view in views])
@@ -173,8 +176,9 @@ class MultiViewCropResize(BaseTransform):
                                    f'{image.shape[1]} x {image.shape[0]}, got {self.crop}')
         height = int(np.random.choice(self.heights))
         width = round((x2 - x1) * height / (y2 - y1))
-        results['img'] = [mmcv.imresize(np.ascontiguousarray(image[y1:y2, x1:x2]),
-                                        (width, height)) for image in results['img']]
+        views = [image[y1:y2, x1:x2] for image in results['img']]
+        results['img'] = [np.ascontiguousarray(view) if view.shape[:2] == (height, width)
+                          else mmcv.imresize(view, (width, height)) for view in views]
         results['img_shape'] = (height, width)
         scale_x, scale_y = width / (x2 - x1), height / (y2 - y1)
         transform = np.array([[scale_x, 0, -scale_x * x1], [0, scale_y, -scale_y * y1], [0, 0, 1]])
@@ -186,12 +190,13 @@ class MultiViewCropResize(BaseTransform):
 
 @TRANSFORMS.register_module()
 class ClipToUint8(BaseTransform):
-    """Images to bytes, clipped: a plain cast would turn 260 into 4."""
+    """Images to bytes, clipped: a plain cast would turn 260 into 4. Bytes stay as they are."""
 
     def transform(self, results: dict) -> dict:
-        """Rounds and clips `img`."""
-        results['img'] = [np.clip(np.rint(image), 0, 255).astype(np.uint8)
-                          for image in results['img']]
+        """Rounds and clips the images of `img` that are no bytes yet."""
+        results['img'] = [
+            image if image.dtype == np.uint8 else np.clip(np.rint(image), 0, 255).astype(np.uint8)
+            for image in results['img']]
         return results
 
 
@@ -207,7 +212,7 @@ class PackBEVInputs(Pack3DDetInputs):
 
     _META_KEYS = ('sample_idx', 'token', 'box_type_3d', 'box_mode_3d', 'img_shape', 'ori_shape',
                   'frame_valid', 'frames', 'img_flip', 'bda_mat', 'lidar2img', 'cam2img',
-                  'lidar2cam', 'cameras', 'image_transform')
+                  'lidar2cam', 'cameras', 'image_transform', 'classes')
 
     def __init__(self, keys: Sequence[str] = ('img', 'gt_bboxes_3d', 'gt_labels_3d')) -> None:
         super().__init__(tuple(keys), self._META_KEYS)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 import torch
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
@@ -164,7 +165,8 @@ class PillarDeformableAttention(nn.Module):
         _reset_sampling(self.sampling_offsets, self.attention_weights,
                         ring_offsets(self.num_heads, self.num_levels, self.num_points))
 
-    def forward(self, query: Tensor, tokens: Tensor, reference: Tensor, sizes: Sizes) -> Tensor:
+    def forward(self, query: Tensor, tokens: Tensor, reference: Tensor, sizes: Sizes,
+                is_image: Optional[Tensor] = None) -> Tensor:
         """Reads the feature maps around the reference points; no output projection.
 
         Args:
@@ -172,6 +174,8 @@ class PillarDeformableAttention(nn.Module):
             tokens: shape (M, sum of H_l * W_l, C).
             reference: shape (M, Q, Z, 2), x, y in widths and heights of the image.
             sizes: (H_l, W_l) of the levels.
+            is_image: shape (M, sum of H_l * W_l): False for padding, which reads as zero, as
+                does what lies outside the maps; None if there is none.
 
         Returns:
             Shape (M, Q, C), float32.
@@ -185,7 +189,10 @@ class PillarDeformableAttention(nn.Module):
         # the points of a head and level are ordered (k, z): point p belongs to height p % Z
         offsets = offsets.unflatten(4, (-1, pillar))
         locations = (reference.float()[:, :, None, None, None] + offsets).flatten(4, 5)
-        value = self.value_proj(tokens).unflatten(-1, (self.num_heads, -1))
+        value = self.value_proj(tokens)
+        if is_image is not None:
+            value = value.where(is_image[..., None], 0)
+        value = value.unflatten(-1, (self.num_heads, -1))
         return deformable_attention(value, sizes, locations, weights.view(layout))
 
 
@@ -198,15 +205,18 @@ class VisibleCells:
         is_used: shape (B * V, M): False for padding.
         reference: shape (B * V, M, Z, 2): where the points of these cells project to.
         num_views: shape (B, Q, 1): cameras that see a cell, at least 1.
+        is_image: shape (B * V, tokens): False for tokens of padding; None if there is none.
     """
 
     index: Tensor
     is_used: Tensor
     reference: Tensor
     num_views: Tensor
+    is_image: Optional[Tensor] = None
 
     @classmethod
-    def of(cls, uv: Tensor, is_visible: Tensor) -> VisibleCells:
+    def of(cls, uv: Tensor, is_visible: Tensor,
+           is_image: Optional[Tensor] = None) -> VisibleCells:
         """From projected points (B, V, Q, Z, 2) and whether they are visible (B, V, Q, Z)."""
         hit = is_visible.any(-1)  # (B, V, Q)
         num_views = hit.sum(1).clamp(min=1)[..., None]
@@ -216,7 +226,7 @@ class VisibleCells:
         index = hit.int().argsort(dim=-1, descending=True, stable=True)[:, :longest]
         is_used = torch.arange(longest, device=uv.device)[None] < counts[:, None]
         rows = torch.arange(len(uv), device=uv.device)[:, None]
-        return cls(index, is_used, uv[rows, index], num_views)
+        return cls(index, is_used, uv[rows, index], num_views, is_image)
 
 
 class SpatialCrossAttention(nn.Module):
@@ -253,7 +263,8 @@ class SpatialCrossAttention(nn.Module):
         batch, num_cells, channels = query.shape
         sample = torch.arange(len(tokens), device=query.device) // (len(tokens) // batch)
         rows = (sample[:, None] * num_cells + cells.index)  # (B*V, M), into (B*Q)
-        out = self.deform(query.flatten(0, 1)[rows], tokens, cells.reference, sizes)
+        out = self.deform(query.flatten(0, 1)[rows], tokens, cells.reference, sizes,
+                          cells.is_image)
         out = out * cells.is_used[..., None]
         slots = out.new_zeros(batch * num_cells, channels)
         slots = slots.index_add(0, rows.flatten(), out.flatten(0, 1))

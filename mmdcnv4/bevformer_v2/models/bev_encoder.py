@@ -137,14 +137,32 @@ class BEVFormerV2Encoder(BaseModule):
             tokens.append(flat.flatten(0, 1))
         return torch.cat(tokens, 1), sizes
 
-    def forward(self, features: Sequence[Tensor], lidar2img: Tensor,
-                image_size: Sequence[int]) -> Tensor:
+    def _visible(self, lidar2img: Tensor, image_size: Sequence[int], sizes: Sizes,
+                 own_sizes: Sequence[tuple[int, int]]) -> VisibleCells:
+        """What the cameras see; arguments as in :meth:`forward`."""
+        if all(size == tuple(image_size) for size in own_sizes):
+            return VisibleCells.of(*project_points(self.pillars, lidar2img, image_size))
+        own = torch.tensor(own_sizes, device=lidar2img.device)  # (B, 2)
+        masks = []
+        for height, width in sizes:
+            rows, columns = (torch.arange(count, device=own.device) * (length / count)
+                             for count, length in zip((height, width), image_size))
+            inside = (rows < own[:, :1])[:, :, None] & (columns < own[:, 1:])[:, None]
+            masks.append(inside.flatten(1))  # (B, h * w): where a token starts in the image
+        is_image = torch.cat(masks, 1).repeat_interleave(self.num_cams, 0)
+        return VisibleCells.of(*project_points(self.pillars, lidar2img, image_size, own), is_image)
+
+    def forward(self, features: Sequence[Tensor], lidar2img: Tensor, image_size: Sequence[int],
+                own_sizes: Sequence[tuple[int, int]] = ()) -> Tensor:
         """Encodes one frame.
 
         Args:
             features: one map per level, shape (B, V, C, h, w).
             lidar2img: shape (B, V, 4, 4): current LiDAR frame to pixels of this frame.
             image_size: (height, width) in pixels of the padded images.
+            own_sizes: (height, width) of the images of each sample, without padding: there no
+                cell is visible and no feature is read, so that a sample does not depend on the
+                sizes of its neighbours. Empty if nothing is padded.
 
         Returns:
             Shape (B, Hb * Wb, C).
@@ -158,7 +176,7 @@ class BEVFormerV2Encoder(BaseModule):
                 f'{self.num_cams} cameras, got {len(features)} of {features[0].shape[1]}')
         batch = features[0].shape[0]
         tokens, sizes = self._tokens(features)
-        cells = VisibleCells.of(*project_points(self.pillars, lidar2img, image_size))
+        cells = self._visible(lidar2img, image_size, sizes, own_sizes)
         query = self.bev_embedding.weight[None].expand(batch, -1, -1)
         rows, columns = self.bev_size
         pos = self.positional_encoding(query.new_zeros(1, rows, columns))

@@ -59,6 +59,7 @@ class Geometry:
         bda_mat: shape (B, 3, 3).
         frame_valid: shape (B, T).
         flip: shape (B,): whether to mirror the images.
+        image_sizes: (height, width) in pixels of each sample's images, without padding.
     """
 
     lidar2img: Tensor
@@ -67,6 +68,7 @@ class Geometry:
     bda_mat: Tensor
     frame_valid: Tensor
     flip: Tensor
+    image_sizes: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, data_samples: Sequence[Any], device: torch.device) -> Geometry:
@@ -77,7 +79,9 @@ class Geometry:
 
         return cls(stack('lidar2img').float(), stack('cam2img')[..., :3, :3].float(),
                    stack('lidar2cam').float(), stack('bda_mat').float(),
-                   stack('frame_valid').bool(), stack('img_flip').bool())
+                   stack('frame_valid').bool(), stack('img_flip').bool(),
+                   tuple((int(sample.img_shape[0]), int(sample.img_shape[1]))
+                         for sample in data_samples))
 
 
 @MODELS.register_module()
@@ -166,7 +170,7 @@ class BEVFormerV2(Base3DDetector):
                 image_size: Sequence[int]) -> Tensor:
         """BEV features (B, Hb * Wb, C) of the frame with this index."""
         return self.bev_encoder(maps[:self.num_bev_levels], geometry.lidar2img[:, frame],
-                                image_size)
+                                image_size, geometry.image_sizes)
 
     def _history(self, images: Tensor, geometry: Geometry) -> dict[int, Tensor]:
         """BEV features, without gradient, of the other frames that some sample has."""
@@ -208,6 +212,13 @@ class BEVFormerV2(Base3DDetector):
                 f'BEVFormerV2: inputs must hold the frames {self.frames} of the model, got '
                 f'{images.shape[1]} images of frames {data_samples[0].metainfo["frames"]}; set '
                 'frames alike in model and data set')
+        expected = getattr(self.perspective_head, 'classes', None)
+        classes = data_samples[0].metainfo.get('classes')
+        if expected is not None and classes is not None and tuple(classes) != expected:
+            raise InvalidValue(
+                  f'BEVFormerV2: perspective_head.classes must be the classes of the data set, '
+                  f'{tuple(classes)}, got {expected}; set model.perspective_head.classes to the '
+                  'same list: sizes belong to names')
         images = images.unflatten(1, (frames, -1))  # (B, T, V, 3, H, W)
         geometry = Geometry.of(data_samples, images.device)
         history = self._history(images, geometry)

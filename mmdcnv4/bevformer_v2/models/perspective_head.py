@@ -48,13 +48,14 @@ PREDICTORS = {
 }
 BOX3D = ('quat', 'proj_ctr', 'depth', 'size')
 IGNORED_ATTRIBUTE = 3
-# mean width, length, height in metres on nuScenes, classes by alphabet
-CANONICAL_SIZES = (
-    (2.3524184, 0.5062202, 1.0413622), (0.61416006, 1.7016163, 1.3054738),
-    (2.9139307, 10.725025, 3.2832346), (1.9751819, 4.641267, 1.74352),
-    (2.772134, 6.565072, 3.2474296), (0.7800532, 2.138673, 1.4437162),
-    (0.6667362, 0.7181772, 1.7616143), (0.40246472, 0.4027083, 1.0084083),
-    (3.0059454, 12.8197, 4.1213827), (2.4986045, 6.9310856, 2.8382742))
+# class -> mean width, length, height in metres on nuScenes
+CANONICAL_SIZES: dict[str, Sequence[float]] = dict(
+    barrier=(2.3524184, 0.5062202, 1.0413622), bicycle=(0.61416006, 1.7016163, 1.3054738),
+    bus=(2.9139307, 10.725025, 3.2832346), car=(1.9751819, 4.641267, 1.74352),
+    construction_vehicle=(2.772134, 6.565072, 3.2474296),
+    motorcycle=(0.7800532, 2.138673, 1.4437162), pedestrian=(0.6667362, 0.7181772, 1.7616143),
+    traffic_cone=(0.40246472, 0.4027083, 1.0084083), trailer=(3.0059454, 12.8197, 4.1213827),
+    truck=(2.4986045, 6.9310856, 2.8382742))
 _LOSS_WEIGHTS = dict(cls=1.0, box2d=1.0, centerness=1.0, box3d=2.0, conf3d=1.0, attr=0.2,
                      speed=0.2)
 _TRAIN_CFG = dict(center_radius=1.5, clamp_depth_in_train=False, ranges=(
@@ -102,13 +103,18 @@ class PerspectiveHead(BaseModule):
         norm_cfg: norm layer of the towers.
         depth_mean, depth_std: per level, of the depth of objects in metres; start values.
         depth_range: smallest and largest depth in metres.
-        canonical_sizes: K times mean width, length, height in metres.
+        classes: names of the classes in the order of the labels; those of the data set.
+        canonical_sizes: name to mean width, length, height in metres, for classes that are not
+            in `CANONICAL_SIZES`, or with other sizes.
         loss_weights: factors on `cls`, `box2d`, `centerness`, `box3d` (each of four terms),
             `conf3d`, `attr`, `speed`.
         train_cfg: `ranges` (per level, of the largest side distance in pixels),
             `center_radius` (strides), `clamp_depth_in_train`.
         test_cfg: `score_thr`, `nms_pre` (per level), `nms_thr`, `max_per_img`, `bev_nms_thr`,
             `max_per_sample`.
+
+    Raises:
+        ValueError: another number of classes, or a class without a size.
     """
 
     def __init__(self, num_classes: int = 10, in_channels: int = 256,
@@ -117,20 +123,23 @@ class PerspectiveHead(BaseModule):
                  depth_mean: Sequence[float] = (44.921, 20.252, 11.712, 7.166, 8.548),
                  depth_std: Sequence[float] = (24.331, 9.833, 6.223, 4.611, 8.275),
                  depth_range: Sequence[float] = (0.1, 80.0),
-                 canonical_sizes: Sequence[Sequence[float]] = CANONICAL_SIZES,
+                 classes: Sequence[str] = tuple(CANONICAL_SIZES),
+                 canonical_sizes: Optional[dict[str, Sequence[float]]] = None,
                  loss_weights: Optional[dict] = None, train_cfg: Optional[dict] = None,
                  test_cfg: Optional[dict] = None) -> None:
         super().__init__()
-        if len(canonical_sizes) != num_classes:
-            raise InvalidValue('PerspectiveHead: canonical_sizes must have one entry per class '
-                               f'({num_classes}), got {len(canonical_sizes)}')
+        if len(classes) != num_classes:
+            raise InvalidValue(f'PerspectiveHead: classes must be num_classes ({num_classes}) '
+                               f'names, got {tuple(classes)}')
+        self.classes = tuple(classes)
         norm_cfg = dict(type='BN') if norm_cfg is None else norm_cfg
         self.num_classes, self.strides = num_classes, tuple(strides)
         self.depth_range = (float(depth_range[0]), float(depth_range[1]))
         self.loss_weights = {**_LOSS_WEIGHTS, **(loss_weights or {})}
         self.train_cfg = {**_TRAIN_CFG, **(train_cfg or {})}
         self.test_cfg = {**_TEST_CFG, **(test_cfg or {})}
-        self.register_buffer('canonical_sizes', torch.tensor(canonical_sizes), persistent=False)
+        self.register_buffer('canonical_sizes', _sizes_of(classes, canonical_sizes),
+                             persistent=False)
         levels = len(self.strides)
         self.towers = nn.ModuleDict({
             name: Tower(in_channels, num_convs, levels, norm_cfg)
@@ -341,6 +350,18 @@ class PerspectiveHead(BaseModule):
         keep = keep[scores[keep].argsort(descending=True)][:self.test_cfg['max_per_sample']]
         return InstanceData(bboxes_3d=boxes_3d[keep], scores_3d=scores[keep],
                             labels_3d=labels[keep])
+
+
+def _sizes_of(classes: Sequence[str], own: Optional[dict[str, Sequence[float]]]) -> Tensor:
+    """Mean width, length, height (K, 3) of these classes."""
+    sizes = {**CANONICAL_SIZES, **(own or {})}
+    unknown = [name for name in classes if name not in sizes]
+    if unknown:
+        raise InvalidValue(
+            f'PerspectiveHead: canonical_sizes must give width, length, height of {unknown}, which '
+            'nuScenes has not; set model.perspective_head.canonical_sizes='
+            f'dict({unknown[0]}=(w, l, h)) to the means of the training set, in metres')
+    return torch.tensor([list(sizes[name]) for name in classes])
 
 
 def _attribute_loss(logits: Tensor, attributes: Tensor) -> Tensor:

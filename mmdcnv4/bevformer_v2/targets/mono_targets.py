@@ -37,19 +37,24 @@ class MonoTargets(BaseTransform):
     (object to camera), `attrs` (0 ... 2, 3 for none), `speeds` (m/s, may be NaN).
 
     Args:
-        min_points: LiDAR and radar points on an object.
+        min_points: LiDAR and radar points on an object, where the info file counts them.
         min_visibility: part of the projected box that must be inside the image.
     """
 
     def __init__(self, min_points: int = 3, min_visibility: float = 0.2) -> None:
         self.min_points, self.min_visibility = min_points, min_visibility
 
+    def _is_seen(self, item: dict) -> bool:
+        """Whether enough points lie on an object; data without any counts has it seen."""
+        counts = [item[key] for key in ('num_lidar_pts', 'num_radar_pts') if key in item]
+        return not counts or sum(counts) >= self.min_points
+
     def _objects(self, results: dict) -> dict[str, torch.Tensor]:
         """Annotations of classes of the model with enough points, float64."""
         mapping = results['label_mapping']
         chosen = [item for item in results['instances']
                   if mapping[item['bbox_label_3d']] >= 0
-                  and item['num_lidar_pts'] + item['num_radar_pts'] >= self.min_points]
+                  and self._is_seen(item)]
         boxes = [item['bbox_3d'][:7] for item in chosen]
         velocity = [item.get('velocity', (np.nan, np.nan)) for item in chosen]
         raw = [item['bbox_label_3d'] for item in chosen]
