@@ -85,7 +85,7 @@ def first_example() -> str:
 
 @needs_sample
 def test_the_first_example_of_the_readme_learns(tmp_path: Path) -> None:
-    """Eight steps on two photographs, from a file of weights of the name that it gives.
+    """Six steps on two photographs, from a file of weights of the name that it gives.
 
     They are taken without the warm-up, which has 500 steps.
     """
@@ -95,13 +95,12 @@ def test_the_first_example_of_the_readme_learns(tmp_path: Path) -> None:
     torch.save(dict(model=FlashInternImage('t').state_dict()), tmp_path / checkpoint)
     (tmp_path / 'my_config.py').write_text(text)
     process = start_tool('train.py', 'my_config.py', '--work-dir', 'work', *options(**{
-        'train_cfg.max_epochs': 4, 'train_cfg.val_interval': 5, 'randomness.seed': 0,
+        'train_cfg.max_epochs': 3, 'train_cfg.val_interval': 4, 'randomness.seed': 0,
         'param_scheduler.0.start_factor': 1.0, 'log_processor.window_size': 1,
-        'default_hooks.checkpoint.interval': 5}), cwd=tmp_path)
+        'default_hooks.checkpoint.interval': 4}), cwd=tmp_path)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-4000:]
     assert 'AdamW' in output and ' tensors matched; ' in output, output[:4000]
     losses = losses_of(output)
-    print(losses)
-    assert len(losses) == 8 and np.isfinite(losses).all()
-    assert sum(losses[-2:]) < 0.8 * sum(losses[:2])  # both images each
+    assert len(losses) == 6 and np.isfinite(losses).all()
+    assert sum(losses[-2:]) < 0.8 * sum(losses[:2]), losses  # both images each
