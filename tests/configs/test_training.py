@@ -18,6 +18,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
+
 from helpers.zoo import LEAVES, SHARED_DATA, build_model, build_optimiser, read
 
 FACTOR = 8
@@ -33,8 +34,8 @@ ORDER = ('mini', 'xxs', 'xs', 't', 's', 'b', 'l', 'xl')
 def cases():
     """All configs; slow are the larger sizes and longer schedules of what another one trains.
 
-    Mask R-CNN, the cheapest whole model, stays in the default run with every size. Other tests build
-    every config, count its parameters and compare its settings with the published ones.
+    Mask R-CNN, the cheapest whole model, stays in the default run with every size. Other tests
+    build every config, count its parameters and compare its settings with the published ones.
     """
     first = {}
     ranked = []
