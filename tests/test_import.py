@@ -39,14 +39,18 @@ def test_ops_need_torch_alone():
     """Every package whose name begins with mm is hidden, but this one."""
     hide = HIDE.format(prefixes=('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'), but=())
     run(hide + CALL + 'assert call().shape == (1, 4, 5, 6)\n'
-        'assert not [name for name in sys.modules if name.startswith(("mmcv", "mmengine"))]')
+        'assert not [name for name in sys.modules if name.startswith(("mmcv", "mmengine"))]\n'
+        'from mmdcnv4 import registration\n'
+        'assert "mmdcnv4.models.backbones" in registration.skipped\n'
+        'assert "mmengine" in registration.skipped["mmdcnv4.engine"]')
 
 
 def test_importing_the_package_imports_no_task_library():
     run('import sys, mmdcnv4\n'
         'assert mmdcnv4.__version__\n'
         'loaded = {name.split(".")[0] for name in sys.modules}\n'
-        'assert not loaded & {"mmdet", "mmseg", "mmdet3d", "mmpretrain"}, loaded')
+        'assert not loaded & {"mmdet", "mmseg", "mmdet3d", "mmpretrain"}, loaded\n'
+        'assert not mmdcnv4.registration.skipped, mmdcnv4.registration.skipped')
 
 
 def test_without_kernels_one_warning_and_the_same_values():
@@ -136,3 +140,15 @@ def test_bevformer_v2_is_known_and_not_imported():
         'assert "custom_imports" in how or "not installed" in how, how\n'
         'from mmdcnv4.info import report\n'
         'assert how in report()')
+
+
+def test_import_asks_for_no_device():
+    code = ('import sys, torch\n'
+            'for name in ("mmengine", "mmcv", "mmdet", "mmseg", "mmdet3d"):\n'
+            '    sys.modules[name] = None\n'  # mmengine asks; this package must not
+            'def refuse(*a, **k): raise AssertionError("a device was asked for")\n'
+            'for name in ("get_device_capability", "get_device_properties", "device_count",\n'
+            '             "is_available", "init", "_lazy_init"):\n'
+            '    setattr(torch.cuda, name, refuse)\n'
+            'import mmdcnv4.ops\n')
+    run(code)

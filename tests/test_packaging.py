@@ -85,6 +85,21 @@ def test_no_links_are_tracked():
     assert not links, links
 
 
+def test_requirements_are_the_extras():
+    """`make` installs from the file, a user from the extra."""
+    tomllib = pytest.importorskip('tomllib')
+    extras = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project'][
+        'optional-dependencies']
+    lines = (ROOT / 'requirements/dev.txt').read_text().splitlines()
+    own = [name for name in extras['dev'] if name != 'mmdcnv4[test]']
+    assert [line for line in lines if not line.startswith('#')] == extras['test'] + own
+
+
+def test_the_version_has_its_changes():
+    from mmdcnv4 import __version__
+    assert f'\n## {__version__} - ' in (ROOT / 'CHANGELOG.md').read_text()
+
+
 def test_info_reports_kernels_and_registrations():
     out = run(sys.executable, '-m', 'mmdcnv4.info')
     for word in ('torch', 'CPU kernels', 'CUDA kernels', 'in use', 'FlashInternImage'):

@@ -37,7 +37,7 @@ _INERT_OBJECTS = (
     'numpy._core.multiarray._reconstruct', 'numpy.ndarray', 'numpy.dtype', '__builtin__.getattr',
     'builtins.getattr')  # read as an `_Inert`
 _SHOWN = 8
-_START = 40  # bytes of a file that is no checkpoint, for its error
+_START = 40  # bytes of a file that is not a checkpoint, for its error
 # What torch raises for files that are refused, cut off, or no pickle at all.
 _READ_ERRORS = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError,
                 LookupError, AssertionError, AttributeError)
@@ -257,7 +257,7 @@ def _explain(checkpoint: str, path: Path, error: str) -> str:
             start = file.read(_START)
         found = f'begins with {start!r}' if start else 'is empty'
         return (f'Pretrained: checkpoint must be a whole file of weights, got {checkpoint}, which '
-                f'is none or is cut off: it {found}')
+                f'is not a checkpoint, or truncated (it {found})')
     text = (f'Pretrained: checkpoint must hold tensors and plain values, got {checkpoint}, which '
             f'names {name.group(1)}; nothing was run from it.')
     if name.group(1) in _INERT_MAPPINGS + _INERT_OBJECTS:

@@ -38,9 +38,9 @@ def _load() -> Optional[str]:
                 'no C++ compiler or no torch, or MMDCNV4_NATIVE=0 was set)')
     except ImportError as error:
         return (f'the compiled kernels do not load with torch {torch.__version__}: {error}. '
-                'They belong to the torch they were built with')
+                'They work only with the torch they were built against')
     if not hasattr(module, 'dcnv4'):  # it would have no gradient either
-        return 'the compiled kernels are older than the Python files beside them'
+        return 'the compiled kernels are older than the Python files next to them'
     call_dcnv4 = module.dcnv4
     return None
 
@@ -66,7 +66,7 @@ _warned: set[str] = set()
 
 
 def warn_once(reason: str) -> None:
-    """Says once per process and reason that the PyTorch path is taken, and how to mend it."""
+    """Says once per process and reason that the PyTorch path is taken, and how to fix it."""
     if reason not in _warned:
         _warned.add(reason)
         warnings.warn(

@@ -153,7 +153,7 @@ def dcnv4(value: Tensor, offset_mask: Tensor, *, kernel_size: IntOrPair, groups:
         offset_mask: for each group 2K offsets (x, y interleaved, in pixels before scaling) and
             then K masks; groups one after another; zero or more unused channels at the end.
             Shape (N, Ho, Wo, P), P = groups * 3K rounded up to a multiple of 8. It has the dtype
-            of `value`, or float32 beside a half-precision `value`; a narrower one is widened.
+            of `value`, or float32 with a half-precision `value`; a narrower one is widened.
         kernel_size: int or (kernel_h, kernel_w); K = kernel_h * kernel_w, one less with
             `remove_center`.
         groups: number of groups G; must divide C.

@@ -66,7 +66,7 @@ class DCNv4(nn.Module):
 
     At the start the masks are zero, so the output is the bias of `output_proj`, zero: in a
     residual branch the layer starts as the identity. Where nothing bypasses the layer, set
-    `mask_init`, or a ReLU behind it never lets a gradient through.
+    `mask_init`, or a ReLU after it never lets a gradient through.
 
     Args:
         channels: width C of the output, and of the input unless `in_channels` is given.
@@ -86,7 +86,7 @@ class DCNv4(nn.Module):
             convolution).
         softmax: normalise the masks over the taps of each group.
         in_channels: width of the input when it differs from `channels`.
-        mask_init: start value of every mask (a bias; the checkpoints' convention is 0).
+        mask_init: initial value of every mask (a bias; the checkpoints' convention is 0).
             `1 / K` makes the layer start as the mean over its window.
 
     Raises:

@@ -98,7 +98,7 @@ def multi_scale_deformable_attention(value: Tensor, sizes: Sizes, locations: Ten
         x = locations[b, q, m, l, p, 0] * width_l - 0.5
 
     and likewise for y; pixel centres are on the integers. Pixels outside a map count as zero, and
-    so does a sample whose location is NaN or infinite.
+    a sample whose location is NaN or infinite does too.
 
     Args:
         value: the maps, flattened and one after another. Shape (B, sum of H_l * W_l, heads, D).

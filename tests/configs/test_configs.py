@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from mmengine.config import DictAction
+
 from helpers.zoo import BASES, CONFIGS, LEAVES, ZOO, build_model, build_optimiser, leaf, read
 
 PART = r'[a-z0-9]+([-.][a-z0-9]+)*'

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import pytest
+
 from helpers.zoo import build_model, build_optimiser, leaf, read
 
 

@@ -14,6 +14,7 @@ import torch
 from mmengine.optim import OptimWrapper
 from mmengine.registry import PARAM_SCHEDULERS, DefaultScope
 from test_recipes import DEPTHS, RECIPES, size_of
+
 from helpers.zoo import build_model, build_optimiser, leaf, read
 
 ITERATIONS_PER_EPOCH = 100  # for the tests of epoch-based curves

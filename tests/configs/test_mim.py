@@ -16,6 +16,7 @@ import mmengine
 import pytest
 from mmengine.config import Config
 from mmengine.fileio import load
+
 from helpers.zoo import CONFIGS, LEAVES, ROOT
 
 # Runs in an environment where the wheel is installed, in a folder outside the repository.

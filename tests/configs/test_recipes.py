@@ -16,6 +16,7 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import DATASETS, HOOKS, MODELS, DefaultScope
+
 from helpers.zoo import build_model, leaf, read
 
 K1, K22 = '1k_224', '22k_384'

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from copy import deepcopy
 from functools import cache
 from importlib import import_module
@@ -22,7 +23,7 @@ BASES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob('_b
 ZOO = [name for name in LEAVES
        if name.startswith(('dat/', 'dynamic_mobile_former/', 'flash_intern_image/',
                            'intern_image/'))]
-SHARED_DATA = ROOT.parent / 'shared' / 'data'
+SHARED_DATA = Path(os.environ.get('MMDCNV4_SHARED', ROOT.parent / 'shared')) / 'data'
 
 
 def read(name):

@@ -82,9 +82,10 @@ def test_rows_of_any_length(instruction_set, width):
     assert_matches_reference(native, inputs, **geometry)
 
 
-@pytest.mark.parametrize('shape, groups', [((257, 2, 3, 4), 2), ((2, 3, 3, 16), 80)],
-                         ids=['batch-257', '80-groups'])
-def test_limits_of_other_kernels(instruction_set, shape, groups):
+@pytest.mark.parametrize('shape, groups', [
+    ((257, 2, 3, 4), 2), ((2, 3, 3, 16), 80), ((1, 1, 1, 16), 4), ((5, 7, 11, 16), 4)],
+    ids=['batch-257', '80-groups', 'one-query', 'queries-without-a-divisor'])
+def test_limits_of_the_released_kernel(instruction_set, shape, groups):
     geometry = dict(groups=groups, **SAME)
     assert_matches_reference(native, make_inputs(*shape, dtype=torch.float32, **geometry),
                              **geometry)
@@ -307,3 +308,35 @@ def test_gradients_are_written_whole(instruction_set):
     junk = [torch.full_like(tensor, math.nan) for tensor in inputs for _ in range(4)]
     del junk
     assert all(map(torch.equal, gradients(inputs, grad_output, **geometry), first))
+
+
+@pytest.mark.parametrize('kernel_size', [1, 2, (1, 2), (2, 5), 4, (6, 1), 7])
+def test_any_number_of_taps(instruction_set, kernel_size):
+    geometry = dict(groups=2, kernel_size=kernel_size, padding=3)
+    assert_matches_reference(native, make_inputs(2, 7, 9, 16, dtype=torch.float32, **geometry),
+                             **geometry)
+
+
+def test_calls_do_not_remember_each_other(instruction_set):
+    """The same B, H, W, G, D with other kernels, strides and dtypes, to and fro."""
+    for _ in range(2):
+        for kernel_size, stride in ((3, 1), (5, 1), (3, 2)):
+            for dtype in (torch.float32, torch.float64):
+                geometry = dict(groups=2, kernel_size=kernel_size, padding=2, stride=stride)
+                assert_matches_reference(native, make_inputs(2, 5, 7, 4, dtype=dtype, **geometry),
+                                         **geometry)
+
+
+def test_every_element_is_written(instruction_set):
+    """torch fills new memory with NaN here; none of it may be left in a result."""
+    inputs = make_inputs(2, 5, 7, 5, groups=3, dtype=torch.float32, **SAME)
+    torch.use_deterministic_algorithms(True)
+    previous, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory, True)
+    try:
+        assert torch.empty(4).isnan().all()
+        results = forward_backward(native, inputs, torch.randn(2, 5, 7, 15), groups=3, **SAME)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = previous
+        torch.use_deterministic_algorithms(False)
+    assert all(result.isfinite().all() for result in results)

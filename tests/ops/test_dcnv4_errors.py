@@ -131,3 +131,10 @@ def test_module_input(shape):
     """A token grid is never guessed to be square: the layer takes maps alone."""
     with pytest.raises(ValueError, match=r'x must have shape \(N, H, W, 8\), got '):
         DCNv4(8, group=2)(torch.zeros(shape))
+
+
+def test_nothing_is_printed(native, capfd):
+    with pytest.raises(ValueError, match='offset_mask must have shape'):
+        torch.ops.mmdcnv4.dcnv4(torch.zeros(1, 5, 7, 4), torch.zeros(1, 5, 7, 40), [3, 3], 1,
+                                [1, 1], [1, 1], [1, 1], 1.0, False, False)
+    assert capfd.readouterr() == ('', '')

@@ -303,3 +303,24 @@ def test_large_float32_map_positions(instruction_set):
 def test_instruction_set_is_checked(native):
     with pytest.raises(ValueError, match="instruction set must be one of auto generic.*got sse9"):
         torch.ops.mmdcnv4._set_cpu_instruction_set('sse9')
+
+
+def test_every_query_reads_its_own_image(instruction_set):
+    """One released failure: B = 2, 50 x 84, 16 groups of 16. Constant images tell them apart."""
+    value = torch.tensor([1., 100.])[:, None, None, None].expand(2, 50, 84, 256)
+    offset_mask = torch.zeros(2, 50, 84, 432)
+    offset_mask.view(2, 50, 84, 16, 27)[..., 18 + 4] = 1  # the centre tap
+    assert torch.equal(native(value, offset_mask, groups=16, **SAME), value)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=dtype_name)
+def test_float32_offsets_of_half_values(instruction_set, dtype):
+    """A quarter pixel, 80 pixels away, on a ramp: a half offset cannot say it."""
+    value = torch.arange(96.)[:, None].expand(1, 1, 96, 1).to(dtype)
+    offset_mask = torch.zeros(1, 1, 96, 8)
+    offset_mask[..., 0], offset_mask[..., 2] = 80.03125, 1
+    out = native(value, offset_mask, kernel_size=1, groups=1)
+    assert out.dtype == dtype
+    assert out[0, 0, 0, 0] == torch.tensor(80.03125).to(dtype)
+    narrow = native(value.float(), offset_mask.to(dtype), kernel_size=1, groups=1)
+    assert abs(narrow[0, 0, 0, 0].item() - 80.03125) >= 1 / 32

@@ -343,3 +343,10 @@ def test_reverse_mode_of_torch_func_takes_the_pytorch_path(transform):
     torch.testing.assert_close(grad, expected)
     with pytest.raises(NotImplementedError, match='no form for torch.func.grad'):
         derive(lambda v: total(v, offset_mask, backend='native'))(value)
+
+
+def test_the_namespace_holds_one_form_of_dcnv4():
+    names = {schema.name.split('::')[1] for schema in torch._C._jit_get_all_schemas()
+             if schema.name.startswith('mmdcnv4::')}
+    assert {name for name in names if not name.startswith('_')} == {
+        'dcnv4', 'ms_deform_attn'}

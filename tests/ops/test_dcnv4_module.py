@@ -255,3 +255,13 @@ def test_geometry_is_that_of_the_operator():
     assert layer.geometry == make_geometry(
         kernel_size=(3, 5), groups=3, stride=(2, 1), padding=(1, 2), dilation=2, offset_scale=0.5,
         remove_center=True)
+
+
+@pytest.mark.parametrize('dw_kernel_size', [None, 3])
+def test_strides_of_two_sides(dw_kernel_size):
+    layer = DCNv4(32, group=2, stride=(2, 3), dw_kernel_size=dw_kernel_size, mask_init=0.1)
+    x = torch.randn(2, 9, 11, 32, requires_grad=True)
+    out = layer(x)
+    assert out.shape == (2, 5, 4, 32)
+    out.sum().backward()
+    assert x.grad.abs().sum() > 0

@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""The full-size detector on real photographs: an epoch of training, a test, pictures."""
+"""Full-size detectors on real photographs: training, a test, pictures, and the README's example."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 
-from helpers.tool_runner import REPOSITORY, TOOLS, run_command
+from helpers.tool_runner import REPOSITORY, TOOLS, run_command, start_tool
+from mmdcnv4.models.backbones import FlashInternImage
 
 CONFIG = (REPOSITORY / 'configs/flash_intern_image'
           / 'mask-rcnn_flash-intern-image-t_fpn_8xb2-1x_coco.py')
@@ -25,11 +27,10 @@ needs_sample = pytest.mark.skipif(
     not SAMPLE.is_dir(), reason=f'{SAMPLE} does not exist (set MMDCNV4_SHARED)')
 
 
-def options() -> list[str]:
+def options(**more: object) -> list[str]:
     """The sample as training and as test data, one image at a time, at a quarter of the size."""
     annotations = f'{SAMPLE}/annotations/instances_val2017.json'
-    entries = ['model.backbone.init_cfg=None', 'train_cfg.max_epochs=1',
-               'model.test_cfg.rcnn.score_thr=0.0',  # an untrained model is sure of nothing
+    entries = ['model.test_cfg.rcnn.score_thr=0.0',  # an untrained model is sure of nothing
                'default_hooks.logger.interval=1', 'train_dataloader.batch_size=1',
                'train_dataloader.dataset.pipeline.2.scale=(333,200)']
     for loader in ('train', 'val', 'test'):
@@ -40,30 +41,66 @@ def options() -> list[str]:
         if loader != 'train':
             entries += [f'{dataset}.pipeline.1.scale=(333,200)',
                         f'{loader}_evaluator.ann_file={annotations}']
-    return ['--cfg-options', *entries]
+    return ['--cfg-options', *entries, *(f'{key}={value}' for key, value in more.items())]
+
+
+FROM_SCRATCH = {'model.backbone.init_cfg': None, 'train_cfg.max_epochs': 1}
+
+
+def losses_of(output: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r' loss: ([\d.naif]+)', output)]
 
 
 @needs_sample
 def test_an_epoch_and_a_test_on_photographs(tmp_path: Path) -> None:
     output = run_command('python', TOOLS / 'train.py', CONFIG, '--work-dir', tmp_path / 'work',
-                         *options())
-    losses = [float(loss) for loss in re.findall(r' loss: ([\d.naif]+)', output)]
+                         *options(**FROM_SCRATCH))
+    losses = losses_of(output)
     assert len(losses) == 2 and np.isfinite(losses).all()
     assert 'coco/segm_mAP' in output
     checkpoint = tmp_path / 'work/epoch_1.pth'
 
     output = run_command('python', TOOLS / 'test.py', CONFIG, checkpoint, '--work-dir',
                          tmp_path / 'test', '--show-dir', tmp_path / 'shown', '--out',
-                         tmp_path / 'out.pkl', *options())
+                         tmp_path / 'out.pkl', *options(**FROM_SCRATCH))
     assert 'coco/bbox_mAP' in output
     results = pickle.loads((tmp_path / 'out.pkl').read_bytes())
     assert [Path(result['img_path']).name for result in results] == NAMES
 
     run_command('python', TOOLS / 'demo/image_demo.py', SAMPLE / 'images', CONFIG, checkpoint,
                 '--out-dir', tmp_path / 'demo', '--score-thr', 0.01, '--device', 'cpu',
-                *options())
+                *options(**FROM_SCRATCH))
     for name in NAMES:
         original = cv2.imread(str(SAMPLE / 'images' / name))
         for folder in ('shown', 'demo'):
             assert cv2.imread(str(tmp_path / folder / name)) is not None, (folder, name)
         assert not np.array_equal(cv2.imread(str(tmp_path / 'demo' / name)), original)
+
+
+def first_example() -> str:
+    """The first config in the README, word for word."""
+    blocks = re.findall(r'```python\n(.*?)```', (REPOSITORY / 'README.md').read_text(), re.DOTALL)
+    return next(block for block in blocks if '_base_' in block)
+
+
+@needs_sample
+def test_the_first_example_of_the_readme_learns(tmp_path: Path) -> None:
+    """Six steps on two photographs, from a file of weights of the name that it gives.
+
+    They are taken without the warm-up, which has 500 steps.
+    """
+    text = first_example()
+    (checkpoint,) = re.findall(r"checkpoint='([^']+)'", text)
+    (tmp_path / checkpoint).parent.mkdir()
+    torch.save(dict(model=FlashInternImage('t').state_dict()), tmp_path / checkpoint)
+    (tmp_path / 'my_config.py').write_text(text)
+    process = start_tool('train.py', 'my_config.py', '--work-dir', 'work', *options(**{
+        'train_cfg.max_epochs': 3, 'train_cfg.val_interval': 4, 'randomness.seed': 0,
+        'param_scheduler.0.start_factor': 1.0, 'log_processor.window_size': 1,
+        'default_hooks.checkpoint.interval': 4}), cwd=tmp_path)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-4000:]
+    assert 'AdamW' in output and ' tensors matched; ' in output, output[:4000]
+    losses = losses_of(output)
+    assert len(losses) == 6 and np.isfinite(losses).all()
+    assert sum(losses[-2:]) < 0.8 * sum(losses[:2]), losses  # both images each

@@ -63,20 +63,20 @@ class FlashInternImage(Backbone):
     of stride 2 maps n pixels to ceil(n / 2).
 
     Args:
-        arch: 't', 's', 'b' or 'l', the published sizes (`ARCH_SETTINGS`). Arguments given beside
+        arch: 't', 's', 'b' or 'l', the published sizes (`ARCH_SETTINGS`). Arguments given with
             it override its table. Without it `channels`, `depths` and `groups` are needed.
         channels: width C of the first stage; even.
         depths: blocks per stage, four numbers.
         groups: DCNv4 groups per stage; each divides the width of its stage. The published sizes
             have 16 channels per group.
         mlp_ratio: hidden width of the MLP over its width.
-        drop_rate: dropout behind the stem and inside the MLPs.
+        drop_rate: dropout after the stem and inside the MLPs.
         drop_path_rate: largest probability with which a sample skips a residual branch.
         drop_path_type: 'linear' (from 0 in the first block to `drop_path_rate` in the last one)
             or 'uniform'.
         act_layer: 'GELU', 'ReLU' or 'SiLU'.
         norm_layer: 'LN', the only one.
-        layer_scale: start value of a learned factor per channel on every branch; None for none.
+        layer_scale: initial value of a learned factor per channel on every branch; None for none.
             'arch' follows the size (none for T, 1e-5 for S, B and L, as for classification); the
             published detection and segmentation configs set 1.0.
         offset_scale: factor on the kernel grid and on the learned offsets of DCNv4.
@@ -85,20 +85,20 @@ class FlashInternImage(Backbone):
         dw_kernel_size: depthwise convolution before the offset predictor; None for none, 'arch'
             follows the size.
         mlp_fc2_bias, dcn_output_bias: whether the last layer of the branch has a bias.
-        level2_post_norm, level2_post_norm_block_ids: one more norm behind these blocks of the
+        level2_post_norm, level2_post_norm_block_ids: one more norm after these blocks of the
             third stage.
-        res_post_norm: one more norm at the end of each branch; without effect beside
-            `layer_scale` or `post_norm`.
+        res_post_norm: one more norm at the end of each branch; without effect together
+            with `layer_scale` or `post_norm`.
         center_feature_scale: gate between the DCNv4 output and the projected input.
-        mask_init: start value of every mask of DCNv4. 0 as published: the layers start at zero.
+        mask_init: initial value of every mask of DCNv4. 0 as published: the layers start at zero.
             With 1/9 they start as the mean over their window, which helped a little in a short
             training from scratch (docs/convergence.md). Weights that are loaded replace it.
         core_op: 'DCNv4'. For comparisons in which nothing else differs: 'DCNv3', or 'DWConv', a
             3x3 depthwise convolution, on which the options of the sampling have no effect.
         with_cp: recompute blocks in the backward pass to save memory.
         in_channels: channels of the image.
-        out_indices: stages whose maps are returned, in ascending order. What stands behind the
-            last of them is frozen.
+        out_indices: stages whose maps are returned, in ascending order. Stages after the
+            last one are frozen.
         frozen_stages: -1 for none, 0 for the stem, n for the stem and the first n stages: no
             gradients and no dropout there.
         pretrained: accepted because mmsegmentation passes `model.pretrained` on. A model-zoo name
@@ -201,7 +201,8 @@ class FlashInternImage(Backbone):
 
         Returns:
             One map per entry of `out_indices`, (N, C * 2**i, ceil(H / 2**(i + 2)),
-            ceil(W / 2**(i + 2))), NCHW-contiguous: some operators of mmcv read them as if.
+            ceil(W / 2**(i + 2))), NCHW-contiguous, because some mmcv operators
+            assume it.
 
         Raises:
             ValueError: `x` has another shape, or no pixel.
@@ -223,7 +224,7 @@ class FlashInternImage(Backbone):
 
 @MODELS.register_module()
 class InternImage(FlashInternImage):
-    """InternImage: DCNv3 in the place of DCNv4, with the parameter names of its published weights.
+    """InternImage: DCNv3 in place of DCNv4, with the parameter names of its published weights.
 
     The masks of DCNv3 are normalised by a softmax over the taps; its predictor has a depthwise
     convolution, a norm and an activation. The DCNv4 operator evaluates it, so that no second

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 class ConvHeadNeck(nn.Module):
     """1x1 convolution, batch norm, GELU and mean over the map: `neck` of a mmpretrain classifier.
 
-    The parameters stand below `conv_head`, as in the published files; the linear layer behind it
+    The parameters stand below `conv_head`, as in the published files; the linear layer after it
     is mmpretrain's `LinearClsHead`. `tools/model_converters/convert_checkpoint.py
     classifier` renames such a file.
 

@@ -3,8 +3,8 @@
 """DCNv4 as a convolution layer of mmcv: NCHW in and out, built by `dict(type='DCNv4')`.
 
 Source:   "Efficient Deformable ConvNets", arXiv:2401.06197, section 3.
-Differs:  different numbers of input and output channels, stride, any kernel; a start value of the
-          masks that lets a plain convolution learn.
+Differs:  different numbers of input and output channels, stride, any kernel; an initial value of
+          the masks that lets a plain convolution learn.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class DCNv4Conv2d(DCNv4):
         softmax: normalise the masks over the taps of each group.
         without_pointwise: no projections (then `bias` is without effect).
         center_feature_scale: mix the projected input back in with a learned gate.
-        mask_init: start value of every mask. None for 1 / K, the mean over the window of K taps:
-            the zero start that suits a residual branch gives a zero map here, and a ReLU behind
-            it passes no gradient back, for ever.
+        mask_init: initial value of every mask. None for 1 / K, the mean over the window of K taps:
+            the zero start that suits a residual branch gives a zero map here, and a ReLU after
+            it blocks the gradient permanently.
         deform_groups: of DCN and DCNv2; refused. It comes from a config that is inherited.
 
     Raises:

@@ -166,7 +166,7 @@ class Former(nn.Module):
 
 
 class GlobalResponseNorm(nn.Module):
-    """Strengthens the channels whose norm over the map is large beside those of the others.
+    """Strengthens the channels whose norm over the map is large compared with those of the others.
 
     ::
 

@@ -22,7 +22,7 @@ class ToChannelsFirst(nn.Module):
     """(N, H, W, C) -> (N, C, H, W), a view."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Moves the channels behind the batch axis."""
+        """Moves the channels next to the batch axis."""
         return x.permute(0, 3, 1, 2)
 
 
