@@ -17,13 +17,14 @@
 //             around the pixel (stencil_pitch()): a sample adds to four neighbouring planes at its
 //             thread's place, and only its thread does. Output pixels as the cells of
 //             dense_window.cuh
-// Left over   taps that are not near, see window_taps.cuh: dcnv4_window_grad_rest.cuh has summed
-//             them in float32, which is added here
+// Far taps    those that are not near, see window_taps.cuh, are in a list of their block
+//             (far_lists.cuh). They make another product, eight taps at a time, A^T [16 input
+//             pixels x 8 taps] . Y. Where a list is full, its sums are added in its place
 // NaN         A^T . Y multiplies every pixel of a window with every cell, and 0 * NaN is NaN. Sums
 //             that are not finite are thrown away and taken again over the pixels that sample the
 //             cell: places that no sample has added to hold -0.0, and no sum makes -0.0
 // Numerics    weights are rounded to TF32 (11 bits, the range of float32), grad_output is exact in
-//             it, sums in float32; bitwise repeatable
+//             it, sums in float32; bitwise repeatable, unless taps are far: lists have no order
 // Source      arXiv:2401.06197, section 3, differentiated by hand
 #pragma once
 
@@ -55,6 +56,18 @@ struct PixelAround {
                  : kNoPixel;
   }
 };
+
+// Clears the weights of a pixel, if it has any; `at` is their first place.
+template <int kReach>
+MMDCNV4_DEVICE void clear_stencil(const WindowArguments& a, bool exists, unsigned char* at) {
+#pragma unroll
+  for (int line = 0; line <= 2 * kReach; ++line, at += a.stencil.line)
+#pragma unroll
+    for (int column = 0; column <= 2 * kReach; ++column) {
+      enter_step(SharedPhase::kClear);
+      if (exists) write_shared(at + column * a.stencil.column, uint32_t(kUntouched));
+    }
+}
 
 // Adds the weights of a pixel's row; `at` is its place in line 0, column 0.
 template <int kReach>
@@ -211,8 +224,112 @@ MMDCNV4_DEVICE void sum_exactly(const WindowArguments& a, const OwnedBlock& bloc
   }
 }
 
-// Writes the gradients of a warp's block; `more`, if not null, is added to them. Both point to the
-// first channel of the group in the image.
+// The taps of a block's list: lane = tap, up to 32 at a time.
+struct ListedTap {
+  uint32_t pixel; // of grad_output, in its image
+  float x, y;     // where it samples, seen from the block
+  float mask;
+
+  // The weight of cell (cx, cy) of the block; zero also where a mask is NaN, if it is not sampled.
+  static MMDCNV4_DEVICE float weight(float x, float y, float mask) {
+    // a sample between two cells has both, one exactly on a cell the next as well, with weight zero
+    const bool is_sampled = (x >= -1.0f) & (x < 1.0f) & (y >= -1.0f) & (y < 1.0f);
+    return is_sampled ? mask * ((1.0f - fabsf(y)) * (1.0f - fabsf(x))) : 0.0f;
+  }
+};
+
+template <typename T>
+MMDCNV4_DEVICE ListedTap load_listed_tap(const WindowArguments& a, const Divisor& line_of_output,
+                                         uint32_t group, const OffsetNumbers<T>& packed,
+                                         uint32_t block_x, uint32_t block_y, uint32_t entry) {
+  ListedTap listed;
+  listed.pixel = entry / kTaps;
+  const int32_t k = int32_t(entry - listed.pixel * kTaps);
+  uint32_t x = listed.pixel;
+  Row row{};
+  row.y = int32_t(line_of_output.split(x));
+  row.x = int32_t(x);
+  const OffsetNumbers<T> numbers =
+      packed.from(int64_t(uint64_t(listed.pixel) * a.packed_channels) +
+                  int32_t(group) * 3 * a.call.points);
+  const TapNumbers<float> tap = numbers.load_tap(k, a.call.points);
+  const Position<float> at = position_of_tap(a.call, row, tap, k);
+  listed.x = at.x - float(int32_t(block_x));
+  listed.y = at.y - float(int32_t(block_y));
+  listed.mask = tap.mask;
+  return listed;
+}
+
+// Adds what the taps of a block's list give. grad_output: the image's, from the group's first
+// channel on. Sums of taps that are not finite spread over the block unless kIsExact.
+template <bool kIsExact, typename T, int kDepth>
+MMDCNV4_DEVICE void add_listed(const WindowArguments& a, const Divisor& line_of_output,
+                               const OwnedBlock& block, uint32_t block_x, uint32_t block_y,
+                               uint32_t group, uint32_t lane, const uint32_t* __restrict__ entries,
+                               uint32_t count, const OffsetNumbers<T>& packed,
+                               const T* __restrict__ grad_output, float (&sum)[kDepth / 8][4]) {
+  const uint32_t g = lane / 4, t = lane % 4;
+  const float cx = float(block.cx), cy = float(block.cy);
+#pragma unroll 1
+  for (uint32_t first = 0; first < count; first += kWarp) {
+    const uint32_t here = count - first < uint32_t(kWarp) ? count - first : kWarp;
+    ListedTap own{0, 0, 0, 0}; // with weight zero
+    own.x = 2 * kBlockSide;    // ... and out of the block
+    if (lane < here)
+      own = load_listed_tap<T>(a, line_of_output, group, packed, block_x, block_y,
+                               entries[first + lane]);
+    if constexpr (kIsExact) {
+#pragma unroll 1
+      for (uint32_t i = 0; i < here; ++i) {
+        const float x = __shfl_sync(kAllLanes, own.x, int(i)) - cx;
+        const float y = __shfl_sync(kAllLanes, own.y, int(i)) - cy;
+        const float mask = __shfl_sync(kAllLanes, own.mask, int(i));
+        const T* from = grad_output + uint64_t(__shfl_sync(kAllLanes, own.pixel, int(i))) *
+                                          a.call.channels + 2 * t;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float down = y - float(2 * half);
+          if (!((x >= -1.0f) & (x < 1.0f) & (down >= -1.0f) & (down < 1.0f))) continue;
+          const float weight = ListedTap::weight(x, down, mask);
+#pragma unroll
+          for (int j = 0; j < kDepth / 8; ++j) {
+            const float2 grad = widen_pair(VectorIo<T, 2>::load(from + 8 * j), T());
+            sum[j][2 * half] += weight * grad.x;
+            sum[j][2 * half + 1] += weight * grad.y;
+          }
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (uint32_t eight = 0; eight < here; eight += 8) {
+        uint32_t weights[4];
+        uint16_t grads[2][kDepth / 8]; // of tap t, t + 4
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int tap = int(eight + t) + 4 * i;
+          const float x = __shfl_sync(kAllLanes, own.x, tap) - cx;
+          const float y = __shfl_sync(kAllLanes, own.y, tap) - cy;
+          const float mask = __shfl_sync(kAllLanes, own.mask, tap);
+          const T* from =
+              grad_output + uint64_t(__shfl_sync(kAllLanes, own.pixel, tap)) * a.call.channels + g;
+          weights[2 * i] = round_to_tf32(ListedTap::weight(x, y, mask));
+          weights[2 * i + 1] = round_to_tf32(ListedTap::weight(x, y - 2.0f, mask));
+          const bool exists = tap < int(here);
+#pragma unroll
+          for (int j = 0; j < kDepth / 8; ++j)
+            grads[i][j] = exists ? VectorIo<T, 1>::load(from + 8 * j) : uint16_t(0);
+        }
+#pragma unroll
+        for (int j = 0; j < kDepth / 8; ++j)
+          multiply_add_tf32(sum[j], weights, widen_pair(grads[0][j], T()).x,
+                            widen_pair(grads[1][j], T()).x);
+      }
+    }
+  }
+}
+
+// Writes the gradients of a warp's block; `more`, if not null, is added to them: sums of its 16
+// cells. grad_value points to the first channel of the group in the image.
 template <typename T, int kDepth>
 MMDCNV4_DEVICE void write_block(const WindowArguments& a, const Tile& tile,
                                 const OwnedBlock& block, uint32_t lane,
@@ -223,12 +340,14 @@ MMDCNV4_DEVICE void write_block(const WindowArguments& a, const Tile& tile,
     const uint32_t x = tile.x + block.x + block.cx, y = tile.y + block.y + block.cy + 2 * half;
     if (x >= uint32_t(a.rows_w) || y >= uint32_t(a.rows_h)) continue;
     const uint64_t first = (uint64_t(y) * uint32_t(a.rows_w) + x) * a.call.channels + lane % 4 * 2;
+    const uint32_t cell = (block.cy + 2 * half) * kBlockSide + block.cx;
 #pragma unroll
     for (int i = 0; i < kDepth / 8; ++i) {
       float two[2] = {sum[i][2 * half], sum[i][2 * half + 1]};
       if (more != nullptr) {
         float rest[2];
-        VectorIo<float, 2>::widen(VectorIo<float, 2>::load(more + first + 8 * i), rest);
+        VectorIo<float, 2>::widen(
+            VectorIo<float, 2>::load(more + cell * kDepth + lane % 4 * 2 + 8 * i), rest);
         two[0] += rest[0];
         two[1] += rest[1];
       }
@@ -243,8 +362,7 @@ __global__ void __launch_bounds__(kMaxThreads, kReach == 2 ? 3 : 1)
     dcnv4_window_grad_value_kernel(const WindowArguments a,
                                    const T* __restrict__ grad_output,  // [N, Ho, Wo, G, D]
                                    const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
-                                   const uint64_t* __restrict__ rest_count,
-                                   const float* __restrict__ rest_sum, // [N, H, W, G, D]
+                                   const FarLists lists, const Divisor line_of_output,
                                    T* __restrict__ grad_value) {       // [N, H, W, G, D]
 #if MMDCNV4_HAS_TENSOR_CORES
   using Layout = DenseWindow<kDepth, kReach>;
@@ -270,45 +388,54 @@ __global__ void __launch_bounds__(kMaxThreads, kReach == 2 ? 3 : 1)
     const uint32_t group = tile.first_group + pass;
     if (group >= uint32_t(a.call.groups)) break;
     const bool is_last = pass + 1 == Layout::kGroups || group + 1 == uint32_t(a.call.groups);
+    // a warp leaves when it has no more pixels; all of them have some
 #pragma unroll 1
-    for (uint32_t first = 0; first < uint32_t(a.stencil.bytes); first += blockDim.x * 16) {
-      enter_step(SharedPhase::kClear);
-      if (first + threadIdx.x * 16 < uint32_t(a.stencil.bytes))
-        write_shared(weights + first + threadIdx.x * 16,
-                     make_uint4(kUntouched, kUntouched, kUntouched, kUntouched));
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (uint32_t first = 0; first < a.cells; first += blockDim.x) {
-      const uint32_t index = first + threadIdx.x;
-      if (first + pass != 0) wait_copies<0>();
+    for (uint32_t index = threadIdx.x; index - lane < a.cells; index += blockDim.x) {
+      unsigned char* stencil = weights + index * sizeof(float);
+      clear_stencil<kReach>(a, index < a.cells, stencil); // no other thread adds there
+      if (index != threadIdx.x || pass != 0) wait_copies<0>();
       __syncwarp();
       const RowNumbers numbers = Numbers::load(a, lane, group, packed, staged);
       __syncwarp();
-      const bool is_done = first + blockDim.x >= a.cells;
+      const bool is_done = index - lane + blockDim.x >= a.cells;
       if (!is_done || !is_last)
         fetch_numbers(is_done ? group + 1 : group,
                       PixelAround(a, tile, kReach, is_done ? threadIdx.x : index + blockDim.x));
       const PixelAround pixel(a, tile, kReach, index);
       add_stencil<kReach>(a, pixel, numbers,
-                          weights + kReach * (a.stencil.line + a.stencil.column) +
-                              index * sizeof(float));
+                          stencil + kReach * (a.stencil.line + a.stencil.column));
     }
     wait_copies<0>();
     __syncthreads();
     // addresses kept from one pass to the next would fill the registers
     const uint32_t thread = forget(threadIdx.x), own_lane = thread % kWarp;
     const OwnedBlock block(a, thread / kWarp, own_lane);
-    float sum[kDepth / 8][4] = {};
-    multiply_stencil<T, kDepth, kReach>(a, block, pass, own_lane, weights, pixels, sum);
-    float total = 0;
+    const uint32_t block_x = tile.x + block.x, block_y = tile.y + block.y;
+    if (block_x < uint32_t(a.rows_w) && block_y < uint32_t(a.rows_h)) { // so for all of the warp
+      const uint64_t list =
+          lists.list_of(tile.image, block_x / kBlockSide, block_y / kBlockSide, group);
+      const uint32_t count = lists.count[list];
+      const bool is_full = count > lists.room;
+      const uint32_t listed = is_full ? 0 : count;
+      float sum[kDepth / 8][4] = {};
+      multiply_stencil<T, kDepth, kReach>(a, block, pass, own_lane, weights, pixels, sum);
+      const auto add_list = [&](auto is_exact) {
+        add_listed<decltype(is_exact)::value, T, kDepth>(
+            a, line_of_output, block, block_x, block_y, group, own_lane,
+            lists.entries + list * lists.room, listed, packed,
+            grad_output + out_pixels * a.call.channels + group * kDepth, sum);
+      };
+      add_list(std::false_type());
+      float total = 0;
 #pragma unroll
-    for (int i = 0; i < kDepth / 2; ++i) total += sum[i / 4][i % 4];
-    if (__any_sync(kAllLanes, !(fabsf(total) <= FLT_MAX)))
-      sum_exactly<T, kDepth, kReach>(a, block, pass, own_lane, weights, pixels, sum);
-    const uint64_t channel = in_pixels * a.call.channels + group * kDepth;
-    write_block<T, kDepth>(a, tile, block, own_lane, sum,
-                           *rest_count != 0 ? rest_sum + channel : nullptr, grad_value + channel);
+      for (int i = 0; i < kDepth / 2; ++i) total += sum[i / 4][i % 4];
+      if (__any_sync(kAllLanes, !(fabsf(total) <= FLT_MAX))) {
+        sum_exactly<T, kDepth, kReach>(a, block, pass, own_lane, weights, pixels, sum);
+        add_list(std::true_type());
+      }
+      write_block<T, kDepth>(a, tile, block, own_lane, sum, is_full ? lists.sums(list) : nullptr,
+                             grad_value + in_pixels * a.call.channels + group * kDepth);
+    }
     if (is_last) break;
     __syncthreads();
   }

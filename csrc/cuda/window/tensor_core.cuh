@@ -22,7 +22,7 @@ namespace cuda {
 
 // What a kernel is doing with shared memory; the emulator counts wavefronts by it.
 enum class SharedPhase {
-  kCopy, kNumbers, kClear, kScatter, kWeights, kPixels, kCollect, kTaps, kFinish
+  kCopy, kNumbers, kClear, kScatter, kWeights, kPixels, kCollect, kTaps, kFar, kFinish
 };
 
 } // namespace cuda

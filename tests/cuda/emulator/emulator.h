@@ -177,9 +177,9 @@ inline void reduce_add(float* to, float a, float b, float c, float d) {
   four.w += d;
 }
 
-inline uint64_t fetch_add(uint64_t* counter, uint64_t a) {
-  const uint64_t before = *counter;
-  *counter += a;
+inline uint32_t fetch_add(uint32_t* to, uint32_t number) {
+  const uint32_t before = *to;
+  *to += number;
   return before;
 }
 
