@@ -164,12 +164,14 @@ double block_cost(const WindowPlan& plan) {
 
 // Blocks that a multiprocessor holds at a time: by shared memory, of which each block takes 1 KB
 // more and all of them as much as one may opt in to and 1 KB, and by the registers of 16 warps, or of
-// 24 in the kernel for value that has a small stencil.
-int64_t blocks_per_multiprocessor(const DeviceLimits& limits, const WindowPlan& plan) {
+// 24 in the kernels for value that have a small stencil and groups of less than 64 channels.
+int64_t blocks_per_multiprocessor(const Dcnv4Params& p, const DeviceLimits& limits,
+                                  const WindowPlan& plan) {
   constexpr int64_t kReserved = 1024;
   const int64_t by_memory =
       (limits.most_shared_bytes + kReserved) / (plan.shared_bytes + kReserved);
-  const int64_t warps = plan.is_mirrored && plan.reach == 2 ? 24 : 16;
+  const int64_t warps =
+      plan.is_mirrored && plan.reach == 2 && p.group_channels < kWindowSliceChannels ? 24 : 16;
   return std::max<int64_t>(1, std::min(by_memory, warps * kWarp / plan.threads));
 }
 
@@ -190,7 +192,7 @@ WindowPlan choose_tile(const Dcnv4Params& p, const DeviceLimits& limits, int32_t
     if (!fill_grid(p, limits, plan)) continue;
     // Waves of as many blocks as the device holds; the rest takes as long as its blocks'
     // instructions, and at least as long as eight warps that hide each other's waiting.
-    const int64_t held = blocks_per_multiprocessor(limits, plan);
+    const int64_t held = blocks_per_multiprocessor(p, limits, plan);
     const int64_t blocks = p.batch * plan.blocks_per_image();
     const int64_t waves = blocks / (held * limits.multiprocessors);
     const int64_t left = blocks - waves * held * limits.multiprocessors;

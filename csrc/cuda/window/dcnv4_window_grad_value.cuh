@@ -356,9 +356,10 @@ MMDCNV4_DEVICE void write_block(const WindowArguments& a, const Tile& tile,
   }
 }
 
-// with reach 4 there is shared memory for one block
+// with reach 4 there is shared memory for one block, else for three; with groups of 64 channels there
+// are registers for two
 template <typename T, int kDepth, int kReach>
-__global__ void __launch_bounds__(kMaxThreads, kReach == 2 ? 3 : 1)
+__global__ void __launch_bounds__(kMaxThreads, kReach != 2 ? 1 : kDepth == 64 ? 2 : 3)
     dcnv4_window_grad_value_kernel(const WindowArguments a,
                                    const T* __restrict__ grad_output,  // [N, Ho, Wo, G, D]
                                    const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
