@@ -163,8 +163,8 @@ double block_cost(const WindowPlan& plan) {
 }
 
 // Blocks that a multiprocessor holds at a time: by shared memory, of which each block takes 1 KB
-// more and all of them as much as one may opt in to and 1 KB, and by the registers of 16 warps, or of
-// 24 in the kernels for value that have a small stencil and groups of less than 64 channels.
+// more and all of them as much as one may opt in to and 1 KB, and by the registers of 16 warps, or
+// of 24 in the kernels for value that have a small stencil and groups of less than 64 channels.
 int64_t blocks_per_multiprocessor(const Dcnv4Params& p, const DeviceLimits& limits,
                                   const WindowPlan& plan) {
   constexpr int64_t kReserved = 1024;

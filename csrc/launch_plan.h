@@ -112,9 +112,11 @@ inline StencilPitch stencil_pitch(int32_t pixels, int32_t reach) {
   return {4 * column, 4 * line, (4 * side * line + 15) / 16 * 16};
 }
 
-// Lists of the taps whose samples are out of reach (cuda/window/far_lists.cuh): one for each group of
-// each block of input pixels, with room for as many numbers of 4 bytes as the block has of value.
-constexpr int64_t window_blocks(int64_t pixels) { return (pixels + kWindowBlock - 1) / kWindowBlock; }
+// Lists of the taps whose samples are out of reach (cuda/window/far_lists.cuh): one for each group
+// of each block of input pixels, with room for as many words as the block has numbers of value.
+constexpr int64_t window_blocks(int64_t pixels) {
+  return (pixels + kWindowBlock - 1) / kWindowBlock;
+}
 inline int64_t window_lists(const Dcnv4Params& p) {
   return p.batch * window_blocks(p.height) * window_blocks(p.width) * p.groups;
 }

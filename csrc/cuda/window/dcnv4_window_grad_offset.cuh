@@ -208,7 +208,8 @@ struct UnitGradients {
   using Layout = DenseWindow<kDepth, kReach>;
   template <typename Offset>
   using Numbers = NumbersLayout<Offset, (Layout::kGroups > 1 ? 2 : 1)>;
-  static constexpr uint32_t kPairBytes = 2, kPairsAt = Layout::kAreaBytes - kPairBytes * kWarp * kTaps;
+  static constexpr uint32_t kPairBytes = 2; // of a tap that is left over, see collect()
+  static constexpr uint32_t kPairsAt = Layout::kAreaBytes - kPairBytes * kWarp * kTaps;
   static_assert(Numbers<float>::kBytes <= kPairsAt, "the left-over taps lie behind the gradients");
 
   const WindowArguments& a;
@@ -272,24 +273,6 @@ struct UnitGradients {
     write_number<Offset>(to + (2 * a.call.points + k) * int32_t(sizeof(Offset)), mask);
   }
 };
-
-// Puts a tap into the lists of the blocks that its sample meets; thread `lane` of a team of kTeam
-// takes every kTeam-th of the four that there may be.
-template <int kTeam>
-MMDCNV4_DEVICE void list_tap(const FarLists& lists, uint32_t image, uint32_t group,
-                             const Bilinear<float>& sample, uint32_t entry, uint32_t lane) {
-#pragma unroll
-  for (uint32_t i = 0; i < 4; i += kTeam) {
-    const uint32_t corner = lane + i;
-    const uint32_t left = uint32_t(sample.x0) / kBlockSide, right = uint32_t(sample.x1) / kBlockSide;
-    const uint32_t top = uint32_t(sample.y0) / kBlockSide, bottom = uint32_t(sample.y1) / kBlockSide;
-    // corners are clamped into the image: one that is missing shares the block of one that exists
-    if (corner >= 4 || (corner % 2 != 0 && left == right) || (corner / 2 != 0 && top == bottom))
-      continue;
-    lists.append(lists.list_of(image, corner % 2 ? right : left, corner / 2 ? bottom : top, group),
-                 entry);
-  }
-}
 
 // The gradients of the taps that are left over, and their place in the lists. grad_output, value
 // and packed are those of the tile's image.

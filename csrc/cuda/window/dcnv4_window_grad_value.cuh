@@ -13,6 +13,17 @@
 // Work split  block = a tile of input pixels and the output pixels around it, group after group;
 //             thread = output pixel while weights are added up; warp = 4x4 input pixels while they
 //             are multiplied
+//
+//               tile and halo, reach 2            a pixel's stencil: the cells that it may sample
+//             o o o o o o o o o o o o             -2  . . . . .
+//             o o o o o o o o o o o o             -1  . . . . .     line: cell above or below it
+//             o o [ 4x4 ] [ 4x4 ] o o              0  . . o . .     column: left or right of it
+//             o o [ 4x4 ] [ 4x4 ] o o              1  . . . . .     a sample adds to 2x2 of them
+//             o o o o o o o o o o o o              2  . . . . .
+//             o o o o o o o o o o o o                -2 -1 0 1 2
+//             one line of [ 4x4 ] is four of pixels: a warp's cells, whose window of 8x8 pixels
+//             reaches two further on each side
+//
 // Layout      weights in float32 [line][column][output pixel], line and column from -reach to reach
 //             around the pixel (stencil_pitch()): a sample adds to four neighbouring planes at its
 //             thread's place, and only its thread does. Output pixels as the cells of
@@ -30,7 +41,7 @@
 
 #include <cfloat>
 
-#include "window_numbers.cuh"
+#include "listed_taps.cuh"
 #include "window_taps.cuh"
 
 namespace mmdcnv4 {
@@ -224,110 +235,6 @@ MMDCNV4_DEVICE void sum_exactly(const WindowArguments& a, const OwnedBlock& bloc
   }
 }
 
-// The taps of a block's list: lane = tap, up to 32 at a time.
-struct ListedTap {
-  uint32_t pixel; // of grad_output, in its image
-  float x, y;     // where it samples, seen from the block
-  float mask;
-
-  // The weight of cell (cx, cy) of the block; zero also where a mask is NaN, if it is not sampled.
-  static MMDCNV4_DEVICE float weight(float x, float y, float mask) {
-    // a sample between two cells has both, one exactly on a cell the next as well, with weight zero
-    const bool is_sampled = (x >= -1.0f) & (x < 1.0f) & (y >= -1.0f) & (y < 1.0f);
-    return is_sampled ? mask * ((1.0f - fabsf(y)) * (1.0f - fabsf(x))) : 0.0f;
-  }
-};
-
-template <typename T>
-MMDCNV4_DEVICE ListedTap load_listed_tap(const WindowArguments& a, const Divisor& line_of_output,
-                                         uint32_t group, const OffsetNumbers<T>& packed,
-                                         uint32_t block_x, uint32_t block_y, uint32_t entry) {
-  ListedTap listed;
-  listed.pixel = entry / kTaps;
-  const int32_t k = int32_t(entry - listed.pixel * kTaps);
-  uint32_t x = listed.pixel;
-  Row row{};
-  row.y = int32_t(line_of_output.split(x));
-  row.x = int32_t(x);
-  const OffsetNumbers<T> numbers =
-      packed.from(int64_t(uint64_t(listed.pixel) * a.packed_channels) +
-                  int32_t(group) * 3 * a.call.points);
-  const TapNumbers<float> tap = numbers.load_tap(k, a.call.points);
-  const Position<float> at = position_of_tap(a.call, row, tap, k);
-  listed.x = at.x - float(int32_t(block_x));
-  listed.y = at.y - float(int32_t(block_y));
-  listed.mask = tap.mask;
-  return listed;
-}
-
-// Adds what the taps of a block's list give. grad_output: the image's, from the group's first
-// channel on. Sums of taps that are not finite spread over the block unless kIsExact.
-template <bool kIsExact, typename T, int kDepth>
-MMDCNV4_DEVICE void add_listed(const WindowArguments& a, const Divisor& line_of_output,
-                               const OwnedBlock& block, uint32_t block_x, uint32_t block_y,
-                               uint32_t group, uint32_t lane, const uint32_t* __restrict__ entries,
-                               uint32_t count, const OffsetNumbers<T>& packed,
-                               const T* __restrict__ grad_output, float (&sum)[kDepth / 8][4]) {
-  const uint32_t g = lane / 4, t = lane % 4;
-  const float cx = float(block.cx), cy = float(block.cy);
-#pragma unroll 1
-  for (uint32_t first = 0; first < count; first += kWarp) {
-    const uint32_t here = count - first < uint32_t(kWarp) ? count - first : kWarp;
-    ListedTap own{0, 0, 0, 0}; // with weight zero
-    own.x = 2 * kBlockSide;    // ... and out of the block
-    if (lane < here)
-      own = load_listed_tap<T>(a, line_of_output, group, packed, block_x, block_y,
-                               entries[first + lane]);
-    if constexpr (kIsExact) {
-#pragma unroll 1
-      for (uint32_t i = 0; i < here; ++i) {
-        const float x = __shfl_sync(kAllLanes, own.x, int(i)) - cx;
-        const float y = __shfl_sync(kAllLanes, own.y, int(i)) - cy;
-        const float mask = __shfl_sync(kAllLanes, own.mask, int(i));
-        const T* from = grad_output + uint64_t(__shfl_sync(kAllLanes, own.pixel, int(i))) *
-                                          a.call.channels + 2 * t;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float down = y - float(2 * half);
-          if (!((x >= -1.0f) & (x < 1.0f) & (down >= -1.0f) & (down < 1.0f))) continue;
-          const float weight = ListedTap::weight(x, down, mask);
-#pragma unroll
-          for (int j = 0; j < kDepth / 8; ++j) {
-            const float2 grad = widen_pair(VectorIo<T, 2>::load(from + 8 * j), T());
-            sum[j][2 * half] += weight * grad.x;
-            sum[j][2 * half + 1] += weight * grad.y;
-          }
-        }
-      }
-    } else {
-#pragma unroll 1
-      for (uint32_t eight = 0; eight < here; eight += 8) {
-        uint32_t weights[4];
-        uint16_t grads[2][kDepth / 8]; // of tap t, t + 4
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int tap = int(eight + t) + 4 * i;
-          const float x = __shfl_sync(kAllLanes, own.x, tap) - cx;
-          const float y = __shfl_sync(kAllLanes, own.y, tap) - cy;
-          const float mask = __shfl_sync(kAllLanes, own.mask, tap);
-          const T* from =
-              grad_output + uint64_t(__shfl_sync(kAllLanes, own.pixel, tap)) * a.call.channels + g;
-          weights[2 * i] = round_to_tf32(ListedTap::weight(x, y, mask));
-          weights[2 * i + 1] = round_to_tf32(ListedTap::weight(x, y - 2.0f, mask));
-          const bool exists = tap < int(here);
-#pragma unroll
-          for (int j = 0; j < kDepth / 8; ++j)
-            grads[i][j] = exists ? VectorIo<T, 1>::load(from + 8 * j) : uint16_t(0);
-        }
-#pragma unroll
-        for (int j = 0; j < kDepth / 8; ++j)
-          multiply_add_tf32(sum[j], weights, widen_pair(grads[0][j], T()).x,
-                            widen_pair(grads[1][j], T()).x);
-      }
-    }
-  }
-}
-
 // Writes the gradients of a warp's block; `more`, if not null, is added to them: sums of its 16
 // cells. grad_value points to the first channel of the group in the image.
 template <typename T, int kDepth>
@@ -356,8 +263,8 @@ MMDCNV4_DEVICE void write_block(const WindowArguments& a, const Tile& tile,
   }
 }
 
-// with reach 4 there is shared memory for one block, else for three; with groups of 64 channels there
-// are registers for two
+// with reach 4 there is shared memory for one block, else for three; with groups of 64 channels
+// there are registers for two
 template <typename T, int kDepth, int kReach>
 __global__ void __launch_bounds__(kMaxThreads, kReach != 2 ? 1 : kDepth == 64 ? 2 : 3)
     dcnv4_window_grad_value_kernel(const WindowArguments a,
@@ -422,7 +329,7 @@ __global__ void __launch_bounds__(kMaxThreads, kReach != 2 ? 1 : kDepth == 64 ? 
       multiply_stencil<T, kDepth, kReach>(a, block, pass, own_lane, weights, pixels, sum);
       const auto add_list = [&](auto is_exact) {
         add_listed<decltype(is_exact)::value, T, kDepth>(
-            a, line_of_output, block, block_x, block_y, group, own_lane,
+            a, line_of_output, block_x, block_y, group, own_lane,
             lists.entries + list * lists.room, listed, packed,
             grad_output + out_pixels * a.call.channels + group * kDepth, sum);
       };

@@ -54,6 +54,26 @@ struct FarLists {
   }
 };
 
+// Puts a tap into the lists of the blocks that its sample meets; thread `lane` of a team of kTeam
+// takes every kTeam-th of the four that there may be.
+template <int kTeam>
+MMDCNV4_DEVICE void list_tap(const FarLists& lists, uint32_t image, uint32_t group,
+                             const Bilinear<float>& sample, uint32_t entry, uint32_t lane) {
+#pragma unroll
+  for (uint32_t i = 0; i < 4; i += kTeam) {
+    const uint32_t corner = lane + i;
+    const uint32_t left = uint32_t(sample.x0) / kBlockSide;
+    const uint32_t right = uint32_t(sample.x1) / kBlockSide;
+    const uint32_t top = uint32_t(sample.y0) / kBlockSide;
+    const uint32_t bottom = uint32_t(sample.y1) / kBlockSide;
+    // corners are clamped into the image: one that is missing shares the block of one that exists
+    if (corner >= 4 || (corner % 2 != 0 && left == right) || (corner / 2 != 0 && top == bottom))
+      continue;
+    lists.append(lists.list_of(image, corner % 2 ? right : left, corner / 2 ? bottom : top, group),
+                 entry);
+  }
+}
+
 inline FarLists make_far_lists(const Dcnv4Params& p, uint32_t* counts, uint32_t* entries) {
   FarLists lists{};
   lists.has_full = counts;
