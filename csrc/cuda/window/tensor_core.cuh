@@ -130,6 +130,12 @@ MMDCNV4_DEVICE uint32_t forget(uint32_t number) {
   asm volatile("" : "+r"(number));
   return number;
 }
+template <typename T>
+MMDCNV4_DEVICE T* forget(T* to_global) {
+  uint64_t address = __cvta_generic_to_global(to_global); // the compiler is to know which memory
+  asm volatile("" : "+l"(address));
+  return static_cast<T*>(__cvta_global_to_generic(address));
+}
 
 inline void check_cuda(cudaError_t error) {
   if (error != cudaSuccess)

@@ -21,6 +21,7 @@
 #include <cstdlib>
 #include <fstream>
 #include <iostream>
+#include <iterator>
 #include <new>
 #include <numeric>
 #include <sstream>
@@ -173,7 +174,7 @@ void run_window(const Dcnv4Params& p, const DeviceLimits& limits, int alignment,
                               OffsetNumbers<T>{packed.data(), are_float}, output.data());
   file.seekp(0, std::ios::end);
   output.write(file);
-  std::cout << "[" << to_json(plan) << ", " << emulator::take_counts(kPhases, 10) << "]\n";
+  std::cout << "[" << to_json(plan) << ", " << emulator::take_counts(kPhases, std::size(kPhases)) << "]\n";
 }
 
 // The backward kernels on tensor cores; scratch memory holds NaN before.
@@ -205,7 +206,7 @@ void run_window_backward(const Dcnv4Params& p, const DeviceLimits& limits, int a
   grad_value.write(file);
   grad_packed.write(file);
   std::cout << "[" << to_json(plan.offset_mask) << ", " << to_json(plan.value) << ", "
-            << emulator::take_counts(kPhases, 10) << ", "
+            << emulator::take_counts(kPhases, std::size(kPhases)) << ", "
             << std::accumulate(counts.data() + 1, counts.data() + 1 + lists, uint64_t(0)) << ", "
             << counts.data()[0] << "]\n";
 }
