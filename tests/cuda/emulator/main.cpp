@@ -174,7 +174,8 @@ void run_window(const Dcnv4Params& p, const DeviceLimits& limits, int alignment,
                               OffsetNumbers<T>{packed.data(), are_float}, output.data());
   file.seekp(0, std::ios::end);
   output.write(file);
-  std::cout << "[" << to_json(plan) << ", " << emulator::take_counts(kPhases, std::size(kPhases)) << "]\n";
+  std::cout << "[" << to_json(plan) << ", "
+            << emulator::take_counts(kPhases, std::size(kPhases)) << "]\n";
 }
 
 // The backward kernels on tensor cores; scratch memory holds NaN before.
