@@ -150,23 +150,28 @@ void fill_mirrored_tile(int32_t offset_bytes, WindowPlan& plan) {
 
 // What a block costs, in warp instructions for one group of each of its slice's pixels, as counted
 // for D = 32. A tile of output pixels: rows of 32, and the copying of its cells. A tile of input
-// pixels: its threads add up weights for the output pixels around it, as often as it takes all of
-// them, before a warp multiplies for each 4x4 input pixels.
+// pixels: its threads add up weights for the output pixels around it, before a warp multiplies for
+// each 4x4 input pixels. Warps that have no more pixels wait for those that have: half as bad as
+// working, since other blocks run meanwhile.
 double block_cost(const WindowPlan& plan) {
   const double pixels = double(plan.tile_h) * plan.tile_w;
   if (!plan.is_mirrored) return 4.0 * pixels + cells_of(plan);
-  const double rounds = double(divide_up(cells_of(plan), plan.threads));
-  return 340.0 * rounds * plan.threads / kWarp + 370.0 * plan.threads / kWarp;
+  const double warps = double(plan.threads) / kWarp;
+  const double rounds = double(divide_up(cells_of(plan), kWarp));
+  const double longest = double(divide_up(cells_of(plan), plan.threads));
+  return 340.0 * 0.5 * (rounds + longest * warps) + 370.0 * warps;
 }
 
 // Blocks that a multiprocessor holds at a time: by shared memory, of which each block takes 1 KB
-// more and all of them as much as one may opt in to and 1 KB, and by the registers of 16 warps, or of
-// 24 in the kernel for value that has a small stencil.
-int64_t blocks_per_multiprocessor(const DeviceLimits& limits, const WindowPlan& plan) {
+// more and all of them as much as one may opt in to and 1 KB, and by the registers of 16 warps, or
+// of 24 in the kernels for value that have a small stencil and groups of less than 64 channels.
+int64_t blocks_per_multiprocessor(const Dcnv4Params& p, const DeviceLimits& limits,
+                                  const WindowPlan& plan) {
   constexpr int64_t kReserved = 1024;
   const int64_t by_memory =
       (limits.most_shared_bytes + kReserved) / (plan.shared_bytes + kReserved);
-  const int64_t warps = plan.is_mirrored && plan.reach == 2 ? 24 : 16;
+  const int64_t warps =
+      plan.is_mirrored && plan.reach == 2 && p.group_channels < kWindowSliceChannels ? 24 : 16;
   return std::max<int64_t>(1, std::min(by_memory, warps * kWarp / plan.threads));
 }
 
@@ -187,7 +192,7 @@ WindowPlan choose_tile(const Dcnv4Params& p, const DeviceLimits& limits, int32_t
     if (!fill_grid(p, limits, plan)) continue;
     // Waves of as many blocks as the device holds; the rest takes as long as its blocks'
     // instructions, and at least as long as eight warps that hide each other's waiting.
-    const int64_t held = blocks_per_multiprocessor(limits, plan);
+    const int64_t held = blocks_per_multiprocessor(p, limits, plan);
     const int64_t blocks = p.batch * plan.blocks_per_image();
     const int64_t waves = blocks / (held * limits.multiprocessors);
     const int64_t left = blocks - waves * held * limits.multiprocessors;
@@ -243,12 +248,10 @@ WindowBackwardPlan make_window_backward_plan(const Dcnv4Params& p, const LaunchR
   plan.offset_mask = make_window_plan(p, request, limits);
   plan.value = choose_tile(p, limits, plan.offset_mask.reach, true,
                            [&](WindowPlan& of) { fill_mirrored_tile(offset_bytes, of); });
-  if (plan.value.reach == 0) plan.offset_mask.reach = 0;
-  // as many blocks as the device holds: how much is left over is known on the device alone
-  const int64_t rows_per_block = kMaxThreads / std::max<int64_t>(1, p.group_channels / 8);
-  const int64_t rows = p.batch * p.queries() * p.groups;
-  plan.rest_blocks = std::max<int64_t>(1, std::min(divide_up(rows, rows_per_block),
-                                                   8 * int64_t(limits.multiprocessors)));
+  // lists of far taps number them within an image
+  if (plan.value.reach == 0 || p.queries() * kTapsPerPass >= kLargest)
+    plan.value.reach = plan.offset_mask.reach = 0;
+  plan.rest_blocks = std::min<int64_t>(8 * limits.multiprocessors, limits.blocks_per_launch);
   return plan;
 }
 

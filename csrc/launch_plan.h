@@ -112,6 +112,18 @@ inline StencilPitch stencil_pitch(int32_t pixels, int32_t reach) {
   return {4 * column, 4 * line, (4 * side * line + 15) / 16 * 16};
 }
 
+// Lists of the taps whose samples are out of reach (cuda/window/far_lists.cuh): one for each group
+// of each block of input pixels, with room for as many words as the block has numbers of value.
+constexpr int64_t window_blocks(int64_t pixels) {
+  return (pixels + kWindowBlock - 1) / kWindowBlock;
+}
+inline int64_t window_lists(const Dcnv4Params& p) {
+  return p.batch * window_blocks(p.height) * window_blocks(p.width) * p.groups;
+}
+inline int64_t window_list_room(const Dcnv4Params& p) {
+  return kWindowBlock * kWindowBlock * p.group_channels;
+}
+
 // Bytes of the chunks of 16 that hold the numbers of `groups` groups of a pixel in offset_mask,
 // wherever they begin; an odd number of chunks, so that few pixels share a bank.
 constexpr int32_t window_numbers_pitch(int32_t groups, int32_t offset_bytes) {
@@ -123,7 +135,7 @@ constexpr int32_t window_numbers_pitch(int32_t groups, int32_t offset_bytes) {
 // of value, cut into tiles of input pixels. Both reaches are the same, or 0.
 struct WindowBackwardPlan {
   WindowPlan offset_mask, value;
-  int64_t rest_blocks; // of the kernel for what the two leave over
+  int64_t rest_blocks; // of the kernels for what the two leave over, which loop
 };
 WindowBackwardPlan make_window_backward_plan(const Dcnv4Params& p, const LaunchRequest& request,
                                              int32_t offset_bytes, const DeviceLimits& limits);

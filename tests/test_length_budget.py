@@ -35,7 +35,6 @@ ALLOWED = {
 ALLOWED_CPP = {
     ('dcnv4_backward.cuh', 'dcnv4_backward_kernel'):
         'the steps are functions; what is left is their order and the registers they share',
-    ('dcnv4_window_grad_rest.cuh', 'dcnv4_window_grad_rest_kernel'): 'the same',
     ('dcnv4_window_grad_value.cuh', 'dcnv4_window_grad_value_kernel'): 'the same',
 }
 

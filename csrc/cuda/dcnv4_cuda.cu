@@ -227,13 +227,11 @@ at::Tensor try_window_backward(const Dcnv4Params& p, const at::Tensor& grad_outp
                                   int32_t(offset_mask.element_size()), current_device_limits());
     if (!fast_choice().is_on(plan.value.reach != 0)) return {};
     at::Tensor grad_value = at::empty(value.sizes(), value.options());
-    const at::Tensor sum = at::empty(value.sizes(), value.options().dtype(at::kFloat));
-    const auto counts = value.options().dtype(at::kLong);
-    const at::Tensor rest = at::empty({p.batch, p.queries(), p.groups}, counts);
-    const at::Tensor rest_count = at::zeros({1}, counts);
-    const WindowScratch scratch{static_cast<float*>(sum.mutable_data_ptr()),
-                                static_cast<uint64_t*>(rest.mutable_data_ptr()),
-                                static_cast<uint64_t*>(rest_count.mutable_data_ptr())};
+    const auto words = value.options().dtype(at::kInt);
+    const at::Tensor counts = at::zeros({1 + window_lists(p)}, words);
+    const at::Tensor entries = at::empty({window_lists(p), window_list_room(p)}, words);
+    const WindowScratch scratch{static_cast<uint32_t*>(counts.mutable_data_ptr()),
+                                static_cast<uint32_t*>(entries.mutable_data_ptr())};
     if (launch_dcnv4_window_backward(p, plan, stream,
                                      static_cast<const T*>(grad_output.const_data_ptr()),
                                      static_cast<const T*>(value.const_data_ptr()),

@@ -59,10 +59,8 @@ MMDCNV4_DEVICE void reduce_add(uint64_t* to, uint64_t a) {
   asm volatile("red.global.add.u64 [%0], %1;" ::"l"(to), "l"(a));
 }
 
-// Adds to a counter; returns what it was.
-MMDCNV4_DEVICE uint64_t fetch_add(uint64_t* counter, uint64_t a) {
-  return atomicAdd(reinterpret_cast<unsigned long long*>(counter), a);
-}
+// Adds to global memory; returns what was there before.
+MMDCNV4_DEVICE uint32_t fetch_add(uint32_t* to, uint32_t number) { return atomicAdd(to, number); }
 
 MMDCNV4_DEVICE int64_t round_to_integer(double number) { return __double2ll_rn(number); }
 

@@ -41,9 +41,8 @@ void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream 
 
 // Memory that launch_dcnv4_window_backward() works with.
 struct WindowScratch {
-  float* sum;         // [N, H, W, G, D], aligned to 16 bytes, of any content
-  uint64_t* rest;       // [N * Ho * Wo * G], of any content; see LeftOver in window_taps.cuh
-  uint64_t* rest_count; // one number, zero
+  uint32_t* counts;  // 1 + window_lists(), zeros
+  uint32_t* entries; // window_lists() * window_list_room(), aligned to 16 bytes, of any content
 };
 
 // The same on tensor cores, as launch_dcnv4_window_forward().

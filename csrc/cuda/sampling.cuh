@@ -86,19 +86,31 @@ struct Sample {
   T mask;
 };
 
-// Tap k of a row: where it samples the image, and with which mask. kMaybeSoftmax: `rule` holds
-// where a.softmax is set; else that is known to be false.
+template <typename T>
+struct Position {
+  T x, y;
+};
+
+// Where tap k of a row samples the image.
+template <typename T>
+MMDCNV4_DEVICE Position<T> position_of_tap(const KernelArguments<T>& a, const Row& row,
+                                           const TapNumbers<T>& tap, int32_t k) {
+  uint32_t j = uint32_t(k + int32_t(k >= a.removed_tap)); // taps go column by column
+  const uint32_t i = a.kernel_h.split(j);
+  return {T(row.x) * a.stride_x + a.origin_x +
+              (T(int32_t(i)) * a.dilation_x - a.center_x + tap.dx) * a.scale,
+          T(row.y) * a.stride_y + a.origin_y +
+              (T(int32_t(j)) * a.dilation_y - a.center_y + tap.dy) * a.scale};
+}
+
+// The same, and with which mask. kMaybeSoftmax: `rule` holds where a.softmax is set; else that is
+// known to be false.
 template <bool kMaybeSoftmax, typename T>
 MMDCNV4_DEVICE Sample<T> make_sample(const KernelArguments<T>& a, const Row& row,
                                      const MaskRule<T>& rule, const TapNumbers<T>& tap,
                                      int32_t k) {
-  uint32_t j = uint32_t(k + int32_t(k >= a.removed_tap)); // taps go column by column
-  const uint32_t i = a.kernel_h.split(j);
-  const T x = T(row.x) * a.stride_x + a.origin_x +
-              (T(int32_t(i)) * a.dilation_x - a.center_x + tap.dx) * a.scale;
-  const T y = T(row.y) * a.stride_y + a.origin_y +
-              (T(int32_t(j)) * a.dilation_y - a.center_y + tap.dy) * a.scale;
-  return {make_bilinear(x, y, a.height, a.width),
+  const Position<T> at = position_of_tap(a, row, tap, k);
+  return {make_bilinear(at.x, at.y, a.height, a.width),
           kMaybeSoftmax && a.softmax ? rule(tap.mask) : tap.mask};
 }
 

@@ -241,9 +241,9 @@ def window_turns(body: str, kernel: Kernel) -> float:
     # units of 32 rows
     is_value = kernel.direction == 'window_grad_value'
     warps = 4 if depth == 64 and not is_value else 8
-    if 'HMMA' in body:
+    if 'HMMA' in body and 'STG' in body:
         return window_units(kernel)
-    if 'LDG.E.128' in body or is_value and 'STS' not in body:  # far taps; sums again
+    if is_value and 'STS' not in body or 'LDG.E.128' in body:  # far taps; sums again
         return 0
     if is_value and 'F2I' in body:  # output pixels, a thread each
         return -(-cells // (32 * warps))
@@ -255,11 +255,7 @@ def window_turns(body: str, kernel: Kernel) -> float:
     if 'LDGSTS' in body:  # cells; the forward kernel copies them in its first turn
         turns = window_units(kernel) if kernel.direction == 'window_forward' else 1
         return cells * 8 / (32 * warps) / body.count('LDGSTS') / turns
-    if not is_value:
-        return 1
-    side = 2 * reach + 1
-    stencil = side * side * (cells + 23) // 32 * 32 * 4  # about the bytes that are cleared
-    return stencil / (16 * 32 * warps) / body.count('STS')
+    return 1
 
 
 def window_units(kernel: Kernel) -> int:

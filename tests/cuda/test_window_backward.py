@@ -56,7 +56,7 @@ def test_geometries(emulator, tmp_path, reach, dtypes, depth):
     inputs, grad_output = make_call((1, 5, 9, 3, depth), HALVES[dtypes], geometry)
     _, run = check(emulator, tmp_path, inputs, grad_output, groups=3, **geometry)
     assert run.offset_mask_plan['reach'] == run.value_plan['reach'] == reach
-    assert bool(run.left_over) == (reach == 2)  # samples lie up to three pixels away
+    assert bool(run.listed) == (reach == 2)  # samples lie up to three pixels away
 
 
 @pytest.mark.parametrize(('size', 'dtypes'), zip(SIZES, 4 * ('f16', 'bf16-f32')),
@@ -85,7 +85,7 @@ def test_several_launches(emulator, tmp_path):
     _, run = check(emulator, tmp_path, inputs, grad_output, groups=2,
                    device=(132, 48 * 1024, 227 * 1024, 2), **GEOMETRIES['3x3'])
     assert run.offset_mask_plan['images_per_launch'] == run.value_plan['images_per_launch'] == 2
-    assert run.left_over
+    assert run.listed
 
 
 @pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
@@ -97,10 +97,65 @@ def test_nothing_left_over(emulator, tmp_path, dtypes):
     for order in ORDERS:
         actual, run = check(emulator, tmp_path, inputs, grad_output, groups=3, order=order,
                             **GEOMETRIES['3x3'])
-        assert not run.left_over
+        assert not run.listed
         results.append(actual)
     for other in results[1:]:
         assert all(map(torch.equal, other, results[0]))
+
+
+@pytest.mark.parametrize('name', ['3x3', '3x3-ring'])
+def test_offsets_of_zero(emulator, tmp_path, name):
+    """Taps exactly on line or column -1 are in reach and count for nothing: none is left over."""
+    inputs, grad_output = make_call((1, 6, 9, 3, 32), HALVES['f16'], GEOMETRIES[name])
+    points = make_geometry(groups=3, **GEOMETRIES[name]).points
+    used = inputs.offset_mask[..., :9 * points].unflatten(-1, (3, 3 * points))
+    used[..., :2 * points] = 0
+    _, run = check(emulator, tmp_path, inputs, grad_output, groups=3, **GEOMETRIES[name])
+    assert (run.listed, run.has_full) == (0, 0)
+
+
+def sampled_blocks(offsets, height, width):
+    """Of each tap: how many blocks of 4x4 pixels it samples if it is out of reach, else 0."""
+    tap = torch.arange(9)
+    pixels = (torch.arange(width).view(1, -1, 1, 1), torch.arange(height).view(-1, 1, 1, 1))
+    blocks, is_near, is_inside = 1, True, True
+    for axis, (pixel, size, rest) in enumerate(
+            zip(pixels, (width, height), (tap // 3 - 1, tap % 3 - 1))):
+        move = rest + offsets[0, ..., axis].double()
+        is_near = is_near & (move >= -2) & (move < 2)
+        at = pixel + move
+        is_inside = is_inside & (at > -1) & (at < size)
+        first = at.floor().clamp(0, size - 1).long() // 4
+        last = (at.floor() + 1).clamp(0, size - 1).long() // 4
+        blocks = blocks * (1 + (first != last))
+    return torch.where(is_inside & ~is_near, blocks, 0)
+
+
+@pytest.mark.parametrize('spread', [0.5, 1.0, 4.0])
+def test_far_taps_are_listed(emulator, tmp_path, spread):
+    """Each far tap once in the list of each block that it samples, of whichever size."""
+    inputs, grad_output = make_call((1, 11, 14, 2, 32), HALVES['f16-f32'], GEOMETRIES['3x3'])
+    inputs = near_offsets(inputs, 2, spread)
+    _, run = check(emulator, tmp_path, inputs, grad_output, groups=2, **GEOMETRIES['3x3'])
+    offsets = inputs.offset_mask[..., :54].unflatten(-1, (2, 27))[..., :18].unflatten(-1, (9, 2))
+    assert run.listed == sampled_blocks(offsets, 11, 14).sum() > 0
+    assert not run.has_full
+
+
+@pytest.mark.parametrize('order', ORDERS)
+@pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
+def test_full_lists(emulator, tmp_path, dtypes, order):
+    """All taps of one group meet in a few cells, more than their lists hold; another group's lists
+    have room; NaN reaches what it should."""
+    inputs, grad_output = make_call((2, 10, 9, 3, 16), HALVES[dtypes], GEOMETRIES['3x3'])
+    used = inputs.offset_mask[..., :81].unflatten(-1, (3, 27))
+    tap = torch.arange(9)
+    meeting = used[..., 1, :18].unflatten(-1, (9, 2))  # a view
+    meeting[..., 0] = 6.25 - torch.arange(9).view(-1, 1) - (tap // 3 - 1)
+    meeting[..., 1] = 3.5 - torch.arange(10).view(-1, 1, 1) - (tap % 3 - 1)
+    _, run = check(emulator, tmp_path, inputs, grad_output, groups=3, order=order,
+                   **GEOMETRIES['3x3'])
+    assert run.has_full and run.listed > 2 * (810 - 200)
 
 
 @pytest.mark.hostile
@@ -111,7 +166,7 @@ def test_hostile_offsets(emulator, tmp_path, name, dtypes):
     inputs, grad_output = make_call((2, 5, 7, 3, 16), HALVES[dtypes], GEOMETRIES[name])
     inputs = hostile_offsets(inputs, make_geometry(groups=3, **GEOMETRIES[name]).points)
     _, run = check(emulator, tmp_path, inputs, grad_output, groups=3, **GEOMETRIES[name])
-    assert run.left_over
+    assert run.listed
 
 
 @pytest.mark.hostile
@@ -185,7 +240,7 @@ def test_order_of_threads(emulator, tmp_path, name, dtypes):
     results = [emulate_window_backward(emulator, tmp_path / order, inputs, grad_output,
                                        order=order, count=True, **options) for order in ORDERS]
     (grad_value, grad_packed), run = results[0]
-    assert run.left_over and grad_value.isnan().any() and not grad_value.isnan().all()
+    assert run.listed and grad_value.isnan().any() and not grad_value.isnan().all()
     for (other_value, other_packed), other_run in results[1:]:
         torch.testing.assert_close(other_packed, grad_packed, rtol=0, atol=0, equal_nan=True)
         eps = torch.finfo(grad_value.dtype).eps
@@ -215,8 +270,8 @@ def test_bank_conflicts(emulator, tmp_path):
     assert still['collect'] == (64, 64) and still['pixels'] == (32, 128)
     assert still['taps'] == (36, 36)  # nine taps, four cells
     # nine taps, four cells, read and written, by 15 lanes in 16: 240 output pixels for a tile of
-    # 128 input pixels; 24 KB of weights for it
-    assert still['scatter'] == (126, 126) and still['clear'] == (12.25, 48.5)
+    # 128 input pixels; 25 weights of each
+    assert still['scatter'] == (126, 126) and still['clear'] == (50, 50)
     # 12 of 16 lines of weights are in reach of either half of a block, two blocks
     assert still['weights'] == (48, 48)
     # 15 words for each row: two of 32 pixels share a bank; of 256, four

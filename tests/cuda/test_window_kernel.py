@@ -170,11 +170,38 @@ def test_bank_conflicts(emulator, tmp_path, dtype):
     assert still['scatter'] == (72, 72)
     moved = accesses_per_unit(emulator, tmp_path, 32, dtype, 0.5)
     assert moved['scatter'][0] == 72 and moved['scatter'][1] <= 150
-    for phase in ('clear', 'weights', 'pixels', 'collect'):
+    for phase in ('clear', 'weights', 'pixels', 'collect', 'finish'):
         assert moved[phase] == still[phase]
-    # rows with a far tap are read again, about one pass of them a unit; two may share a bank
-    accesses, wavefronts = moved['finish']
-    assert 8 < accesses <= 10.5 and 4 * accesses <= wavefronts <= 4.25 * accesses
+    # four far taps at a time are 16 cells of 64 bytes, there and back; most units have two of them
+    assert still['far'] == (0, 0) and 2 <= moved['far'][0] <= 6
+    assert moved['far'][1] == 4 * moved['far'][0]
+
+
+@pytest.mark.parametrize('dtype', [F16, BF16])
+@pytest.mark.parametrize('depth', [16, 32, 64])
+@pytest.mark.parametrize('far_rows', [8, 16])
+def test_many_far_taps(emulator, tmp_path, depth, dtype, far_rows):
+    """Rows whose taps are all far, beside rows with none: rounds of four, one tap of a row each.
+
+    Where they are more than a third of a unit, its rows are gathered instead.
+    """
+    groups = 64 // depth
+    geometry = dict(kernel_size=3, padding=1)
+    inputs, _ = make_call((1, 8, 8, groups, depth), (dtype, dtype), geometry)
+    packed = inputs.offset_mask[..., :27 * groups].unflatten(-1, (groups, 27))
+    packed[..., :18] = 0
+    x, y = torch.meshgrid(torch.arange(8), torch.arange(8), indexing='xy')
+    is_far = (x + y) % (32 // far_rows) == 0
+    # all nine taps of a pixel beyond its window, many of them still in the image
+    towards = torch.where(torch.stack((x, y), -1)[is_far] < 4, 1.0, -1.0).repeat(1, 9)
+    lengths = torch.randint(25, 30, (1, len(towards), groups, 18)) / 4
+    packed[:, is_far, :, :18] = (lengths * towards[:, None]).to(dtype)
+    _, plan, accesses = check(emulator, tmp_path, inputs, groups=groups, count=True, **geometry)
+    units = 64 * groups // 32
+    rounds = accesses['far']['instructions'] / (depth // 8)
+    assert plan['tile_h'] * plan['tile_w'] in (32, 64)
+    assert rounds == (units * far_rows * 9 / 4 if far_rows == 8 else 0)
+    assert accesses['finish']['instructions'] == units * depth // 4 * (1 if far_rows == 8 else 2)
 
 
 @pytest.mark.parametrize('depth', [16, 32, 64])
@@ -187,8 +214,8 @@ def test_no_conflicts_but_in_the_scatter(emulator, tmp_path, depth, scale):
     assert counts['weights'] == (cells, cells)
     assert counts['pixels'] == (cells * depth / 128, cells * depth / 32)
     assert counts['collect'] == (depth / 2, depth)
-    accesses, wavefronts = counts['finish']
-    assert depth <= 4 * accesses <= wavefronts <= 1.1 * 4 * accesses <= 2 * depth
+    assert counts['finish'] == (depth / 4, depth)
+    assert counts['far'][1] == 4 * counts['far'][0]
 
 
 def test_not_made_for(emulator, tmp_path):

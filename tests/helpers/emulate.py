@@ -21,7 +21,8 @@ class WindowRun(NamedTuple):
     offset_mask_plan: dict[str, int]
     value_plan: dict[str, int]
     accesses: dict[str, dict[str, int]]  # to shared memory, by phase
-    left_over: int  # rows some of whose taps were left over
+    listed: int  # far taps, in the lists of all blocks that they meet
+    has_full: int  # whether a list was full
 
 
 CODE = {F64: 0, F32: 1, F16: 2, BF16: 3}

@@ -9,8 +9,9 @@
 //             for all channels (dense_window.cuh: shapes, tiles, layouts)
 // Work split  block = a tile; warp = one unit at a time: lane = row while A is built, fragments
 //             while it is multiplied, teams of D / 8 lanes per row when the results are finished
-// Far taps    samples outside the window are noted, one bit per tap of a row, and added to the
-//             float32 result at the end, each gathered from global memory: any offset is exact
+// Far taps    samples outside the window are noted, one bit per tap of a row, and multiplied on as
+//             cells of their own (far_taps.cuh): any offset is as exact as one within the window.
+//             Units with very many of them are gathered tap by tap
 // NaN         A . V multiplies every cell of a window with every row, and 0 * NaN is NaN. A finite
 //             result proves that no such cell was there; results that are not finite are thrown
 //             away and the row's channels gathered tap by tap, as in dcnv4_forward.cuh. So NaN and
@@ -29,34 +30,43 @@
 
 #include "../dispatch.h"
 #include "../launch.h"
-#include "window_numbers.cuh"
+#include "far_taps.cuh"
 #include "window_taps.cuh"
 
 namespace mmdcnv4 {
 namespace cuda {
 
-// Adds the weights of a row to its column of A; returns the taps outside the window, as bits.
+constexpr uint32_t kNanBits = 0x7fffffffu; // of a float32
+
+// Adds the weights of a row to its column of A; returns the taps outside the window.
 template <typename Layout, int kReach>
-MMDCNV4_DEVICE uint32_t add_weights(const WindowArguments& a, uint32_t lane,
-                                    const RowNumbers& numbers, float factor, unsigned char* area) {
+MMDCNV4_DEVICE FarTaps add_weights(const WindowArguments& a, uint32_t lane,
+                                   const RowNumbers& numbers, float factor, unsigned char* area) {
   // where the row's pixel is in the window
   const float rest_x = float(lane % kBlockSide + kReach);
   const float rest_y = float(lane / kBlockSide % kBlockSide + kReach);
   const bool is_ring = a.call.points < kTaps;
-  constexpr float kLast = float(Layout::kSide - 1);
-  uint32_t far = 0;
+  constexpr uint32_t kLast = Layout::kSide - 1;
+  constexpr float kWhole = 8388608.0f;         // 2^23
+  constexpr uint32_t kWholeBits = 0x4b000000u; // its bits
+  FarTaps far{};
 #pragma unroll
   for (int k = 0; k < kTaps; ++k) {
     enter_step(SharedPhase::kScatter);
-    const Place moved = move_of_tap(a, k, numbers.offset[2 * k], numbers.offset[2 * k + 1]);
+    if (k == kTaps - 1 && is_ring) continue;
+    const float dx = numbers.offset[2 * k], dy = numbers.offset[2 * k + 1];
+    const Place moved = move_of_tap(a, k, dx, dy);
     const float x = rest_x + moved.x, y = rest_y + moved.y;
-    const bool is_near = (x >= 0) & (x < kLast) & (y >= 0) & (y < kLast); // not so for NaN
+    const float mask = numbers.mask[k] * factor;
+    // numbers from 2^23 on are whole: their last bits are the floor of what was added
+    const float column_up = __fadd_rd(x, kWhole), line_up = __fadd_rd(y, kWhole);
+    const uint32_t column = __float_as_uint(column_up) - kWholeBits;
+    const uint32_t line = __float_as_uint(line_up) - kWholeBits;
+    const bool is_near = (column < kLast) & (line < kLast); // not so below zero, nor for NaN
     if (!is_near) {
-      far |= 1u << k;
-    } else if (k < kTaps - 1 || !is_ring) {
-      const uint32_t column = uint32_t(x), line = uint32_t(y);
-      const float fx = x - float(column), fy = y - float(line);
-      const float mask = numbers.mask[k] * factor;
+      far = {far.bits | 1u << k, {dx, dy, mask}};
+    } else {
+      const float fx = x - (column_up - kWhole), fy = y - (line_up - kWhole);
       const CornerWeights<float> w = corner_weights(mask, 1.0f - fx, fx, 1.0f - fy, fy);
       const uint32_t cell = line * Layout::kSide + column;
       const float weight[4] = {w.w00, w.w01, w.w10, w.w11};
@@ -69,29 +79,17 @@ MMDCNV4_DEVICE uint32_t add_weights(const WindowArguments& a, uint32_t lane,
       for (int c = 0; c < 4; ++c) write_shared(area + at[c], sum[c]);
     }
   }
-  return far & ((1u << a.call.points) - 1u);
+  return far;
 }
 
-// Fragment of A: the weights of one matrix for 16 cells. With bfloat16 `low` is what rounding left.
-template <typename T>
-struct WeightFragment {
-  static constexpr bool kIsSplit = std::is_same<T, BFloat16>::value;
-  uint32_t high[4], low[kIsSplit ? 4 : 1];
-
-  // `upper` and `lower`: weights of cell 2t of rows g and g + 8 of the matrix
-  MMDCNV4_DEVICE void load(const unsigned char* upper, const unsigned char* lower) {
+// Sets one sum of each chunk that finish_row() looks at to NaN.
+template <int kChunks>
+MMDCNV4_DEVICE void spoil(float (&sum)[2][kChunks][4]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const unsigned char* from = (i % 2 ? lower : upper) + i / 2 * (8 * kWeightBytes);
-      const float even = read_shared<float>(from), odd = read_shared<float>(from + kWeightBytes);
-      high[i] = narrow_pair(even, odd, T());
-      if constexpr (kIsSplit) {
-        const float2 rounded = widen_pair(high[i], T());
-        low[i] = narrow_pair(even - rounded.x, odd - rounded.y, T());
-      }
-    }
-  }
-};
+  for (int m = 0; m < 2; ++m)
+#pragma unroll
+    for (int i = 0; i < kChunks; ++i) sum[m][i][0] = sum[m][i][2] = __uint_as_float(kNanBits);
+}
 
 // A . V of both matrices of a unit; sum[matrix][8 channels][fragment].
 template <typename T, int kDepth, int kReach>
@@ -138,24 +136,21 @@ MMDCNV4_DEVICE void multiply(const WindowArguments& a, uint32_t unit, uint32_t l
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           float(&to)[4] = sum[m][2 * pair + half];
-          multiply_add(to, weights.high, pixels[2 * half], pixels[2 * half + 1], T());
-          if constexpr (WeightFragment<T>::kIsSplit)
-            multiply_add(to, weights.low, pixels[2 * half], pixels[2 * half + 1], T());
+          weights.multiply(pixels[2 * half], pixels[2 * half + 1], to);
         }
       }
     }
   }
 }
 
-// sum += the taps of a row that are set in `taps`, for 8 channels from `image` on.
+// sum += all taps of a row, for 8 channels from `image` on.
 template <typename T>
 MMDCNV4_DEVICE void gather_taps(const WindowArguments& a, const Row& row,
                                 const OffsetNumbers<T>& packed, const T* __restrict__ image,
-                                uint32_t taps, float (&sum)[kChunkNumbers]) {
+                                float (&sum)[kChunkNumbers]) {
   using Io = VectorIo<T, kChunkNumbers>;
 #pragma unroll 1
-  for (; taps != 0; taps &= taps - 1) {
-    const int32_t k = __ffs(taps) - 1;
+  for (int32_t k = 0; k < a.call.points; ++k) {
     const Sample<float> sample = make_sample<false>(a.call, row, MaskRule<float>{},
                                                     packed.load_tap(k, a.call.points), k);
     if (!sample.bilinear.inside) continue;
@@ -179,14 +174,6 @@ MMDCNV4_DEVICE bool are_finite(const float (&n)[kChunkNumbers]) {
   return fabsf(sum) <= FLT_MAX;
 }
 
-// Pointers of one image.
-template <typename T>
-struct Image {
-  const T* value;          // [H, W, G, D]
-  OffsetNumbers<T> packed; // [Ho, Wo, P]
-  T* output;               // [Ho, Wo, G, D]
-};
-
 // Brings the sums from fragments to rows: 8 channels of a row per lane, a team per row.
 template <int kDepth, int kReach>
 MMDCNV4_DEVICE void collect(uint32_t lane, const float (&sum)[2][kDepth / 8][4],
@@ -194,92 +181,70 @@ MMDCNV4_DEVICE void collect(uint32_t lane, const float (&sum)[2][kDepth / 8][4],
   using Layout = DenseWindow<kDepth, kReach>;
   const uint32_t g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int m = 0; m < 2; ++m)
+  for (int i = 0; i < int(Layout::kTeam); ++i) {
+    unsigned char* to = area + Layout::result_at(g, 8 * i + 2 * t);
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+    for (int m = 0; m < 2; ++m)
 #pragma unroll
-      for (int i = 0; i < int(Layout::kTeam); ++i) {
+      for (int half = 0; half < 2; ++half) {
         enter_step(SharedPhase::kCollect);
-        write_shared(area + Layout::result_at(m * kMatrixRows + half * 8 + g, 8 * i + 2 * t),
+        write_shared(to + (m * kMatrixRows + half * 8) * Layout::kResultBytes,
                      make_float2(sum[m][i][2 * half], sum[m][i][2 * half + 1]));
       }
+  }
 }
 
-// The part of finish() that is one row of each team, number `index` of the unit. Rows with far taps,
-// or without finite sums, wait for kGather; returns whether this lane's waits for its sums.
+// The part of finish() that is one row of each team. Rows without finite sums wait for kGather;
+// returns whether this lane's does.
 template <bool kGather, typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE bool finish_row(const WindowArguments& a, const Tile& tile, uint32_t unit,
-                               uint32_t index, uint32_t lane, float inverse, uint32_t far,
-                               const Image<T>& image, const unsigned char* area) {
+                               uint32_t pass, uint32_t lane, float inverse, const Image<T>& image,
+                               const unsigned char* area) {
   using Layout = DenseWindow<kDepth, kReach>;
+  const uint32_t first = lane / Layout::kTeam, index = pass * (kWarp / Layout::kTeam) + first;
   const uint32_t column = lane % Layout::kTeam * kChunkNumbers;
-  const bool has_row = !kGather || index < kWarp;
-  if constexpr (kGather) index %= kWarp; // all lanes take part in the shuffles
   const Row row = Layout::locate_row(a, tile, unit, index);
-  uint32_t taps = __shfl_sync(kAllLanes, far, int(index));
   float factor = 1.0f;
   if constexpr (std::is_same<T, Half>::value)
     factor = __shfl_sync(kAllLanes, inverse, int(index));
   enter_step(SharedPhase::kFinish);
-  const float4 low = read_shared<float4>(area + Layout::result_at(index, column));
-  const float4 high = read_shared<float4>(area + Layout::result_at(index, column + 4));
+  const unsigned char* from = area + pass * (kWarp / Layout::kTeam) * Layout::kResultBytes;
+  const float4 low = read_shared<float4>(from + Layout::result_at(first, column));
+  const float4 high = read_shared<float4>(from + Layout::result_at(first, column + 4));
   float number[kChunkNumbers] = {low.x,  low.y,  low.z,  low.w,
                                  high.x, high.y, high.z, high.w};
-  const bool is_good = are_finite(number);
-  if (!has_row || !row.is_valid || (is_good && taps == 0) == kGather)
-    return row.is_valid && !is_good;
+  if (!row.is_valid || are_finite(number) == kGather) return row.is_valid && !kGather;
   const uint32_t pixel = pixel_of(a, row), channel = uint32_t(row.group) * kDepth + column;
 #pragma unroll
-  for (int i = 0; i < int(kChunkNumbers); ++i) number[i] *= factor;
-  if constexpr (kGather) {
-    if (!is_good) {
-      taps = (1u << a.call.points) - 1u;
-#pragma unroll
-      for (int i = 0; i < int(kChunkNumbers); ++i) number[i] = 0;
-    }
-    gather_taps(a, row,
-                image.packed.from(int64_t(uint64_t(pixel) * a.packed_channels +
-                                          uint32_t(row.group) * uint32_t(3 * a.call.points))),
-                image.value + channel, taps, number);
-  }
-  VectorIo<T, kChunkNumbers>::store(
-      number, image.output + uint64_t(pixel) * a.call.channels + channel);
+  for (int i = 0; i < int(kChunkNumbers); ++i) number[i] = kGather ? 0 : number[i] * factor;
+  if constexpr (kGather)
+    gather_taps(a, row, numbers_of(a, row, image), image.value + channel, number);
+  const uint32_t pitch = uint32_t(a.call.channels) * uint32_t(sizeof(T));
+  char* to = reinterpret_cast<char*>(image.output + channel) + uint64_t(pixel) * pitch;
+  VectorIo<T, kChunkNumbers>::store(number, reinterpret_cast<T*>(to));
   return false;
 }
 
-// The row of a lane's team, if the rows set in `rows` are dealt out in order, one to a team; a warp's
-// number of rows where there is none left.
-template <int kTeam>
-MMDCNV4_DEVICE uint32_t deal_row(uint32_t rows, uint32_t lane) {
-#pragma unroll
-  for (uint32_t team = 1; team < kWarp / kTeam; ++team)
-    if (team <= lane / kTeam) rows &= rows - 1;
-  return rows != 0 ? uint32_t(__ffs(rows)) - 1 : kWarp;
-}
-
-// Undoes the scale of the rows, adds far taps and writes the outputs of a unit. Rows with far taps
-// are few and anywhere: they are dealt out to the teams, so that one pass takes many.
+// Undoes the scale of the rows and writes the outputs of a unit.
 template <typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE void finish(const WindowArguments& a, const Tile& tile, uint32_t unit, uint32_t lane,
-                           float inverse, uint32_t far, const Image<T>& image,
-                           const unsigned char* area) {
-  constexpr int kTeam = DenseWindow<kDepth, kReach>::kTeam;
-  constexpr uint32_t kTeams = kWarp / kTeam;
-  bool is_bad = false;
+                           float inverse, Image<T> image, const unsigned char* area) {
+  constexpr uint32_t kPasses = DenseWindow<kDepth, kReach>::kTeam;
+  image.output = forget(image.output); // else the compiler computes it anew for each pass
+  bool has_more = false;
 #pragma unroll
-  for (uint32_t first = 0; first < kWarp; first += kTeams)
-    is_bad |= finish_row<false, T, kDepth, kReach>(a, tile, unit, first + lane / kTeam, lane,
-                                                   inverse, far, image, area);
-  uint32_t rows = __ballot_sync(kAllLanes, far != 0); // a lane holds the far taps of its row
-  if (__any_sync(kAllLanes, is_bad)) rows = kAllLanes;
+  for (uint32_t pass = 0; pass < kPasses; ++pass)
+    has_more |=
+        finish_row<false, T, kDepth, kReach>(a, tile, unit, pass, lane, inverse, image, area);
+  if (!__any_sync(kAllLanes, has_more)) return;
 #pragma unroll 1
-  while (rows != 0) {
-    const uint32_t index = deal_row<kTeam>(rows, lane);
-    finish_row<true, T, kDepth, kReach>(a, tile, unit, index, lane, inverse, far, image, area);
-#pragma unroll
-    for (uint32_t i = 0; i < kTeams; ++i) rows &= rows - 1;
-  }
+  for (uint32_t pass = 0; pass < kPasses; ++pass)
+    finish_row<true, T, kDepth, kReach>(a, tile, unit, pass, lane, inverse, image, area);
 }
+
+// Of 288 taps of a unit. A round of four executes about 220 instructions, and the window 1400; with
+// more of them gathering all rows is cheaper, about 7000.
+constexpr uint32_t kManyFarTaps = 96;
 
 template <typename T, int kDepth, int kReach>
 __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
@@ -324,7 +289,13 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
     }
     const Scale scale = scale_of_row<T>(numbers, points);
     __syncwarp();
-    const uint32_t far = add_weights<Layout, kReach>(a, lane, numbers, scale.factor, area);
+    FarTaps far = add_weights<Layout, kReach>(a, lane, numbers, scale.factor, area);
+    // what was read as the numbers of a group that does not exist may be anything
+    if (first_group + lane / Numbers::kPixels >= uint32_t(a.call.groups)) far.bits = 0;
+    const bool has_many = __reduce_add_sync(kAllLanes, uint32_t(__popc(far.bits))) > kManyFarTaps;
+    uint32_t waiting = has_many ? 0 : __ballot_sync(kAllLanes, far.bits != 0);
+    FarRound<T, kDepth, kReach> round;
+    if (waiting != 0) round.fetch(a, tile, unit, lane, waiting, scale.factor, image, far);
     if (unit == warp) {
       wait_copies<0>();
       __syncthreads();
@@ -332,10 +303,17 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
     __syncwarp();
     float sum[2][kDepth / 8][4] = {};
     multiply<T, kDepth, kReach>(a, unit, lane, area, cells, sum);
+    if (has_many) spoil(sum); // finish() gathers the rows
     __syncwarp();
+#pragma unroll 1
+    while (waiting != 0) {
+      round.multiply(lane, area, sum);
+      waiting = __ballot_sync(kAllLanes, far.bits != 0);
+      if (waiting != 0) round.fetch(a, tile, unit, lane, waiting, scale.factor, image, far);
+    }
     collect<kDepth, kReach>(lane, sum, area);
     __syncwarp();
-    finish<T, kDepth, kReach>(a, tile, unit, lane, scale.inverse, far, image, area);
+    finish<T, kDepth, kReach>(a, tile, unit, lane, scale.inverse, image, area);
     __syncwarp();
   }
 #endif

@@ -11,9 +11,10 @@
 //             (dense_window.cuh); then each tap of a row reads its four. Nothing is summed over
 //             channels by shuffles any more
 // Work split  as dcnv4_window_forward.cuh; lane = row while taps are read
-// Left over   taps whose cells are not all in reach, or whose gradients are not finite (a product
-//             with a cell outside the image may be 0 * NaN): their rows go to the list `rest`, for
-//             dcnv4_window_grad_rest.cuh, which writes their gradients
+// Left over   taps whose cells are not all in reach ("far"), or whose gradients are not finite (a
+//             product with a cell outside the image may be 0 * NaN). The warp collects those of its
+//             unit, and teams of D / 8 lanes take them, gathering like dcnv4_backward.cuh; what a
+//             far tap adds to value goes into lists, for dcnv4_window_grad_value.cuh
 // Memory      results go through shared memory and are written once, the padding included
 // Numerics    products of 16-bit numbers are exact, sums in float32; bitwise repeatable
 // Source      arXiv:2401.06197, section 3, differentiated by hand
@@ -21,25 +22,25 @@
 
 #include <cfloat>
 
+#include "../dcnv4_backward.cuh"
 #include "window_numbers.cuh"
 #include "window_taps.cuh"
 
 namespace mmdcnv4 {
 namespace cuda {
 
-// Y . V^T of both matrices of a unit, in float32, to the places of the weights of the forward
-// kernel. grad_output is that of the image.
+// Fragments of Y, of both matrices of a unit. grad_output is that of the image.
+template <int kDepth>
+using GradFragments = uint32_t[2][kDepth / 16][4];
+
 template <typename T, int kDepth, int kReach>
-MMDCNV4_DEVICE void dot_cells(const WindowArguments& a, const Tile& tile, uint32_t unit,
-                              uint32_t lane, const T* __restrict__ grad_output,
-                              const unsigned char* cells, unsigned char* area) {
+MMDCNV4_DEVICE void load_grads(const WindowArguments& a, const Tile& tile, uint32_t unit,
+                               uint32_t lane, const T* __restrict__ grad_output,
+                               GradFragments<kDepth>& grads) {
   using Layout = DenseWindow<kDepth, kReach>;
-  constexpr int kTeam = Layout::kTeam, kLoads = kTeam / 2; // of four 8x8 matrices per 16 cells
   const uint32_t g = lane / 4, t = lane % 4;
-  const uint32_t period_bytes = Layout::kPeriodLines * a.cells_w * kCellBytes;
 #pragma unroll
-  for (int m = 0; m < 2; ++m) {
-    uint32_t grads[kDepth / 16][4]; // fragments of Y
+  for (int m = 0; m < 2; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Row row = Layout::locate_row(a, tile, unit, m * kMatrixRows + half * 8 + g);
@@ -47,9 +48,23 @@ MMDCNV4_DEVICE void dot_cells(const WindowArguments& a, const Tile& tile, uint32
                       uint64_t(row.is_valid ? pixel_of(a, row) : 0) * a.call.channels +
                       (row.is_valid ? uint32_t(row.group) * kDepth : 0) + 2 * t;
 #pragma unroll
-      for (int i = 0; i < kTeam; ++i)
-        grads[i / 2][half + i % 2 * 2] = row.is_valid ? VectorIo<T, 2>::load(from + 8 * i) : 0;
+      for (int i = 0; i < int(Layout::kTeam); ++i)
+        grads[m][i / 2][half + i % 2 * 2] = row.is_valid ? VectorIo<T, 2>::load(from + 8 * i) : 0;
     }
+}
+
+// Y . V^T of both matrices of a unit, in float32, to the places of the weights of the forward
+// kernel.
+template <typename T, int kDepth, int kReach>
+MMDCNV4_DEVICE void dot_cells(const WindowArguments& a, uint32_t unit, uint32_t lane,
+                              const GradFragments<kDepth>& grads, const unsigned char* cells,
+                              unsigned char* area) {
+  using Layout = DenseWindow<kDepth, kReach>;
+  constexpr int kTeam = Layout::kTeam, kLoads = kTeam / 2; // of four 8x8 matrices per 16 cells
+  const uint32_t g = lane / 4, t = lane % 4;
+  const uint32_t period_bytes = Layout::kPeriodLines * a.cells_w * kCellBytes;
+#pragma unroll
+  for (int m = 0; m < 2; ++m) {
     const typename Layout::Matrix matrix = Layout::locate_matrix(a, 2 * unit + m);
     const unsigned char* cells_at[Layout::kPeriod][kLoads]; // lane's row for ldmatrix
 #pragma unroll
@@ -75,7 +90,7 @@ MMDCNV4_DEVICE void dot_cells(const WindowArguments& a, const Tile& tile, uint32
                       pixels);
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) // 16 channels
-          multiply_add(dot[(4 * j + 2 * pair) / kTeam], grads[(4 * j + 2 * pair) % kTeam / 2],
+          multiply_add(dot[(4 * j + 2 * pair) / kTeam], grads[m][(4 * j + 2 * pair) % kTeam / 2],
                        pixels[2 * pair], pixels[2 * pair + 1], T());
       }
       enter_step(SharedPhase::kCollect);
@@ -187,18 +202,124 @@ MMDCNV4_DEVICE void write_unit(const WindowArguments& a, const Tile& tile, uint3
   }
 }
 
-// The gradients of a unit's rows, in their own type, by way of its area.
-template <typename Offset, int kDepth, int kReach>
-MMDCNV4_DEVICE void write_gradients(const WindowArguments& a, const Tile& tile, uint32_t unit,
-                                    uint32_t lane, const RowGradients& grad, unsigned char* area,
-                                    unsigned char* grad_packed) {
+// Where the gradients of rows lie in the area, until they are written.
+template <typename T, int kDepth, int kReach>
+struct UnitGradients {
   using Layout = DenseWindow<kDepth, kReach>;
+  template <typename Offset>
   using Numbers = NumbersLayout<Offset, (Layout::kGroups > 1 ? 2 : 1)>;
-  const uint32_t first_group = tile.first_group + Layout::locate_matrix(a, 2 * unit).group;
-  write_row<Offset>(grad, a.call.points, area + Numbers::place(a, first_group, lane));
-  __syncwarp();
-  write_unit<Offset, kDepth, kReach>(a, tile, unit, lane, area,
-                                     reinterpret_cast<Offset*>(grad_packed));
+  static constexpr uint32_t kPairBytes = 2; // of a tap that is left over, see collect()
+  static constexpr uint32_t kPairsAt = Layout::kAreaBytes - kPairBytes * kWarp * kTaps;
+  static_assert(Numbers<float>::kBytes <= kPairsAt, "the left-over taps lie behind the gradients");
+
+  const WindowArguments& a;
+  uint32_t first_group;
+  bool are_wider;
+  unsigned char* area;
+
+  MMDCNV4_DEVICE void put_row(uint32_t lane, const RowGradients& grad) const {
+    if (are_wider) {
+      write_row<float>(grad, a.call.points, area + Numbers<float>::place(a, first_group, lane));
+    } else {
+      write_row<T>(grad, a.call.points, area + Numbers<T>::place(a, first_group, lane));
+    }
+  }
+  // Those of tap k, in place of what was there.
+  MMDCNV4_DEVICE void put_tap(uint32_t row, int32_t k, float x, float y, float mask) const {
+    if (are_wider) {
+      put<float>(row, k, x, y, mask);
+    } else {
+      put<T>(row, k, x, y, mask);
+    }
+  }
+  MMDCNV4_DEVICE void write(const Tile& tile, uint32_t unit, uint32_t lane,
+                            unsigned char* grad_packed) const {
+    if (are_wider) {
+      write_unit<float, kDepth, kReach>(a, tile, unit, lane, area,
+                                        reinterpret_cast<float*>(grad_packed));
+    } else {
+      write_unit<T, kDepth, kReach>(a, tile, unit, lane, area, reinterpret_cast<T*>(grad_packed));
+    }
+  }
+
+  // Collects the taps that the lanes' rows have left over, as row + 32 * tap; returns how many.
+  MMDCNV4_DEVICE uint32_t collect(uint32_t lane, uint32_t taps) const {
+    const uint32_t own = uint32_t(__popc(taps));
+    uint32_t end = own; // of the lanes up to this one
+#pragma unroll
+    for (uint32_t step = 1; step < uint32_t(kWarp); step *= 2) {
+      const uint32_t before = __shfl_sync(kAllLanes, end, int(lane - step));
+      end += lane >= step ? before : 0;
+    }
+    unsigned char* to = area + kPairsAt + (end - own) * kPairBytes;
+    enter_step(SharedPhase::kFar);
+#pragma unroll 1
+    for (; taps != 0; taps &= taps - 1, to += kPairBytes)
+      write_shared(to, uint16_t(lane | uint32_t(__ffs(taps) - 1) * kWarp));
+    return __shfl_sync(kAllLanes, end, kWarp - 1);
+  }
+  MMDCNV4_DEVICE uint32_t collected(uint32_t index) const {
+    enter_step(SharedPhase::kFar);
+    return read_shared<uint16_t>(area + kPairsAt + index * kPairBytes);
+  }
+
+ private:
+  template <typename Offset>
+  MMDCNV4_DEVICE void put(uint32_t row, int32_t k, float x, float y, float mask) const {
+    enter_step(SharedPhase::kFar);
+    unsigned char* to = area + Numbers<Offset>::place(a, first_group, row);
+    write_number<Offset>(to + 2 * k * int32_t(sizeof(Offset)), x);
+    write_number<Offset>(to + (2 * k + 1) * int32_t(sizeof(Offset)), y);
+    write_number<Offset>(to + (2 * a.call.points + k) * int32_t(sizeof(Offset)), mask);
+  }
+};
+
+// The gradients of the taps that are left over, and their place in the lists. grad_output, value
+// and packed are those of the tile's image.
+template <typename T, int kDepth, int kReach>
+MMDCNV4_DEVICE void take_left_over(const WindowArguments& a, const Tile& tile, uint32_t unit,
+                                   uint32_t lane, uint32_t count,
+                                   const T* __restrict__ grad_output, const T* __restrict__ value,
+                                   const OffsetNumbers<T>& packed, const FarLists& lists,
+                                   const UnitGradients<T, kDepth, kReach>& gradients) {
+  using Layout = DenseWindow<kDepth, kReach>;
+  constexpr int kVec = kChunkNumbers, kTeam = Layout::kTeam;
+#pragma unroll 1
+  for (uint32_t first = 0; first < count; first += kWarp / kTeam) {
+    const uint32_t index = first + lane / kTeam;
+    const bool has_tap = index < count;
+    const uint32_t pair = gradients.collected(has_tap ? index : 0);
+    const Row row = Layout::locate_row(a, tile, unit, pair % kWarp);
+    const uint32_t pixel = pixel_of(a, row), group = uint32_t(row.group);
+    const int32_t k = int32_t(pair / kWarp);
+    const OffsetNumbers<T> numbers =
+        packed.from(int64_t(uint64_t(pixel) * a.packed_channels) +
+                    int32_t(group) * 3 * a.call.points);
+    const TapNumbers<float> tap = numbers.load_tap(k, a.call.points);
+    const Sample<float> sample = make_sample<false>(a.call, row, MaskRule<float>{}, tap, k);
+    const uint32_t bits = has_tap ? corner_bits(sample.bilinear) : 0;
+    const Channels<T, FloatSum<float>> channels{
+        grad_output, value, {nullptr}, int64_t(uint64_t(pixel) * a.call.channels + group * kDepth),
+        int64_t(group * kDepth), a.call.channels, int32_t(lane % kTeam) * kVec, kDepth, kDepth};
+    float grad[kVec], dot[4] = {};
+    VectorIo<T, kVec>::widen(
+        VectorIo<T, kVec>::load(grad_output + channels.row + channels.begin), grad);
+    if (bits != 0) {
+      gather_tap(false, channels, corner_pixels(a.call, sample.bilinear), Four<float>{}, bits, grad,
+                 dot);
+      const Place move = move_of_tap(a, k, tap.dx, tap.dy);
+      if (!is_near(move, edge_of_image(row.x + a.shift_x, row.y + a.shift_y), kReach))
+        list_tap<kTeam>(lists, tile.image, group, sample.bilinear, pixel * kTaps + uint32_t(k),
+                        lane % kTeam);
+    }
+    BilinearGrad<float> sum = bilinear_grad(dot[0], dot[1], dot[2], dot[3], sample.bilinear.fx,
+                                            sample.bilinear.fy);
+    sum = {team_sum(sum.mask, kTeam), team_sum(sum.x, kTeam), team_sum(sum.y, kTeam)};
+    const float scale = a.call.scale * sample.mask;
+    if (has_tap && lane % kTeam == 0)
+      gradients.put_tap(pair % kWarp, k, bits ? scale * sum.x : 0.0f, bits ? scale * sum.y : 0.0f,
+                        sum.mask);
+  }
 }
 
 template <typename T, int kDepth, int kReach>
@@ -209,9 +330,7 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
                                     const T* __restrict__ value,       // [N, H, W, G, D]
                                     const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
                                     const OffsetGradients<T> grad_offset_mask, // [N, Ho, Wo, P]
-                                    uint64_t first_row, // of the first image, in the call
-                                    uint64_t* __restrict__ rest,         // [N * Ho * Wo * G]
-                                    uint64_t* __restrict__ rest_count) { // added to
+                                    const FarLists lists) {
 #if MMDCNV4_HAS_TENSOR_CORES
   using Layout = DenseWindow<kDepth, kReach>;
   using Numbers = UnitNumbers<T, kDepth, kReach>;
@@ -223,13 +342,13 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
   const uint64_t out_pixels =
       uint64_t(tile.image) * uint32_t(a.call.out_height) * uint32_t(a.call.out_width);
   grad_output += out_pixels * a.call.channels;
+  value += in_pixels * a.call.channels;
   const int64_t first_number = int64_t(out_pixels * a.packed_channels);
   const OffsetNumbers<T> packed = offset_mask.from(first_number);
   const OffsetGradients<T> grad_packed = grad_offset_mask.from(first_number);
-  first_row += out_pixels * uint32_t(a.call.groups);
   unsigned char* area = shared + warp * Layout::kAreaBytes;
   unsigned char* cells = shared + warps * Layout::kAreaBytes;
-  copy_cells<kDepth, kReach>(a, tile, value + in_pixels * a.call.channels, cells);
+  copy_cells<kDepth, kReach>(a, tile, value, cells);
 #pragma unroll 1
   for (uint32_t unit = warp; unit < a.units; unit += warps) {
     // addresses kept from one unit to the next would fill the registers
@@ -238,23 +357,28 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
     const uint32_t first_group = tile.first_group + Layout::locate_matrix(a, 2 * unit).group;
     Numbers::copy_unit(a, tile, unit, lane, packed, area);
     commit_copies(); // the first time with the cells
+    GradFragments<kDepth> grads; // on their way at the same time
+    load_grads<T, kDepth, kReach>(a, tile, unit, lane, grad_output, grads);
     wait_copies<0>();
     if (unit == warp) __syncthreads();
     __syncwarp();
     const RowNumbers numbers = Numbers::load(a, lane, first_group, packed, area);
     __syncwarp();
-    dot_cells<T, kDepth, kReach>(a, tile, unit, lane, grad_output, cells, area);
+    dot_cells<T, kDepth, kReach>(a, unit, lane, grads, cells, area);
     __syncwarp();
     const RowGradients grad = read_taps<Layout, kReach>(a, lane, row, numbers, area);
-    const uint64_t number =
-        first_row + uint64_t(pixel_of(a, row)) * uint32_t(a.call.groups) + uint32_t(row.group);
-    LeftOver::append(lane, number, row.is_valid ? grad.rest : 0, rest, rest_count);
     __syncwarp();
-    if (packed.are_wider()) {
-      write_gradients<float, kDepth, kReach>(a, tile, unit, lane, grad, area, grad_packed.data);
-    } else {
-      write_gradients<T, kDepth, kReach>(a, tile, unit, lane, grad, area, grad_packed.data);
+    const UnitGradients<T, kDepth, kReach> gradients{a, first_group, packed.are_wider(), area};
+    gradients.put_row(lane, grad);
+    const uint32_t left_over = row.is_valid ? grad.rest : 0;
+    if (__any_sync(kAllLanes, left_over != 0)) {
+      const uint32_t count = gradients.collect(lane, left_over);
+      __syncwarp();
+      take_left_over<T, kDepth, kReach>(a, tile, unit, lane, count, grad_output, value, packed,
+                                        lists, gradients);
     }
+    __syncwarp();
+    gradients.write(tile, unit, lane, grad_packed.data);
     __syncwarp();
   }
 #endif

@@ -13,23 +13,35 @@
 // Work split  block = a tile of input pixels and the output pixels around it, group after group;
 //             thread = output pixel while weights are added up; warp = 4x4 input pixels while they
 //             are multiplied
+//
+//               tile and halo, reach 2            a pixel's stencil: the cells that it may sample
+//             o o o o o o o o o o o o             -2  . . . . .
+//             o o o o o o o o o o o o             -1  . . . . .     line: cell above or below it
+//             o o [ 4x4 ] [ 4x4 ] o o              0  . . o . .     column: left or right of it
+//             o o [ 4x4 ] [ 4x4 ] o o              1  . . . . .     a sample adds to 2x2 of them
+//             o o o o o o o o o o o o              2  . . . . .
+//             o o o o o o o o o o o o                -2 -1 0 1 2
+//             one line of [ 4x4 ] is four of pixels: a warp's cells, whose window of 8x8 pixels
+//             reaches two further on each side
+//
 // Layout      weights in float32 [line][column][output pixel], line and column from -reach to reach
 //             around the pixel (stencil_pitch()): a sample adds to four neighbouring planes at its
 //             thread's place, and only its thread does. Output pixels as the cells of
 //             dense_window.cuh
-// Left over   taps that are not near, see window_taps.cuh: dcnv4_window_grad_rest.cuh has summed
-//             them in float32, which is added here
+// Far taps    those that are not near, see window_taps.cuh, are in a list of their block
+//             (far_lists.cuh). They make another product, eight taps at a time, A^T [16 input
+//             pixels x 8 taps] . Y. Where a list is full, its sums are added in its place
 // NaN         A^T . Y multiplies every pixel of a window with every cell, and 0 * NaN is NaN. Sums
 //             that are not finite are thrown away and taken again over the pixels that sample the
 //             cell: places that no sample has added to hold -0.0, and no sum makes -0.0
 // Numerics    weights are rounded to TF32 (11 bits, the range of float32), grad_output is exact in
-//             it, sums in float32; bitwise repeatable
+//             it, sums in float32; bitwise repeatable, unless taps are far: lists have no order
 // Source      arXiv:2401.06197, section 3, differentiated by hand
 #pragma once
 
 #include <cfloat>
 
-#include "window_numbers.cuh"
+#include "listed_taps.cuh"
 #include "window_taps.cuh"
 
 namespace mmdcnv4 {
@@ -55,6 +67,18 @@ struct PixelAround {
                  : kNoPixel;
   }
 };
+
+// Clears the weights of a pixel, if it has any; `at` is their first place.
+template <int kReach>
+MMDCNV4_DEVICE void clear_stencil(const WindowArguments& a, bool exists, unsigned char* at) {
+#pragma unroll
+  for (int line = 0; line <= 2 * kReach; ++line, at += a.stencil.line)
+#pragma unroll
+    for (int column = 0; column <= 2 * kReach; ++column) {
+      enter_step(SharedPhase::kClear);
+      if (exists) write_shared(at + column * a.stencil.column, uint32_t(kUntouched));
+    }
+}
 
 // Adds the weights of a pixel's row; `at` is its place in line 0, column 0.
 template <int kReach>
@@ -211,8 +235,8 @@ MMDCNV4_DEVICE void sum_exactly(const WindowArguments& a, const OwnedBlock& bloc
   }
 }
 
-// Writes the gradients of a warp's block; `more`, if not null, is added to them. Both point to the
-// first channel of the group in the image.
+// Writes the gradients of a warp's block; `more`, if not null, is added to them: sums of its 16
+// cells. grad_value points to the first channel of the group in the image.
 template <typename T, int kDepth>
 MMDCNV4_DEVICE void write_block(const WindowArguments& a, const Tile& tile,
                                 const OwnedBlock& block, uint32_t lane,
@@ -223,12 +247,14 @@ MMDCNV4_DEVICE void write_block(const WindowArguments& a, const Tile& tile,
     const uint32_t x = tile.x + block.x + block.cx, y = tile.y + block.y + block.cy + 2 * half;
     if (x >= uint32_t(a.rows_w) || y >= uint32_t(a.rows_h)) continue;
     const uint64_t first = (uint64_t(y) * uint32_t(a.rows_w) + x) * a.call.channels + lane % 4 * 2;
+    const uint32_t cell = (block.cy + 2 * half) * kBlockSide + block.cx;
 #pragma unroll
     for (int i = 0; i < kDepth / 8; ++i) {
       float two[2] = {sum[i][2 * half], sum[i][2 * half + 1]};
       if (more != nullptr) {
         float rest[2];
-        VectorIo<float, 2>::widen(VectorIo<float, 2>::load(more + first + 8 * i), rest);
+        VectorIo<float, 2>::widen(
+            VectorIo<float, 2>::load(more + cell * kDepth + lane % 4 * 2 + 8 * i), rest);
         two[0] += rest[0];
         two[1] += rest[1];
       }
@@ -237,14 +263,14 @@ MMDCNV4_DEVICE void write_block(const WindowArguments& a, const Tile& tile,
   }
 }
 
-// with reach 4 there is shared memory for one block
+// with reach 4 there is shared memory for one block, else for three; with groups of 64 channels
+// there are registers for two
 template <typename T, int kDepth, int kReach>
-__global__ void __launch_bounds__(kMaxThreads, kReach == 2 ? 3 : 1)
+__global__ void __launch_bounds__(kMaxThreads, kReach != 2 ? 1 : kDepth == 64 ? 2 : 3)
     dcnv4_window_grad_value_kernel(const WindowArguments a,
                                    const T* __restrict__ grad_output,  // [N, Ho, Wo, G, D]
                                    const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
-                                   const uint64_t* __restrict__ rest_count,
-                                   const float* __restrict__ rest_sum, // [N, H, W, G, D]
+                                   const FarLists lists, const Divisor line_of_output,
                                    T* __restrict__ grad_value) {       // [N, H, W, G, D]
 #if MMDCNV4_HAS_TENSOR_CORES
   using Layout = DenseWindow<kDepth, kReach>;
@@ -270,45 +296,54 @@ __global__ void __launch_bounds__(kMaxThreads, kReach == 2 ? 3 : 1)
     const uint32_t group = tile.first_group + pass;
     if (group >= uint32_t(a.call.groups)) break;
     const bool is_last = pass + 1 == Layout::kGroups || group + 1 == uint32_t(a.call.groups);
+    // a warp leaves when it has no more pixels; all of them have some
 #pragma unroll 1
-    for (uint32_t first = 0; first < uint32_t(a.stencil.bytes); first += blockDim.x * 16) {
-      enter_step(SharedPhase::kClear);
-      if (first + threadIdx.x * 16 < uint32_t(a.stencil.bytes))
-        write_shared(weights + first + threadIdx.x * 16,
-                     make_uint4(kUntouched, kUntouched, kUntouched, kUntouched));
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (uint32_t first = 0; first < a.cells; first += blockDim.x) {
-      const uint32_t index = first + threadIdx.x;
-      if (first + pass != 0) wait_copies<0>();
+    for (uint32_t index = threadIdx.x; index - lane < a.cells; index += blockDim.x) {
+      unsigned char* stencil = weights + index * sizeof(float);
+      clear_stencil<kReach>(a, index < a.cells, stencil); // no other thread adds there
+      if (index != threadIdx.x || pass != 0) wait_copies<0>();
       __syncwarp();
       const RowNumbers numbers = Numbers::load(a, lane, group, packed, staged);
       __syncwarp();
-      const bool is_done = first + blockDim.x >= a.cells;
+      const bool is_done = index - lane + blockDim.x >= a.cells;
       if (!is_done || !is_last)
         fetch_numbers(is_done ? group + 1 : group,
                       PixelAround(a, tile, kReach, is_done ? threadIdx.x : index + blockDim.x));
       const PixelAround pixel(a, tile, kReach, index);
       add_stencil<kReach>(a, pixel, numbers,
-                          weights + kReach * (a.stencil.line + a.stencil.column) +
-                              index * sizeof(float));
+                          stencil + kReach * (a.stencil.line + a.stencil.column));
     }
     wait_copies<0>();
     __syncthreads();
     // addresses kept from one pass to the next would fill the registers
     const uint32_t thread = forget(threadIdx.x), own_lane = thread % kWarp;
     const OwnedBlock block(a, thread / kWarp, own_lane);
-    float sum[kDepth / 8][4] = {};
-    multiply_stencil<T, kDepth, kReach>(a, block, pass, own_lane, weights, pixels, sum);
-    float total = 0;
+    const uint32_t block_x = tile.x + block.x, block_y = tile.y + block.y;
+    if (block_x < uint32_t(a.rows_w) && block_y < uint32_t(a.rows_h)) { // so for all of the warp
+      const uint64_t list =
+          lists.list_of(tile.image, block_x / kBlockSide, block_y / kBlockSide, group);
+      const uint32_t count = lists.count[list];
+      const bool is_full = count > lists.room;
+      const uint32_t listed = is_full ? 0 : count;
+      float sum[kDepth / 8][4] = {};
+      multiply_stencil<T, kDepth, kReach>(a, block, pass, own_lane, weights, pixels, sum);
+      const auto add_list = [&](auto is_exact) {
+        add_listed<decltype(is_exact)::value, T, kDepth>(
+            a, line_of_output, block_x, block_y, group, own_lane,
+            lists.entries + list * lists.room, listed, packed,
+            grad_output + out_pixels * a.call.channels + group * kDepth, sum);
+      };
+      add_list(std::false_type());
+      float total = 0;
 #pragma unroll
-    for (int i = 0; i < kDepth / 2; ++i) total += sum[i / 4][i % 4];
-    if (__any_sync(kAllLanes, !(fabsf(total) <= FLT_MAX)))
-      sum_exactly<T, kDepth, kReach>(a, block, pass, own_lane, weights, pixels, sum);
-    const uint64_t channel = in_pixels * a.call.channels + group * kDepth;
-    write_block<T, kDepth>(a, tile, block, own_lane, sum,
-                           *rest_count != 0 ? rest_sum + channel : nullptr, grad_value + channel);
+      for (int i = 0; i < kDepth / 2; ++i) total += sum[i / 4][i % 4];
+      if (__any_sync(kAllLanes, !(fabsf(total) <= FLT_MAX))) {
+        sum_exactly<T, kDepth, kReach>(a, block, pass, own_lane, weights, pixels, sum);
+        add_list(std::true_type());
+      }
+      write_block<T, kDepth>(a, tile, block, own_lane, sum, is_full ? lists.sums(list) : nullptr,
+                             grad_value + in_pixels * a.call.channels + group * kDepth);
+    }
     if (is_last) break;
     __syncthreads();
   }

@@ -148,14 +148,22 @@ struct DenseWindow {
     return (y * cells_w + x) * kCellBytes + ((chunk ^ ((x + 4 * y) & 7)) * kChunkBytes);
   }
 
-  // Where number `column` of row `row` of the results is in a warp's area, in float32. Lanes of a
-  // fragment write pairs, teams read chunks; both meet every bank once.
+  // Where number `column` of row `row` of the results is in a warp's area, in float32: row after
+  // row, in lines of 128 bytes whose eight chunks are exchanged by a key.
+  //
+  //     collect()     a quarter-warp writes pairs: 4 lanes a chunk and its neighbour of a row, the
+  //                   four rows beside them in other lines: 64 bytes of each bank half, no conflict
+  //     finish_row()  a team reads whole rows, a chunk per lane and access
+  //
+  // The key repeats every eight rows, and every kWarp / kTeam rows: those are constant distances.
   static MMDCNV4_HD uint32_t result_at(uint32_t row, uint32_t column) {
-    const uint32_t at = (row * kDepth + column) * 4;
-    const uint32_t line = at >> 7;
+    constexpr uint32_t kLine = 32; // numbers
+    const uint32_t line = kDepth < kLine ? row / (kLine / kDepth)
+                                         : row * (kDepth / kLine) + column / kLine;
     const uint32_t key = kDepth == 64 ? line & 7 : (line & 3) << 1 | (line & 1);
-    return at ^ (key << 4);
+    return ((row * kDepth + column) * 4) ^ (key * kChunkBytes);
   }
+  static constexpr uint32_t kResultBytes = kDepth * 4; // of a row
 };
 
 // Number of a row's pixel within its image.
@@ -163,26 +171,34 @@ MMDCNV4_HD uint32_t pixel_of(const WindowArguments& a, const Row& row) {
   return uint32_t(row.y) * uint32_t(a.rows_w) + uint32_t(row.x);
 }
 
-// Copies the cells of a tile into shared memory, 16 bytes at a time, by all threads of the block.
+// Copies the cells of a tile into shared memory, 16 bytes at a time, by all warps of the block, line
+// after line, each lane the same chunk of every fourth cell. Lines have a multiple of four cells.
 template <int kDepth, int kReach, typename T>
 MMDCNV4_DEVICE void copy_cells(const WindowArguments& a, const Tile& tile,
                                const T* __restrict__ image, unsigned char* cells) {
-  const uint32_t chunk = threadIdx.x % 8;
+  using Layout = DenseWindow<kDepth, kReach>;
+  constexpr uint32_t kStep = 4; // cells that a warp copies at a time, 8 chunks each
+  const uint32_t lane = threadIdx.x % kWarp, chunk = lane % 8, first = lane / 8;
   const uint32_t channel = tile.first_group * kDepth + chunk * kChunkNumbers;
   const bool has_channel = channel < a.call.channels;
   const char* from = reinterpret_cast<const char*>(image + (has_channel ? channel : 0));
+  const uint32_t pitch = uint32_t(a.call.channels) * uint32_t(sizeof(T));
   const uint32_t in_x = tile.x + uint32_t(a.shift_x) - kReach; // of cell (0, 0); wraps if negative
   const uint32_t in_y = tile.y + uint32_t(a.shift_y) - kReach;
-#pragma unroll 2
-  for (uint32_t cell = threadIdx.x / 8; cell < a.cells; cell += blockDim.x / 8) {
-    uint32_t x = cell;
-    const uint32_t y = a.cell_lines.split(x);
-    const bool exists =
-        has_channel & (in_x + x < uint32_t(a.map_w)) & (in_y + y < uint32_t(a.map_h));
-    const uint32_t pixel = exists ? (in_y + y) * uint32_t(a.map_w) + in_x + x : 0;
-    enter_step(SharedPhase::kCopy);
-    copy_async(cells + DenseWindow<kDepth, kReach>::chunk_at(x, y, a.cells_w, chunk),
-               from + uint64_t(pixel) * (a.call.channels * uint32_t(sizeof(T))), exists);
+  const uint32_t lines = (1u << a.tile_h_log2) + 2 * kReach;
+#pragma unroll 1
+  for (uint32_t y = threadIdx.x / kWarp; y < lines; y += blockDim.x / kWarp) {
+    const bool has_line = has_channel & (in_y + y < uint32_t(a.map_h));
+    const uint32_t line = (in_y + y) * uint32_t(a.map_w);
+    uint32_t at = Layout::chunk_at(first, y, a.cells_w, chunk);
+#pragma unroll 3
+    for (uint32_t x = first; x < a.cells_w; x += kStep) {
+      const bool exists = has_line & (in_x + x < uint32_t(a.map_w));
+      const uint32_t pixel = exists ? line + in_x + x : 0;
+      enter_step(SharedPhase::kCopy);
+      copy_async(cells + at, from + uint64_t(pixel) * pitch, exists);
+      at = (at + kStep * kCellBytes) ^ (kStep * kChunkBytes); // chunk_at() of the next x
+    }
   }
 }
 

@@ -22,7 +22,7 @@ namespace cuda {
 
 // What a kernel is doing with shared memory; the emulator counts wavefronts by it.
 enum class SharedPhase {
-  kCopy, kNumbers, kClear, kScatter, kWeights, kPixels, kCollect, kTaps, kFinish
+  kCopy, kNumbers, kClear, kScatter, kWeights, kPixels, kCollect, kTaps, kFar, kFinish
 };
 
 } // namespace cuda
@@ -129,6 +129,12 @@ MMDCNV4_DEVICE uint32_t funnel_shift_right(uint32_t low, uint32_t high, uint32_t
 MMDCNV4_DEVICE uint32_t forget(uint32_t number) {
   asm volatile("" : "+r"(number));
   return number;
+}
+template <typename T>
+MMDCNV4_DEVICE T* forget(T* to_global) {
+  uint64_t address = __cvta_generic_to_global(to_global); // the compiler is to know which memory
+  asm volatile("" : "+l"(address));
+  return static_cast<T*>(__cvta_global_to_generic(address));
 }
 
 inline void check_cuda(cudaError_t error) {

@@ -7,12 +7,11 @@
 #pragma once
 
 #include "dense_window.cuh"
+#include "far_lists.cuh"
 #include "../sampling.cuh"
 
 namespace mmdcnv4 {
 namespace cuda {
-
-constexpr int32_t kTaps = 9;
 
 // How the numbers of 32 rows lie in shared memory: pixel by pixel, all bytes of kUnitGroups groups,
 // in the chunks of 16 bytes that cover them.

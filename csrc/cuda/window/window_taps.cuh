@@ -50,29 +50,5 @@ MMDCNV4_DEVICE NearSample near_sample(const Place& move) {
   return {int32_t(column), int32_t(line), move.x - column, move.y - line};
 }
 
-// A row some of whose taps the tensor-core kernels leave over, in a list of such rows: its number
-// among all rows of the call, as they lie in memory, and a bit per tap.
-struct LeftOver {
-  static constexpr uint32_t kTapBits = 9;
-  uint64_t row;
-  uint32_t taps;
-
-  MMDCNV4_DEVICE explicit LeftOver(uint64_t entry)
-      : row(entry >> kTapBits), taps(uint32_t(entry) & ((1u << kTapBits) - 1u)) {}
-
-  // Appends the rows of a warp, one per lane, that have such taps. The order of the list varies.
-  static MMDCNV4_DEVICE void append(uint32_t lane, uint64_t row, uint32_t taps,
-                                    uint64_t* __restrict__ list, uint64_t* __restrict__ count) {
-    const uint32_t lanes = __ballot_sync(kAllLanes, taps != 0);
-    if (lanes == 0) return;
-    const int first_lane = __ffs(lanes) - 1;
-    uint64_t first = 0;
-    if (int(lane) == first_lane) first = fetch_add(count, uint64_t(__popc(lanes)));
-    first = __shfl_sync(kAllLanes, first, first_lane);
-    if (taps != 0)
-      list[first + uint32_t(__popc(lanes & ((1u << lane) - 1u)))] = row << kTapBits | taps;
-  }
-};
-
 } // namespace cuda
 } // namespace mmdcnv4

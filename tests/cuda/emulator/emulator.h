@@ -103,17 +103,28 @@ inline int __any_sync(uint32_t mask, int condition) {
 }
 
 inline uint32_t __ballot_sync(uint32_t mask, int condition) {
-  uint32_t bits = condition != 0 ? 1u << emulator::lane() : 0u;
+  uint32_t bits = uint32_t(condition != 0) << emulator::lane();
   for (int step = 16; step > 0; step >>= 1) bits |= __shfl_xor_sync(mask, bits, step);
   return bits;
 }
 
+inline uint32_t __reduce_add_sync(uint32_t mask, uint32_t number) {
+  for (int step = 16; step > 0; step >>= 1) number += __shfl_xor_sync(mask, number, step);
+  return number;
+}
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline int __clz(int bits) { return bits == 0 ? 32 : __builtin_clz(uint32_t(bits)); }
 inline int __ffs(uint32_t bits) { return __builtin_ffs(int(bits)); }
 inline uint32_t __float_as_uint(float number) {
   uint32_t bits;
   std::memcpy(&bits, &number, sizeof(bits));
   return bits;
+}
+// a + b, rounded down.
+inline float __fadd_rd(float a, float b) {
+  const double sum = double(a) + double(b);
+  const float nearest = float(sum);
+  return double(nearest) > sum ? std::nextafter(nearest, -INFINITY) : nearest;
 }
 inline float __uint_as_float(uint32_t bits) {
   float number;
@@ -177,9 +188,9 @@ inline void reduce_add(float* to, float a, float b, float c, float d) {
   four.w += d;
 }
 
-inline uint64_t fetch_add(uint64_t* counter, uint64_t a) {
-  const uint64_t before = *counter;
-  *counter += a;
+inline uint32_t fetch_add(uint32_t* to, uint32_t number) {
+  const uint32_t before = *to;
+  *to += number;
   return before;
 }
 

@@ -21,7 +21,9 @@
 #include <cstdlib>
 #include <fstream>
 #include <iostream>
+#include <iterator>
 #include <new>
+#include <numeric>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -153,7 +155,7 @@ void run_fixed(const Dcnv4Params& p, const DeviceLimits& limits, bool are_float,
 }
 
 const char* const kPhases[] = {"copy",   "numbers", "clear", "scatter", "weights",
-                               "pixels", "collect", "taps",  "finish"};
+                               "pixels", "collect", "taps",  "far",     "finish"};
 
 // The forward kernel on tensor cores, with its accesses to shared memory counted.
 template <typename T>
@@ -172,7 +174,8 @@ void run_window(const Dcnv4Params& p, const DeviceLimits& limits, int alignment,
                               OffsetNumbers<T>{packed.data(), are_float}, output.data());
   file.seekp(0, std::ios::end);
   output.write(file);
-  std::cout << "[" << to_json(plan) << ", " << emulator::take_counts(kPhases, 9) << "]\n";
+  std::cout << "[" << to_json(plan) << ", "
+            << emulator::take_counts(kPhases, std::size(kPhases)) << "]\n";
 }
 
 // The backward kernels on tensor cores; scratch memory holds NaN before.
@@ -185,9 +188,8 @@ void run_window_backward(const Dcnv4Params& p, const DeviceLimits& limits, int a
   const int64_t packed_bytes = rows * p.offset_mask_channels * offset_bytes<T>(are_float);
   Buffer<unsigned char> packed(packed_bytes, alignment, 0);
   Buffer<unsigned char> grad_packed(packed_bytes, alignment, 0xff);
-  Buffer<float> sum(in, 16, 0xff);
-  Buffer<uint64_t> rest(rows * p.groups, 8, 0xff);
-  uint64_t rest_count = 0;
+  const int64_t lists = window_lists(p);
+  Buffer<uint32_t> counts(1 + lists, 4, 0), entries(lists * window_list_room(p), 16, 0xff);
   value.read(file);
   packed.read(file);
   grad_output.read(file);
@@ -198,14 +200,16 @@ void run_window_backward(const Dcnv4Params& p, const DeviceLimits& limits, int a
   launch_dcnv4_window_backward(p, plan, Stream(), static_cast<const T*>(grad_output.data()),
                                static_cast<const T*>(value.data()),
                                OffsetNumbers<T>{packed.data(), are_float},
-                               WindowScratch{sum.data(), rest.data(), &rest_count},
+                               WindowScratch{counts.data(), entries.data()},
                                grad_value.data(),
                                OffsetGradients<T>{grad_packed.data(), are_float});
   file.seekp(0, std::ios::end);
   grad_value.write(file);
   grad_packed.write(file);
   std::cout << "[" << to_json(plan.offset_mask) << ", " << to_json(plan.value) << ", "
-            << emulator::take_counts(kPhases, 9) << ", " << rest_count << "]\n";
+            << emulator::take_counts(kPhases, std::size(kPhases)) << ", "
+            << std::accumulate(counts.data() + 1, counts.data() + 1 + lists, uint64_t(0)) << ", "
+            << counts.data()[0] << "]\n";
 }
 
 void run_call(std::istream& line, const std::string& mode) {

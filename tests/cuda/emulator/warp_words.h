@@ -105,7 +105,10 @@ inline uint32_t funnel_shift_right(uint32_t low, uint32_t high, uint32_t bits) {
   return uint32_t((uint64_t(high) << 32 | low) >> (bits & 31));
 }
 
-inline uint32_t forget(uint32_t number) { return number; }
+template <typename T>
+T forget(T number) {
+  return number;
+}
 
 template <typename... Parameters>
 bool prepare_tensor_core_kernel(void (*)(Parameters...)) {
