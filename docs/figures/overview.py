@@ -3,7 +3,7 @@
 """Plots `overview.png`, the figure of the README: `python docs/figures/overview.py`.
 
 Left and middle are a scheme with random positions and masks (area; red: negative).
-The times on the right are those of `benchmarks/results/nvidia-h200-20261127-second-run.md`.
+The times on the right are those of `benchmarks/results/nvidia-h200-20261127-third-run.md`.
 """
 
 from pathlib import Path
@@ -15,8 +15,8 @@ from matplotlib.patches import Rectangle
 BLUE, RED, GREY = '#2f6fb0', '#c8442f', '#b8b8b8'
 SIDE = 7  # pixels of the maps in the scheme
 # microseconds of 64x56x56x128, groups of 32 channels, offsets N(0, 0.5), float16
-TIMES = {'forward': dict(released=216.5, mmdcnv4=83.5),
-         'backward': dict(released=2436.3, mmdcnv4=417.3)}
+TIMES = {'forward': dict(released=216.5, mmdcnv4=82.5),
+         'backward': dict(released=2436.7, mmdcnv4=306.6)}
 
 
 def draw_map(axes, title, positions, masks):
