@@ -17,6 +17,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 import mmdcnv4.registration  # noqa: F401  registers the classes
+from mmdcnv4.errors import InvalidType, InvalidValue
 from mmdcnv4.models import backbones
 
 
@@ -248,12 +249,12 @@ def test_copies(case):
     (dict(in_channels=0), 'in_channels'), (dict(pretrained='weights.pth'), 'pretrained'),
     (dict(drop_path_rate=1.0), 'drop_path_rate')])
 def test_bad_arguments_are_named(case, options, text):
-    with pytest.raises(ValueError, match=f'{text} must be'):
+    with pytest.raises(InvalidValue, match=f'{text} must be'):
         case.build(**options)
 
 
 def test_unknown_arguments_are_refused(case):
-    with pytest.raises(TypeError, match='num_classes'):
+    with pytest.raises(InvalidType, match='num_classes'):
         case.build(num_classes=1000)
 
 

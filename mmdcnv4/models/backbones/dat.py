@@ -20,6 +20,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...errors import user_arguments
 from ..checkpoint import WeightRules
 from ..layers.arguments import Arguments, is_number
 from ..layers.backbone import Backbone
@@ -164,6 +165,7 @@ class DAT(Backbone):
                'github.com/LeapLabTHU/DAT and must be downloaded by hand: put the file there',
         adapt=resize_bias_tables)
 
+    @user_arguments('DAT')
     def __init__(self, arch: Optional[str] = None, channels: Optional[int] = None,
                  blocks: Optional[Sequence[str]] = None, heads: Optional[Sequence[int]] = None,
                  groups: Optional[Sequence[int]] = None, strides: Optional[Sequence[int]] = None,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...errors import user_arguments
 from ..checkpoint import WeightRules
 from ..layers.arguments import Arguments, is_number
 from ..layers.backbone import Backbone
@@ -112,6 +113,7 @@ class DynamicMobileFormer(Backbone):
         ValueError: the message names the argument, the expectation and the value.
     """
 
+    @user_arguments('DynamicMobileFormer')
     def __init__(self, arch: Optional[str] = None, stem_channels: Optional[Sequence[int]] = None,
                  stages: Optional[Sequence[Sequence[Sequence[int]]]] = None,
                  groups: Optional[int] = None, ffn_ratio: Optional[float] = None,

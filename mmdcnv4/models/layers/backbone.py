@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from ...errors import user_errors
 from ..checkpoint import FLASH_WEIGHTS, WeightRules, load_pretrained
 from .arguments import Arguments
 
@@ -135,6 +136,7 @@ class Backbone(BaseModule):
         for cfg in pretrained:
             load_pretrained(self, **self._pretrained_arguments(cfg), rules=self.weight_rules)
 
+    @user_errors
     def _pretrained_arguments(self, cfg: Mapping[str, Any]) -> dict[str, Any]:
         arguments = {key: value for key, value in cfg.items() if key not in ('type', '_scope_')}
         known = ('checkpoint', 'prefix', 'map_location')
