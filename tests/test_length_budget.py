@@ -27,6 +27,10 @@ ALLOWED = {
      'parameters'): 'sizes of the family, and the arguments that all backbones have',
     ('mmdcnv4/models/backbones/flash_intern_image.py', 'FlashInternImage.__init__', 'parameters'):
         'the official argument names of the backbone',
+    ('mmdcnv4/bevformer_v2/models/perspective_head.py', 'PerspectiveHead.__init__', 'parameters'):
+        'names and sizes of the classes beside the options of a head',
+    ('mmdcnv4/bevformer_v2/models/detector.py', 'BEVFormerV2.__init__', 'parameters'):
+        'six parts of the model, and what every detector has',
     ('mmdcnv4/models/backbones/dat.py', 'DAT.__init__', 'parameters'):
         'sizes and options of three families, and what every backbone has',
 }

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -232,6 +234,52 @@ def test_the_past_matters(make_model, make_batch):
     batch['inputs']['img'][0][:6] = 255 - batch['inputs']['img'][0][:6]
     after = model.test_step(batch)[0].pred_instances_3d.scores_3d
     assert not torch.equal(before, after)
+
+
+@torch.no_grad()
+def predictions(model, batches):
+    found = [model.test_step(copy.deepcopy(batch))[0].pred_instances_3d for batch in batches]
+    return [(item.bboxes_3d.tensor, item.scores_3d, item.labels_3d) for item in found]
+
+
+def test_cached_maps_give_the_same_numbers_to_the_last_bit(make_model, make_batch):
+    frames = (-2, -1, 0)
+    batches = [make_batch((index,), frames=frames) for index in range(6)]  # scene by scene
+    found, calls = [], []
+    for cache_maps in (False, True):
+        model = make_model(frames=frames, cache_maps=cache_maps).eval()
+        count = []
+        model.img_backbone.register_forward_hook(lambda *_, count=count: count.append(1))
+        found.append(predictions(model, batches))
+        calls.append(len(count))
+    assert calls == [12, 6]  # 1 + 2 + 3 frames of two scenes; each frame once
+    for plain, cached in zip(*found):
+        assert all(torch.equal(*pair) for pair in zip(plain, cached))
+
+
+def test_the_cache_forgets_when_weights_may_change(make_model, make_batch):
+    model = make_model(cache_maps=True).eval()
+    batch = make_batch((1,))
+    before = predictions(model, [batch])[0][1]
+    state = {name: value + 0.01 if 'img_backbone' in name and 'weight' in name else value
+             for name, value in model.state_dict().items()}
+    model.load_state_dict(state)
+    after = predictions(model, [batch])[0][1]
+    assert not torch.equal(before, after)
+    assert torch.equal(after, predictions(model.train().eval(), [batch])[0][1])
+    assert len(model.map_cache._entries) == 2
+    losses_of(model.train(), batch)
+    assert not model.map_cache._entries
+    model.eval()(*preprocess(model, batch, False), mode='tensor')  # with gradients
+    assert not model.map_cache._entries
+
+
+def test_the_cache_keeps_what_the_frames_span(make_model, make_batch):
+    model = make_model(frames=(-2, 0), cache_maps=True).eval()
+    predictions(model, [make_batch((index,), frames=(-2, 0)) for index in range(5)])
+    assert len(model.map_cache._entries) == 3
+    predictions(model, [make_batch((0, 1), frames=(-2, 0))])
+    assert len(model.map_cache._entries) == 3  # a batch takes and leaves nothing
 
 
 def test_all_augmentations_for_some_steps(make_model, make_dataset, tiny):

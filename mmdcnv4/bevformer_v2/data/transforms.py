@@ -39,7 +39,8 @@ def _homogeneous(matrix: Any) -> np.ndarray:
 class LoadTemporalMultiViewImages(BaseTransform):
     """Loads the images of all frames; every matrix starts in the current LiDAR frame.
 
-    Adds `img` (list of T * V images), `frame_valid` (T,), `cam2img` (T, V, 4, 4) and `lidar2cam`
+    Adds `img` (list of T * V images), `frame_valid` (T,), `frame_tokens` (those of the frames that
+    are there, by index), `cam2img` (T, V, 4, 4) and `lidar2cam`
     (T, V, 4, 4), float64, with the ego motion in it. A missing frame repeats the current one and
     is marked in `frame_valid`.
 
@@ -95,6 +96,8 @@ class LoadTemporalMultiViewImages(BaseTransform):
             extrinsics.append([_homogeneous(view['lidar2cam']) @ motion for view in views])
         results['img'] = images
         results['ori_shape'] = results['img_shape'] = images[0].shape[:2]
+        results['frame_tokens'] = {
+            index: info['token'] for index, info in enumerate(infos) if info is not None}
         results['frame_valid'] = np.array([info is not None for info in infos])
         results['cam2img'] = np.array(intrinsics)
         results['lidar2cam'] = np.array(extrinsics)
@@ -212,7 +215,8 @@ class PackBEVInputs(Pack3DDetInputs):
 
     _META_KEYS = ('sample_idx', 'token', 'box_type_3d', 'box_mode_3d', 'img_shape', 'ori_shape',
                   'frame_valid', 'frames', 'img_flip', 'bda_mat', 'lidar2img', 'cam2img',
-                  'lidar2cam', 'cameras', 'image_transform', 'classes')
+                  'lidar2cam', 'cameras', 'image_transform', 'classes',
+                  'frame_tokens')
 
     def __init__(self, keys: Sequence[str] = ('img', 'gt_bboxes_3d', 'gt_labels_3d')) -> None:
         super().__init__(tuple(keys), self._META_KEYS)

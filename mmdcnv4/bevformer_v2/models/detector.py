@@ -26,6 +26,7 @@ from ...errors import InvalidValue
 from ..geometry import warp_bev
 from .bev_head import ExtraQueries
 from .grid_mask import GridMask
+from .map_cache import MapCache, frame_key
 
 
 @contextmanager
@@ -39,7 +40,8 @@ def without_training(model: nn.Module) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     autocast = torch.autocast(device, enabled=torch.is_autocast_enabled(device),
                               dtype=torch.get_autocast_dtype(device), cache_enabled=False)
-    model.eval()
+    for module in modes:  # not eval(), which means new weights to the cache of maps
+        module.training = False
     try:
         with torch.no_grad(), autocast:
             yield
@@ -99,6 +101,10 @@ class BEVFormerV2(Base3DDetector):
         frames: offsets in key frames, ascending, 0 among them; those of the data set.
         num_bev_levels: maps that the BEV encoder reads.
         grid_mask: arguments of :class:`GridMask`; None for none.
+        cache_maps: keep the image maps of the last key frames in evaluation mode, for samples that
+            come one by one in the order of their scene: of T frames only the newest goes through
+            backbone and neck. The numbers are the same to the last bit. Frames are known by
+            token and image transform: images must not change under the same token.
         mono_loss_weight: factor on the losses of the perspective head.
         data_preprocessor: of mmdet3d.
         init_cfg: of mmengine.
@@ -111,7 +117,7 @@ class BEVFormerV2(Base3DDetector):
                  perspective_head: Optional[dict] = None, temporal_fusion: Optional[dict] = None,
                  frames: Sequence[int] = (0,), num_bev_levels: int = 4,
                  grid_mask: Optional[dict] = None, mono_loss_weight: float = 1.0,
-                 data_preprocessor: Optional[dict] = None,
+                 cache_maps: bool = False, data_preprocessor: Optional[dict] = None,
                  init_cfg: Union[dict, list, None] = None) -> None:
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
         self.frames = tuple(frames)
@@ -133,7 +139,28 @@ class BEVFormerV2(Base3DDetector):
             None if perspective_head is None else MODELS.build(perspective_head))
         self.temporal_fusion = None if temporal_fusion is None else MODELS.build(
             dict(num_frames=len(self.frames), **temporal_fusion))
+        self.map_cache = MapCache(
+            self.frames[-1] - self.frames[0] + 1 if cache_maps and len(self.frames) > 1 else 0)
         self._check_ground_plane()
+
+    def train(self, mode: bool = True) -> BEVFormerV2:
+        """Sets the mode and forgets the cached maps: weights may have changed."""
+        self.map_cache.clear()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.map_cache.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _maps(self, images: Tensor, geometry: Geometry, frame: int,
+              data_samples: Sequence[Any]) -> list[Tensor]:
+        """Maps of a frame, from the cache if there is one sample: batches round differently."""
+        def compute() -> list[Tensor]:
+            return self.extract_feat(images[:, frame], geometry.flip)
+
+        if len(data_samples) != 1:
+            return compute()
+        return self.map_cache.get(frame_key(data_samples[0], frame, images[:, frame]), compute)
 
     def _check_ground_plane(self) -> None:
         """Another range in one of the parts would train without an error, on shifted boxes."""
@@ -172,13 +199,14 @@ class BEVFormerV2(Base3DDetector):
         return self.bev_encoder(maps[:self.num_bev_levels], geometry.lidar2img[:, frame],
                                 image_size, geometry.image_sizes)
 
-    def _history(self, images: Tensor, geometry: Geometry) -> dict[int, Tensor]:
+    def _history(self, images: Tensor, geometry: Geometry,
+                 data_samples: Sequence[Any] = ()) -> dict[int, Tensor]:
         """BEV features, without gradient, of the other frames that some sample has."""
         others = {}
         with without_training(self):
             for frame in range(len(self.frames)):
                 if frame != self.current and geometry.frame_valid[:, frame].any():
-                    maps = self.extract_feat(images[:, frame], geometry.flip)
+                    maps = self._maps(images, geometry, frame, data_samples)
                     others[frame] = self._encode(maps, geometry, frame, images.shape[-2:])
         return others
 
@@ -221,10 +249,13 @@ class BEVFormerV2(Base3DDetector):
                   'same list: sizes belong to names')
         images = images.unflatten(1, (frames, -1))  # (B, T, V, 3, H, W)
         geometry = Geometry.of(data_samples, images.device)
-        history = self._history(images, geometry)
-        current = images[:, self.current]
-        maps = self.extract_feat(current if self.grid_mask is None else self.grid_mask(current),
-                                 geometry.flip)
+        # in training weights and images change, and with gradients maps belong to a graph
+        known = () if self.training or torch.is_grad_enabled() else data_samples
+        history = self._history(images, geometry, known)
+        if self.training and self.grid_mask is not None:
+            maps = self.extract_feat(self.grid_mask(images[:, self.current]), geometry.flip)
+        else:
+            maps = self._maps(images, geometry, self.current, known)
         bev = self._encode(maps, geometry, self.current, images.shape[-2:])
         return self._fuse(bev, history, geometry), maps, geometry
 
