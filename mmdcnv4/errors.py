@@ -40,26 +40,28 @@ class MissingFile(UserError, FileNotFoundError):
     """A file that the user named is not there."""
 
 
-def user_arguments(name: str) -> Callable[[_Function], _Function]:
+def user_arguments(name: Optional[str] = None) -> Callable[[_Function], _Function]:
     """Makes what a constructor says of its arguments a user error; for classes of configs.
 
     The checks themselves also serve programs without a config, and raise the plain classes.
 
     Args:
-        name: of the class in a config, for the message on an argument that it does not have.
+        name: of the class in a config, where it is another one than in Python.
     """
     def decorate(init: _Function) -> _Function:
         parameters = inspect.signature(init).parameters
+        takes_all = any(value.kind is value.VAR_KEYWORD for value in parameters.values())
 
         @functools.wraps(init)
-        def checked(*args: Any, **kwargs: Any) -> None:
-            unknown = sorted(set(kwargs) - set(parameters))
+        def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+            unknown = [] if takes_all else sorted(set(kwargs) - set(parameters))
             if unknown:
+                known_as = name or type(self).__name__
                 raise InvalidType(
-                    f'{name} has no argument {", ".join(unknown)}. If it comes from an inherited '
-                    'config, replace that entry as a whole: '
-                    f"dict(_delete_=True, type='{name}', ...).")
-            user_errors(init)(*args, **kwargs)
+                    f'{known_as} has no argument {", ".join(unknown)}. If it comes from an '
+                    'inherited config, replace that entry as a whole: '
+                    f"dict(_delete_=True, type='{known_as}', ...).")
+            user_errors(init)(self, *args, **kwargs)
         return cast(_Function, checked)
     return decorate
 

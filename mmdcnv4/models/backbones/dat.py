@@ -165,7 +165,7 @@ class DAT(Backbone):
                'github.com/LeapLabTHU/DAT and must be downloaded by hand: put the file there',
         adapt=resize_bias_tables)
 
-    @user_arguments('DAT')
+    @user_arguments()
     def __init__(self, arch: Optional[str] = None, channels: Optional[int] = None,
                  blocks: Optional[Sequence[str]] = None, heads: Optional[Sequence[int]] = None,
                  groups: Optional[Sequence[int]] = None, strides: Optional[Sequence[int]] = None,

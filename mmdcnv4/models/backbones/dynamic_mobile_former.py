@@ -113,7 +113,7 @@ class DynamicMobileFormer(Backbone):
         ValueError: the message names the argument, the expectation and the value.
     """
 
-    @user_arguments('DynamicMobileFormer')
+    @user_arguments()
     def __init__(self, arch: Optional[str] = None, stem_channels: Optional[Sequence[int]] = None,
                  stages: Optional[Sequence[Sequence[Sequence[int]]]] = None,
                  groups: Optional[int] = None, ffn_ratio: Optional[float] = None,

@@ -112,7 +112,7 @@ class FlashInternImage(Backbone):
 
     arch_settings = ARCH_SETTINGS
 
-    @user_arguments('FlashInternImage')
+    @user_arguments()
     def __init__(self, arch: Optional[str] = None, channels: Optional[int] = None,
                  depths: Optional[Sequence[int]] = None, groups: Optional[Sequence[int]] = None,
                  mlp_ratio: Optional[float] = None, drop_rate: float = 0.0,
@@ -241,7 +241,7 @@ class InternImage(FlashInternImage):
 
     arch_settings = INTERN_IMAGE_SETTINGS
 
-    @user_arguments('InternImage')
+    @user_arguments()
     def __init__(self, arch: Optional[str] = None, core_op: str = 'DCNv3',
                  **options: Any) -> None:
         super().__init__(arch, core_op=core_op, **options)
