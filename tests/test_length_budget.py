@@ -40,6 +40,7 @@ ALLOWED_CPP = {
     ('dcnv4_backward.cuh', 'dcnv4_backward_kernel'):
         'the steps are functions; what is left is their order and the registers they share',
     ('dcnv4_window_grad_value.cuh', 'dcnv4_window_grad_value_kernel'): 'the same',
+    ('dcnv4_window_forward.cuh', 'dcnv4_window_forward_kernel'): 'the same',
 }
 
 

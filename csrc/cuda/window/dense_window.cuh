@@ -171,8 +171,8 @@ MMDCNV4_HD uint32_t pixel_of(const WindowArguments& a, const Row& row) {
   return uint32_t(row.y) * uint32_t(a.rows_w) + uint32_t(row.x);
 }
 
-// Copies the cells of a tile into shared memory, 16 bytes at a time, by all warps of the block, line
-// after line, each lane the same chunk of every fourth cell. Lines have a multiple of four cells.
+// Copies the cells of a tile into shared memory, 16 bytes at a time, by all warps of the block,
+// line after line, each lane the same chunk of every fourth cell. Lines have a multiple of four.
 template <int kDepth, int kReach, typename T>
 MMDCNV4_DEVICE void copy_cells(const WindowArguments& a, const Tile& tile,
                                const T* __restrict__ image, unsigned char* cells) {

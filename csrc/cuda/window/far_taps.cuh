@@ -8,7 +8,7 @@
 //     first round           cells 0 ... 3   cells 4 ... 7   cells 8 ... 11   cells 12 ... 15: tap 2
 //     second round                                                           cells 0 ... 3: tap 0
 //
-// The four cells of a tap are the corners of its sample: left and right above, left and right below.
+// The four cells of a tap are the corners of its sample: left and right above, then below.
 #pragma once
 
 #include "window_numbers.cuh"
