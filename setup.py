@@ -171,7 +171,8 @@ def make_extension() -> dict:
     problem = compiler_problem() or torch_problem()
     if problem:
         warn(f'{problem}; installing WITHOUT compiled kernels: dcnv4 will take the slow PyTorch '
-             'path. Install a compiler and torch, then `pip install --no-build-isolation .`')
+             'path. Install a compiler and torch, then '
+             '`pip install --no-build-isolation --editable .`')
         return {}
     from torch.utils import cpp_extension
     with_cuda = cuda_wanted()

@@ -68,7 +68,7 @@ with warnings.catch_warnings(record=True) as caught:
 assert [w.category for w in caught] == [RuntimeWarning], caught
 message = str(caught[0].message)
 assert 'no C++ compiler or no torch, or MMDCNV4_NATIVE=0' in message
-assert 'without compiled kernels' in message and 'pip install --no-build-isolation .' in message
+assert 'without compiled kernels' in message and 'pip install --no-build-isolation --editable .' in message
 assert torch.equal(out, call(backend='pytorch')) and value.grad is not None
 try:
     call(backend='native')
@@ -152,3 +152,22 @@ def test_import_asks_for_no_device():
             '    setattr(torch.cuda, name, refuse)\n'
             'import mmdcnv4.ops\n')
     run(code)
+
+
+def test_sources_that_hide_an_installed_package_are_named(tmp_path, monkeypatch):
+    """The folder of a clone comes first on the path, and has no kernels."""
+    from importlib import metadata
+
+    from mmdcnv4.ops import _extension
+    library = tmp_path / 'mmdcnv4' / '_C.cpython-311-x86_64-linux-gnu.so'
+    library.parent.mkdir()
+    library.touch()
+    info = tmp_path / 'mmdcnv4-0.1.0.dist-info'
+    info.mkdir()
+    (info / 'METADATA').write_text('Name: mmdcnv4\nVersion: 0.1.0\n')
+    (info / 'RECORD').write_text(f'mmdcnv4/{library.name},,\n')
+    monkeypatch.setattr(metadata, 'distribution', lambda name: metadata.PathDistribution(info))
+    reason = _extension._shadowed()
+    assert f'hide the installed package in {library.parent}' in reason and '--editable' in reason
+    library.unlink()
+    assert _extension._shadowed() is None

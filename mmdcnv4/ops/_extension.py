@@ -8,6 +8,8 @@ import importlib
 import json
 import warnings
 from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -26,6 +28,22 @@ def _answer_nothing(*arguments: Any) -> Any:
 call_dcnv4: Callable[..., Any] = _answer_nothing
 
 
+def _shadowed() -> Optional[str]:
+    """What to say where a folder of sources hides an installed package that has kernels."""
+    here = Path(__file__).resolve().parents[1]
+    try:
+        files = metadata.distribution('mmdcnv4').files or ()
+    except metadata.PackageNotFoundError:
+        return None
+    for file in files:
+        library = Path(str(file.locate())).resolve()
+        if library.name.startswith('_C.') and library.parent != here and library.exists():
+            return (f'Python imports the sources in {here}, which hide the installed package in '
+                    f'{library.parent}: start Python in another folder, or install with '
+                    '`pip install --no-build-isolation --editable .`')
+    return None
+
+
 def _load() -> Optional[str]:
     """Imports `mmdcnv4._C`; returns None, or the reason why it is not usable."""
     global call_dcnv4
@@ -34,8 +52,9 @@ def _load() -> Optional[str]:
     except ModuleNotFoundError as error:
         if error.name != 'mmdcnv4._C':
             raise
-        return ('the package was installed without compiled kernels (while it was built there was '
-                'no C++ compiler or no torch, or MMDCNV4_NATIVE=0 was set)')
+        return _shadowed() or (
+            'the package was installed without compiled kernels (while it was built there was '
+            'no C++ compiler or no torch, or MMDCNV4_NATIVE=0 was set)')
     except ImportError as error:
         return (f'the compiled kernels do not load with torch {torch.__version__}: {error}. '
                 'They work only with the torch they were built against')
@@ -72,4 +91,5 @@ def warn_once(reason: str) -> None:
         warnings.warn(
             f'mmdcnv4: the compiled kernels are not used: {reason}; the much slower PyTorch path '
             'is taken. `python -m mmdcnv4.info` tells what was built; '
-            '`pip install --no-build-isolation .` builds it anew.', RuntimeWarning, stacklevel=5)
+            '`pip install --no-build-isolation --editable .` in a clone builds it anew.',
+            RuntimeWarning, stacklevel=5)

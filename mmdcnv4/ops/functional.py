@@ -12,10 +12,8 @@ from typing import Any, Literal, Optional
 
 import torch
 from torch import Tensor
-from torch._C._functorch import TransformType, get_interpreter_stack
-from torch.autograd import forward_ad
 
-from . import _extension
+from . import _extension, _torch_internals
 from .contract import (
     FLOAT_DTYPES,
     HALF_DTYPES,
@@ -78,10 +76,9 @@ def _why_not_native(device_type: str) -> Optional[str]:
         return f'no kernel was compiled for {device_type} tensors'
     if torch.compiler.is_compiling():
         return None
-    if forward_ad._current_level >= 0:
+    if _torch_internals.is_forward_mode():
         return 'they have no forward-mode derivative'
-    transforms = get_interpreter_stack() or ()
-    if any(transform.key() == TransformType.Grad for transform in transforms):
+    if _torch_internals.is_gradient_transform():
         return 'they have no form for torch.func.grad, vjp and jacrev'
     return None
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import nn
 
+from mmdcnv4.engine.optimizers.layer_decay import layer_id
 from mmdcnv4.models.backbones import FlashInternImage
 from mmdcnv4.ops import DCNv4
 
@@ -477,3 +478,22 @@ def test_model_zoo_name_of_another_backbone_is_ignored_aloud():
 def test_bad_images(shape):
     with pytest.raises(ValueError, match=r'\(N, 3, H, W\)'):
         FlashInternImage(**TINY)(torch.zeros(shape))
+
+
+def test_sizes_of_ones_own_by_a_dict():
+    sizes = dict(channels=16, depths=(1, 1, 2, 1), groups=(1, 2, 4, 8), layer_scale=1.0)
+    model = FlashInternImage(sizes, depths=(1, 2, 1, 1))
+    assert model.channels == 16 and model.depths == (1, 2, 1, 1)
+    with pytest.raises(ValueError, match=r"FlashInternImage: arch must be .* got \['width'\]"):
+        FlashInternImage(dict(sizes, width=3))
+    with pytest.raises(TypeError, match='positional'):
+        FlashInternImage('t', 64)
+
+
+def test_layer_depths_are_those_of_the_recipes():
+    """`get_layer_depth`, which mmpretrain asks for, and the optimizer constructor agree."""
+    model = FlashInternImage(channels=16, depths=(1, 2, 1, 1), groups=(1, 2, 4, 8))
+    for name, _ in model.named_parameters():
+        assert model.get_layer_depth(f'backbone.{name}', 'backbone.') == (
+            layer_id(f'backbone.{name}', model.depths), 7), name
+    assert model.get_layer_depth('head.fc.weight', 'backbone.') == (6, 7)

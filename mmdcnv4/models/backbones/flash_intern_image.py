@@ -52,8 +52,6 @@ INTERN_IMAGE_SETTINGS: dict[str, dict[str, Any]] = {
 # What an argument is when neither the caller nor the size table gives it.
 _DEFAULTS = dict(mlp_ratio=4.0, layer_scale=None, offset_scale=1.0, post_norm=False,
                  dw_kernel_size=None, mlp_fc2_bias=False, dcn_output_bias=False)
-_CHECK = Arguments('FlashInternImage')
-
 
 @MODELS.register_module()
 class FlashInternImage(Backbone):
@@ -63,7 +61,8 @@ class FlashInternImage(Backbone):
     of stride 2 maps n pixels to ceil(n / 2).
 
     Args:
-        arch: 't', 's', 'b' or 'l', the published sizes (`ARCH_SETTINGS`). Arguments given with
+        arch: 't', 's', 'b' or 'l', the published sizes (`ARCH_SETTINGS`), or a dict of sizes of
+            your own with their keys; all else is given by keyword. Arguments given with
             it override its table. Without it `channels`, `depths` and `groups` are needed.
         channels: width C of the first stage; even.
         depths: blocks per stage, four numbers.
@@ -113,7 +112,7 @@ class FlashInternImage(Backbone):
     arch_settings = ARCH_SETTINGS
 
     @user_arguments()
-    def __init__(self, arch: Optional[str] = None, channels: Optional[int] = None,
+    def __init__(self, arch: Union[str, dict, None] = None, *, channels: Optional[int] = None,
                  depths: Optional[Sequence[int]] = None, groups: Optional[Sequence[int]] = None,
                  mlp_ratio: Optional[float] = None, drop_rate: float = 0.0,
                  drop_path_rate: float = 0.2, drop_path_type: str = 'linear',
@@ -131,33 +130,34 @@ class FlashInternImage(Backbone):
                  pretrained: Optional[str] = None,
                  init_cfg: Union[dict, list, None] = None) -> None:
         super().__init__(init_cfg=init_cfg, pretrained=pretrained)
-        _CHECK.choice('core_op', core_op, CORE_OPS)
-        _CHECK.choice('norm_layer', norm_layer, ('LN',))
-        _CHECK.choice('act_layer', act_layer, tuple(ACTIVATIONS))
-        size = _resolve_arch(arch, self.arch_settings, dict(
+        check = Arguments(type(self).__name__)
+        check.choice('core_op', core_op, CORE_OPS)
+        check.choice('norm_layer', norm_layer, ('LN',))
+        check.choice('act_layer', act_layer, tuple(ACTIVATIONS))
+        size = _resolve_arch(check, arch, self.arch_settings, dict(
             channels=channels, depths=depths, groups=groups, mlp_ratio=mlp_ratio,
             layer_scale=layer_scale, offset_scale=offset_scale, post_norm=post_norm,
             dw_kernel_size=dw_kernel_size, mlp_fc2_bias=mlp_fc2_bias,
             dcn_output_bias=dcn_output_bias))
         if size['layer_scale'] is not None and not is_number(size['layer_scale']):
-            raise _CHECK.refuse('layer_scale', "a number, None or 'arch'", size['layer_scale'])
-        _CHECK.rate('drop_rate', drop_rate)
+            raise check.refuse('layer_scale', "a number, None or 'arch'", size['layer_scale'])
+        check.rate('drop_rate', drop_rate)
         for name in ('mlp_ratio', 'offset_scale'):
-            _CHECK.positive(name, size[name])
-        _CHECK.positive('in_channels', in_channels, Integral)
+            check.positive(name, size[name])
+        check.positive('in_channels', in_channels, Integral)
         if size['dw_kernel_size'] is not None:
-            _CHECK.positive('dw_kernel_size', size['dw_kernel_size'], Integral)
+            check.positive('dw_kernel_size', size['dw_kernel_size'], Integral)
         channels, depths, groups = (size.pop(key) for key in ('channels', 'depths', 'groups'))
-        _check_sizes(channels, depths, groups)
+        _check_sizes(check, channels, depths, groups)
         self.channels, self.depths, self.groups = channels, tuple(depths), tuple(groups)
-        self.out_indices = _CHECK.out_indices(out_indices)
-        self.frozen_stages = _CHECK.frozen_stages(frozen_stages)
-        post_norm_ids = _check_post_norm_ids(level2_post_norm, level2_post_norm_block_ids,
-                                             self.depths[2])
+        self.out_indices = check.out_indices(out_indices)
+        self.frozen_stages = check.frozen_stages(frozen_stages)
+        post_norm_ids = _check_post_norm_ids(check, level2_post_norm,
+                                             level2_post_norm_block_ids, self.depths[2])
         options = BlockOptions(
             core_op=core_op, drop_rate=drop_rate, act_layer=act_layer, res_post_norm=res_post_norm,
             center_feature_scale=center_feature_scale, mask_init=mask_init, with_cp=with_cp, **size)
-        drop_paths = _CHECK.drop_path_rates(drop_path_rate, self.depths, drop_path_type)
+        drop_paths = check.drop_path_rates(drop_path_rate, self.depths, drop_path_type)
 
         self.patch_embed = Stem(in_channels, channels, act_layer)
         self.pos_drop = nn.Dropout(drop_rate)
@@ -192,6 +192,31 @@ class FlashInternImage(Backbone):
         last: Any = self.levels[self.out_indices[-1]]
         behind = tuple(self.levels[self.out_indices[-1] + 1:])
         return (*behind, last.downsample) if behind else ()
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """Layer of a parameter, for `LearningRateDecayOptimWrapperConstructor` of mmpretrain.
+
+        Args:
+            param_name: name of the parameter in the whole model.
+            prefix: what stands in front of the backbone's names, as 'backbone.'.
+
+        Returns:
+            0 for the stem, then a layer for each block in order (a downsampling belongs to the next
+            block), and the number of layers, `sum(depths) + 2`, whose last is all that is not in
+            the backbone.
+        """
+        layers = sum(self.depths) + 2
+        name = param_name.removeprefix(prefix) if param_name.startswith(prefix) else ''
+        parts = name.split('.')
+        if parts[0] == 'patch_embed':
+            return 0, layers
+        if parts[0] != 'levels':
+            return layers - 1, layers
+        stage = int(parts[1])
+        before = 1 + sum(self.depths[:stage])
+        if parts[2] in ('blocks', 'post_norms'):
+            return before + int(parts[3]), layers
+        return before + (self.depths[stage] if stage + 1 < len(self.depths) else 0), layers
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Computes the feature maps.
@@ -242,49 +267,57 @@ class InternImage(FlashInternImage):
     arch_settings = INTERN_IMAGE_SETTINGS
 
     @user_arguments()
-    def __init__(self, arch: Optional[str] = None, core_op: str = 'DCNv3',
+    def __init__(self, arch: Union[str, dict, None] = None, *, core_op: str = 'DCNv3',
                  **options: Any) -> None:
         super().__init__(arch, core_op=core_op, **options)
 
 
-def _resolve_arch(arch: Optional[str], table: dict[str, dict[str, Any]],
-                  given: dict[str, Any]) -> dict[str, Any]:
-    """Defaults, overridden by the table of `arch`, overridden by the arguments that were given."""
-    if arch is not None and (not isinstance(arch, str) or arch not in table):
-        raise ValueError(f'FlashInternImage: arch must be one of {tuple(table)} or None, '
-                         f'got {arch!r}')
+def _resolve_arch(check: Arguments, arch: Union[str, dict, None],
+                  table: dict[str, dict[str, Any]], given: dict[str, Any]) -> dict[str, Any]:
+    """Defaults, overridden by the sizes of `arch`, overridden by the arguments that were given."""
+    own: dict[str, Any] = {}
+    if isinstance(arch, dict):
+        if not set(arch) <= set(given):
+            raise check.refuse('arch', f'a name or a dict with keys out of {tuple(given)}',
+                               sorted(set(arch) - set(given)))
+        own = dict(arch)
+    elif arch is not None:
+        if not isinstance(arch, str) or arch not in table:
+            raise check.refuse('arch', f'one of {tuple(table)}, a dict or None', arch)
+        own = table[arch]
     nullable = ('layer_scale', 'dw_kernel_size')  # None means none; 'arch' means not given
     explicit = {key: value for key, value in given.items()
                 if (value != 'arch' if key in nullable else value is not None)}
-    size = {**_DEFAULTS, **(table[arch] if arch else {}), **explicit}
+    size = {**_DEFAULTS, **own, **explicit}
     missing = [key for key in ('channels', 'depths', 'groups') if key not in size]
     if missing:
-        raise ValueError(f'FlashInternImage: {", ".join(missing)} must be given without arch, '
+        raise ValueError(f'{check.owner}: {", ".join(missing)} must be given without arch, '
                          'got None')
     return size
 
 
-def _check_sizes(channels: int, depths: Sequence[int], groups: Sequence[int]) -> None:
+def _check_sizes(check: Arguments, channels: int, depths: Sequence[int],
+                 groups: Sequence[int]) -> None:
     if not is_number(channels, Integral) or channels < 2 or channels % 2:
-        raise ValueError(f'FlashInternImage: channels must be even and >= 2, '
+        raise ValueError(f'{check.owner}: channels must be even and >= 2, '
                          f'got {channels!r}')
     for name, values in (('depths', depths), ('groups', groups)):
-        values = _CHECK.integers(name, values)
+        values = check.integers(name, values)
         if len(values) != 4 or min(values) < 1:
-            raise ValueError(f'FlashInternImage: {name} must be four numbers >= 1, '
+            raise ValueError(f'{check.owner}: {name} must be four numbers >= 1, '
                              f'got {values}')
     for stage, group in enumerate(groups):
         if channels * 2**stage % group:
-            raise ValueError(f'FlashInternImage: groups[{stage}] must divide the width of the '
+            raise ValueError(f'{check.owner}: groups[{stage}] must divide the width of the '
                              f'stage ({channels * 2**stage}), got {group}')
 
 
-def _check_post_norm_ids(enabled: bool, ids: Optional[Sequence[int]],
+def _check_post_norm_ids(check: Arguments, enabled: bool, ids: Optional[Sequence[int]],
                          depth: int) -> tuple[int, ...]:
     if not enabled:
         return ()
-    ids = _CHECK.integers('level2_post_norm_block_ids', () if ids is None else ids)
+    ids = check.integers('level2_post_norm_block_ids', () if ids is None else ids)
     if not ids or len(set(ids)) != len(ids) or not set(ids) <= set(range(depth)):
-        raise ValueError('FlashInternImage: level2_post_norm_block_ids must be different blocks '
+        raise ValueError(f'{check.owner}: level2_post_norm_block_ids must be different blocks '
                          f'of the third stage (0 ... {depth - 1}), got {ids}')
     return ids
