@@ -68,7 +68,8 @@ with warnings.catch_warnings(record=True) as caught:
 assert [w.category for w in caught] == [RuntimeWarning], caught
 message = str(caught[0].message)
 assert 'no C++ compiler or no torch, or MMDCNV4_NATIVE=0' in message
-assert 'without compiled kernels' in message and 'pip install --no-build-isolation --editable .' in message
+assert 'without compiled kernels' in message
+assert 'pip install --no-build-isolation --editable .' in message
 assert torch.equal(out, call(backend='pytorch')) and value.grad is not None
 try:
     call(backend='native')

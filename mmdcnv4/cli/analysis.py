@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
 from inspect import signature
 from typing import Any
@@ -15,7 +16,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
-from ..errors import InvalidValue
+from ..errors import InvalidValue, UserError
 
 PARTS = ('backbone', 'features', 'model')
 _SAMPLES = {'mmdet': ('mmdet.structures', 'DetDataSample'),
@@ -64,7 +65,12 @@ def build_model(cfg: Config) -> nn.Module:
 
     Args:
         cfg: its `default_scope` names the library.
+
+    Raises:
+        UserError: the library is not installed.
     """
+    if importlib.util.find_spec(cfg.default_scope) is None:
+        raise UserError(f'the config needs {cfg.default_scope}, which is not installed')
     importlib.import_module(f'{cfg.default_scope}.models')
     if 'data_preprocessor' in cfg:  # as mmengine's runner does
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)

@@ -87,7 +87,7 @@ def test_losses_and_predictions(cfg, dataset):
     sample = dataset[0]
     assert sample['inputs']['img'].shape == (6, 3, 160, 400)
     data = model.data_preprocessor(pseudo_collate([sample]), True)
-    assert data['inputs']['imgs'].shape == (1, 6, 3, 160, 416)
+    assert data['inputs']['imgs'].shape == (1, 6, 3, 192, 448)
     losses = model(data['inputs'], data['data_samples'], mode='loss')
     assert all(value.isfinite() for value in losses.values())
     assert losses['mono_loss_box3d_depth'] > 0 and losses['loss_bbox'] > 0

@@ -30,6 +30,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 import mmdcnv4  # noqa: F401  registers the classes
+from mmdcnv4.checks.config import check_datasets
 from mmdcnv4.cli import preflight
 from mmdcnv4.cli.analysis import PARTS, ModelPart, build_model
 from mmdcnv4.cli.arguments import add_config_arguments
@@ -206,7 +207,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Timing:
         preflight.check_device(args.device)
         cfg = read_config(args.config, args.cfg_options)
         if args.training_data:
-            preflight.check_datasets(cfg, ('train',))
+            check_datasets(cfg, ('train',))
     with explain(cfg, args.debug):
         return run_benchmark(cfg, args)
 
