@@ -239,8 +239,8 @@ def check_nuscenes_metric(cfg: Config, splits: tuple[str, ...]) -> None:
     """
     for path, metric, _ in metrics_of(cfg, splits):
         root = str(metric.get('data_root') or '')
-        if type_name(metric) != 'NuScenesMetric' or metric.get('format_only') \
-                or not is_local(root) or not _reads_local_disk(metric):
+        if type_name(metric) not in ('NuScenesMetric', 'NuScenesSplitMetric') \
+                or metric.get('format_only') or not is_local(root) or not _reads_local_disk(metric):
             continue
         for name in ('maps', 'v1.0-*'):
             if not any(folder.is_dir() for folder in Path(root).glob(name)):
