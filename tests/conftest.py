@@ -1,9 +1,10 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""For all tests: the option --slow, and random states that no test leaves changed."""
+"""For all tests: the option --slow; random states and MMEngine's named objects that no test leaves."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -27,3 +28,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _seed() -> Iterator[None]:
     with fixed_seed():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_named_objects_left() -> Iterator[None]:
+    """MMEngine keeps visualizers, loggers and message hubs of one process by name, so that a test
+    that runs a tool would otherwise get the visualizer of another library from an earlier test."""
+    yield
+    module = sys.modules.get('mmengine')
+    if module is not None:
+        for kind in (module.Visualizer, module.MMLogger, module.MessageHub, module.DefaultScope):
+            kind._instance_dict.clear()
