@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""For all tests: the option --slow; random states and MMEngine's named objects that no test leaves."""
+"""For all tests: the option --slow; no test leaves random states or named objects of MMEngine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def _no_named_objects_left() -> Iterator[None]:
     """MMEngine keeps visualizers, loggers and message hubs of one process by name, so that a test
     that runs a tool would otherwise get the visualizer of another library from an earlier test."""
     yield
-    module = sys.modules.get('mmengine')
-    if module is not None:
-        for kind in (module.Visualizer, module.MMLogger, module.MessageHub, module.DefaultScope):
-            kind._instance_dict.clear()
+    if 'mmengine.utils.manager' in sys.modules:
+        kinds = [sys.modules['mmengine.utils.manager'].ManagerMixin]
+        while kinds:
+            kind = kinds.pop()
+            kinds.extend(type.__subclasses__(kind))
+            getattr(kind, '_instance_dict', {}).clear()
