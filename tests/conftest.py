@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""For all tests: the option --slow; random states and MMEngine's named objects that no test leaves."""
+"""For all tests: the option --slow; no test leaves a random state or a named object of MMEngine."""
 
 from __future__ import annotations
 
