@@ -35,7 +35,8 @@ def _no_named_objects_left() -> Iterator[None]:
     """MMEngine keeps visualizers, loggers and message hubs of one process by name, so that a test
     that runs a tool would otherwise get the visualizer of another library from an earlier test."""
     yield
-    module = sys.modules.get('mmengine')
-    if module is not None:
-        for kind in (module.Visualizer, module.MMLogger, module.MessageHub, module.DefaultScope):
-            kind._instance_dict.clear()
+    for part, kind in (('visualization', 'Visualizer'), ('logging', 'MMLogger'),
+                       ('logging', 'MessageHub'), ('registry', 'DefaultScope')):
+        module = sys.modules.get(f'mmengine.{part}')  # a test may have imported a part alone
+        if module is not None:
+            getattr(module, kind)._instance_dict.clear()
