@@ -41,7 +41,8 @@ TABLE = {
     # backbones only through the registry
     'mmdcnv4.bevformer_v2': (('mmdcnv4.errors', 'mmdcnv4.bevformer_v2', 'mmdcnv4.ops'),
                              ('mmengine', 'mmcv', 'mmdet', 'mmdet3d')),
-    'mmdcnv4.datasets': (('mmdcnv4.datasets',), ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmdet3d')),
+    'mmdcnv4.datasets': (('mmdcnv4.datasets', 'mmdcnv4.errors'),
+                         ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmdet3d')),
     'mmdcnv4.checks': (('mmdcnv4.checks', 'mmdcnv4.errors'), ('mmengine',)),
     'mmdcnv4.engine': (('mmdcnv4.engine', 'mmdcnv4.checks', 'mmdcnv4.errors'), ('mmengine',)),
     # the tools' start-up; it may say which registrations were skipped

@@ -1,6 +1,7 @@
 # A small FlashInternImage Mask R-CNN, trained from scratch in minutes on two CPU cores.
 # Data: tools/dataset_converters/drawn_scenes.py data/drawn_scenes
 _base_ = ['mmdet::_base_/models/mask-rcnn_r50_fpn.py', 'mmdet::_base_/default_runtime.py',
+          '../_base_/models/flash-intern-image_mini.py',
           '../_base_/datasets/drawn-scenes_instance.py', '../_base_/plugin.py']
 
 num_classes = 5
@@ -9,11 +10,7 @@ width = 64  # of the neck and of the heads
 model = dict(
     backbone=dict(
         _delete_=True,  # the ResNet-50 of the base
-        type='FlashInternImage',
-        channels=32,
-        depths=(2, 2, 4, 2),
-        groups=(2, 4, 8, 16),  # 16 channels per group, as in the published sizes
-        drop_path_rate=0.0),
+        **_base_.flash_intern_image),
     neck=dict(
         in_channels=[32, 64, 128, 256], out_channels=width, num_outs=4,
         norm_cfg=dict(type='ChannelLN')),

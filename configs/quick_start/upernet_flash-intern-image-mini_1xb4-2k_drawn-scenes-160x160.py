@@ -1,6 +1,7 @@
 # A small FlashInternImage UperNet, trained from scratch in minutes on two CPU cores.
 # Data: tools/dataset_converters/drawn_scenes.py data/drawn_scenes
 _base_ = ['mmseg::_base_/models/upernet_swin.py', 'mmseg::_base_/default_runtime.py',
+          '../_base_/models/flash-intern-image_mini.py',
           '../_base_/datasets/drawn-scenes_semantic.py', '../_base_/plugin.py']
 
 num_classes = 6  # five shapes and the background
@@ -14,11 +15,7 @@ model = dict(
     pretrained=None,
     backbone=dict(
         _delete_=True,  # the Swin Transformer of the base
-        type='FlashInternImage',
-        channels=32,
-        depths=(2, 2, 4, 2),
-        groups=(2, 4, 8, 16),  # 16 channels per group, as in the published sizes
-        drop_path_rate=0.0),
+        **_base_.flash_intern_image),
     # without the map of stride 4, on which most of the time of the head would be spent
     decode_head=dict(in_index=[1, 2, 3], in_channels=[64, 128, 256], channels=width,
                      norm_cfg=norm_cfg, num_classes=num_classes,

@@ -38,7 +38,8 @@ class WeightedCrossEntropy(nn.Module):
     def __init__(self, class_weight: Sequence[float], loss_weight: float = 1.0,
                  loss_name: str = 'loss_ce') -> None:
         super().__init__()
-        weights = torch.as_tensor(class_weight, dtype=torch.float32)
+        # on the CPU, where values can be read; the rest of the model may be on the meta device
+        weights = torch.as_tensor(class_weight, dtype=torch.float32, device='cpu')
         if weights.dim() != 1 or not bool(((weights >= 0) & weights.isfinite()).all()):
             raise ValueError('WeightedCrossEntropy: class_weight must be numbers >= 0, one per '
                              f'class, got {class_weight}')

@@ -99,12 +99,16 @@ def drawn(tmp_path_factory):
     return write_drawn_scenes(tmp_path_factory.mktemp('drawn') / 'scenes', 2, 2)
 
 
+SMALL = ('bccd', 'camvid')  # datasets of small images
+
+
 def real_images(cfg):
     """Options of a data set that point it at real images."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f'needs the sample images in {SHARED_DATA}')
-    if 'bccd' in cfg.train_dataloader.dataset.data_root:
-        return dict(data_root=f'{SHARED_DATA}/bccd/')
+    for name in SMALL:
+        if name in cfg.train_dataloader.dataset.data_root:
+            return dict(data_root=f'{SHARED_DATA}/{name}/')
     if cfg.default_scope == 'mmdet':
         return dict(data_root=f'{SHARED_DATA}/coco_sample/', data_prefix=dict(img='images/'),
                     ann_file='annotations/instances_val2017.json')
@@ -116,7 +120,7 @@ def load(cfg, loader, drawn):
     """Two images, each through the pipeline of `loader`."""
     options = Config(dict(dataset=cfg[loader].dataset))._cfg_dict.to_dict()['dataset']
     is_drawn = 'drawn_scenes' in options['data_root']
-    if not is_drawn and 'bccd' not in options['data_root']:  # those are small
+    if not is_drawn and not any(name in options['data_root'] for name in SMALL):
         options['pipeline'] = shrink(options['pipeline'])
     import_module(f'{cfg.default_scope}.datasets')
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
