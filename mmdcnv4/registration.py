@@ -19,7 +19,6 @@ import warnings
 _MODULES: dict[str, tuple[str, ...]] = {
     'mmdcnv4.registry': ('mmengine',),
     'mmdcnv4.models.layers': ('mmengine',),
-    'mmdcnv4.models.losses': ('mmengine',),
     'mmdcnv4.models.backbones': ('mmengine', 'mmcv'),
     'mmdcnv4.engine': ('mmengine',),
     'mmdcnv4.datasets.multi_scale': ('mmengine', 'numpy'),

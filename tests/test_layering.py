@@ -31,7 +31,6 @@ TABLE = {
     'mmdcnv4.testing': (('mmdcnv4.ops',), ()),
     'mmdcnv4.ops': (('mmdcnv4.ops', 'mmdcnv4._C'), ()),
     'mmdcnv4.models.checkpoint': (('mmdcnv4.errors',), ('mmengine',)),
-    'mmdcnv4.models.losses': (('mmdcnv4.errors',), ('mmengine',)),
     'mmdcnv4.models.layers': (
         ('mmdcnv4.errors', 'mmdcnv4.ops', 'mmdcnv4.models.layers', 'mmdcnv4.models.checkpoint'),
         ('mmengine', 'mmcv')),

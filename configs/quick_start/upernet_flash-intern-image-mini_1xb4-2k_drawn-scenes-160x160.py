@@ -7,7 +7,7 @@ num_classes = 6  # five shapes and the background
 width = 64  # of the heads
 norm_cfg = dict(type='BN')  # one process: nothing to synchronise
 # The background covers five sixths of the pixels, and a disk more than twice as many as a star.
-class_weight = [0.1, 0.4, 0.55, 0.65, 1.0, 1.0]
+loss = dict(class_weight=[0.1, 0.4, 0.55, 0.65, 1.0, 1.0])
 
 model = dict(
     data_preprocessor=dict(size=(160, 160)),
@@ -21,13 +21,9 @@ model = dict(
         drop_path_rate=0.0),
     # without the map of stride 4, on which most of the time of the head would be spent
     decode_head=dict(in_index=[1, 2, 3], in_channels=[64, 128, 256], channels=width,
-                     norm_cfg=norm_cfg, num_classes=num_classes,
-                     loss_decode=dict(_delete_=True, type='WeightedCrossEntropy',
-                                      class_weight=class_weight)),
+                     norm_cfg=norm_cfg, num_classes=num_classes, loss_decode=loss),
     auxiliary_head=dict(in_channels=128, channels=width, norm_cfg=norm_cfg,
-                        num_classes=num_classes,
-                        loss_decode=dict(_delete_=True, type='WeightedCrossEntropy',
-                                         class_weight=class_weight, loss_weight=0.4)))
+                        num_classes=num_classes, loss_decode=loss))
 
 max_iters = 2000
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=400)

@@ -191,19 +191,17 @@ class DCNv4(nn.Module):
         Raises:
             ValueError: `x` has another shape.
         """
-        out, output_proj = self._sample(x), self.output_proj
-        return out if output_proj is None else output_proj(out)
-
-    def _sample(self, x: Tensor) -> Tensor:
-        """The layer before `output_proj`: (N, H, W, in_channels) to (N, Ho, Wo, channels)."""
         if x.dim() != 4 or x.shape[3] != self.in_channels:
             raise ValueError(f'DCNv4: x must have shape (N, H, W, {self.in_channels}), '
                              f'got {tuple(x.shape)}')
-        value_proj = self.value_proj  # looked up once: nn.Module searches on every access
+        # each submodule is looked up once: nn.Module finds it by a search, on every access
+        value_proj, output_proj = self.value_proj, self.output_proj
         value = x if value_proj is None else value_proj(x)
         offset_mask = self.offset_mask(x if self._sees_input else self._predictor_input(x))
         out = apply_geometry(value, offset_mask, self.geometry)
-        return self._mix_center(out, value) if self.center_feature_scale else out
+        if self.center_feature_scale:
+            out = self._mix_center(out, value)
+        return out if output_proj is None else output_proj(out)
 
     def _predictor_input(self, x: Tensor) -> Tensor:
         """Brings the input of the predictor to the output positions: (N, Ho, Wo, in_channels)."""

@@ -9,12 +9,10 @@ Differs:  different numbers of input and output channels, stride, any kernel; an
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, Optional
+from typing import Optional
 
-import torch.nn.functional as F
 from mmengine.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import user_arguments
 from ...ops import DCNv4
@@ -31,45 +29,12 @@ def default_group(channels: int) -> int:
     return 1
 
 
-class _Parameters(dict):
-    """Says why what replaces a parameter of a convolution does not find it here."""
-
-    def __missing__(self, name: str) -> nn.Parameter:
-        raise NotImplementedError(
-            f'DCNv4: the layer has no parameter {name!r} of its own that spectral norm, weight '
-            'norm or pruning could replace; leave out with_spectral_norm, or apply it to '
-            'the output_proj of the layer')
-
-    def __delitem__(self, name: str) -> None:
-        if name not in self:
-            self.__missing__(name)
-        super().__delitem__(name)
-
-
-class _NoProjection:
-    """Stands for the weight of a layer without one; any use of it is an error that says so."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith('__'):  # how Python and torch look at an object
-            raise AttributeError(name)
-        raise NotImplementedError(
-            'DCNv4: with without_pointwise=True the layer has no output projection, whose weight '
-            'and bias initialisers and the fusion with a batch norm ask for')
-
-
-_NO_PROJECTION = SimpleNamespace(weight=_NoProjection(), bias=_NoProjection())
-
-
 @MODELS.register_module('DCNv4')
 class DCNv4Conv2d(DCNv4):
     """Takes the place of a convolution: `conv_cfg=dict(type='DCNv4')`, or `dcn=` in a ResNet.
 
     The first eight arguments are those of a convolution, as mmcv passes them; the others tune
     DCNv4 and stand in the config dict. Parameter names are those of :class:`mmdcnv4.ops.DCNv4`.
-
-    `weight` and `bias` are those of the output projection, the last step of the layer: what an
-    initialiser of mmcv asks for (zeros, a standard deviation) holds for the output, and
-    `efficient_conv_bn_eval` folds a batch norm into it. Spectral and weight norm are refused.
 
     Args:
         in_channels: width of the input.
@@ -129,22 +94,6 @@ class DCNv4Conv2d(DCNv4):
         self.groups = 1
         self.transposed = False
         self.output_padding = (0, 0)
-        self._parameters = _Parameters(self._parameters)
-
-    __jit_unused_properties__ = ['weight', 'bias']
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """That of the output projection, shape (out_channels, out_channels)."""
-        return self._projection().weight
-
-    @property
-    def bias(self) -> Optional[nn.Parameter]:
-        """That of the output projection, shape (out_channels,); None where it has none."""
-        return self._projection().bias
-
-    def _projection(self) -> Any:
-        return _NO_PROJECTION if self.output_proj is None else self.output_proj
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the layer.
@@ -164,8 +113,3 @@ class DCNv4Conv2d(DCNv4):
                              f'got {tuple(x.shape)}')
         out = super().forward(x.permute(0, 2, 3, 1))  # (N, C, H, W) -> (N, H, W, C)
         return out.permute(0, 3, 1, 2).contiguous()  # (N, H, W, C) -> (N, C, H, W)
-
-    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-        """`forward` with another output projection; `efficient_conv_bn_eval` of mmcv calls it."""
-        out = F.linear(self._sample(x.permute(0, 2, 3, 1)), weight, bias)
-        return out.permute(0, 3, 1, 2).contiguous()
