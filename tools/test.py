@@ -46,7 +46,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         if args.tta:
             apply_tta(cfg)
         dump = None if args.out is None else dump_metric(cfg, args.out)
-        runner: Runner = build_runner(cfg, splits=('test',))
+        runner: Runner = build_runner(cfg, ('test',), args.allow_mismatch)
         if dump is not None:
             runner.test_evaluator.metrics.append(METRICS.build(dump))
         return runner.test()

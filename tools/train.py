@@ -42,7 +42,7 @@ def main(argv: Optional[Sequence[str]] = None) -> Runner:
         if args.auto_scale_lr:
             apply_auto_scale_lr(cfg)
         apply_resume(cfg, args.resume)
-        runner = build_runner(cfg, splits=('train', 'val'))
+        runner = build_runner(cfg, ('train', 'val'), args.allow_mismatch)
         runner.train()
     return runner
 

@@ -26,6 +26,34 @@ MIN_DEPTH = 1e-5  # metres; what is nearer does not project
 _FAR = 100.0  # image widths; beyond, a point samples zero whatever its offset
 
 
+def constant(like: Tensor, values: Sequence[float],
+             dtype: Optional[torch.dtype] = None) -> Tensor:
+    """`like.new_tensor(values)`, filled on the device: a copy would make the host wait for it.
+
+    Args:
+        like: gives device and dtype.
+        values: one-dimensional.
+        dtype: another one than that of `like`.
+    """
+    return torch.stack([like.new_full((), value, dtype=dtype) for value in values])
+
+
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A tensor on the device; from pinned memory, so that the host need not wait for the copy."""
+    tensor = torch.from_numpy(array)
+    if device.type == 'cuda':
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def inverse(matrices: Tensor) -> Tensor:
+    """`torch.linalg.inv` without its look at whether there is one, for which the host would wait.
+
+    The matrices of the samples are looked at before, see `Geometry`.
+    """
+    return torch.linalg.inv_ex(matrices).inverse
+
+
 def check_range(owner: str, pc_range: Sequence[float]) -> tuple[float, ...]:
     """The range as a tuple.
 
@@ -38,19 +66,22 @@ def check_range(owner: str, pc_range: Sequence[float]) -> tuple[float, ...]:
     return tuple(pc_range)
 
 
-def cell_centers(pc_range: Sequence[float], bev_size: Sequence[int]) -> Tensor:
+def cell_centers(pc_range: Sequence[float], bev_size: Sequence[int],
+                 device: Optional[torch.device] = None) -> Tensor:
     """Centres (x, y) in metres of the BEV cells, row-major: row h follows y, column w follows x.
 
     Args:
         pc_range: (x_min, y_min, z_min, x_max, y_max, z_max) in metres, LiDAR frame.
         bev_size: (Hb, Wb).
+        device: of the result.
 
     Returns:
         Shape (Hb * Wb, 2).
     """
     rows, columns = bev_size
-    x = pc_range[0] + (torch.arange(columns) + 0.5) / columns * (pc_range[3] - pc_range[0])
-    y = pc_range[1] + (torch.arange(rows) + 0.5) / rows * (pc_range[4] - pc_range[1])
+    x, y = (torch.arange(count, device=device) for count in (columns, rows))
+    x = pc_range[0] + (x + 0.5) / columns * (pc_range[3] - pc_range[0])
+    y = pc_range[1] + (y + 0.5) / rows * (pc_range[4] - pc_range[1])
     y, x = torch.meshgrid(y, x, indexing='ij')
     return torch.stack([x, y], -1).flatten(0, 1)
 
@@ -87,7 +118,7 @@ def project_points(points: Tensor, lidar2img: Tensor, image_size: Sequence[int],
     points = points.float()[None, None, :, :, None]  # (1, 1, Q, Z, 1, 3)
     camera = (matrix[..., :3, :3] * points).sum(-1) + matrix[..., :3, 3]  # (B, V, Q, Z, 3)
     depth = camera[..., 2]
-    size = camera.new_tensor([image_size[1], image_size[0]])
+    size = constant(camera, [image_size[1], image_size[0]])
     uv = camera[..., :2] / depth.clamp(min=MIN_DEPTH)[..., None] / size
     limit: Union[Tensor, float] = 1.0
     if own_sizes is not None:
@@ -138,11 +169,10 @@ def warp_bev(bev: Tensor, bda_mat: Tensor, pc_range: Sequence[float],
     """
     batch, _, channels = bev.shape
     rows, columns = bev_size
-    target = cell_centers(pc_range, bev_size).to(bev.device)
-    inverse = torch.linalg.inv(bda_mat.float())[:, None, :2, :2]  # (B, 1, 2, 2)
-    source = (inverse * target[None, :, None]).sum(-1)  # (B, Q, 2), metres
-    low = source.new_tensor([pc_range[0], pc_range[1]])
-    high = source.new_tensor([pc_range[3], pc_range[4]])
+    target = cell_centers(pc_range, bev_size, bev.device)
+    back = inverse(bda_mat.float())[:, None, :2, :2]  # (B, 1, 2, 2)
+    source = (back * target[None, :, None]).sum(-1)  # (B, Q, 2), metres
+    low, high = constant(source, pc_range[:2]), constant(source, pc_range[3:5])
     grid = (2 * (source - low) / (high - low) - 1).view(batch, rows, columns, 2)
     maps = bev.float().transpose(1, 2).reshape(batch, channels, rows, columns)
     out = F.grid_sample(maps, grid, mode='bilinear', padding_mode='zeros', align_corners=False)
@@ -163,8 +193,7 @@ def quaternion_to_matrix(quaternion: Tensor) -> Tensor:
 def unproject(pixels: Tensor, depths: Tensor, cam2img: Tensor) -> Tensor:
     """Camera points (n, 3) of pixels (n, 2) at depths (n,); `cam2img` has shape (n, 3, 3)."""
     rays = torch.cat([pixels, torch.ones_like(pixels[:, :1])], -1)
-    inverse = torch.linalg.inv(cam2img)
-    return depths[:, None] * (inverse * rays[:, None]).sum(-1)
+    return depths[:, None] * (inverse(cam2img) * rays[:, None]).sum(-1)
 
 
 def ray_rotation(rays: Tensor) -> Tensor:
@@ -199,9 +228,10 @@ def box_corners(centers: Tensor, sizes: Tensor, rotations: Tensor) -> Tensor:
     Returns:
         Shape (n, 8, 3).
     """
-    signs = centers.new_tensor([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5)
-                                for z in (-0.5, 0.5)])
-    corners = signs * sizes[:, None, [1, 0, 2]]  # (n, 8, 3), object frame
+    index = torch.arange(8, device=centers.device)
+    signs = torch.stack([index // 4, index // 2 % 2, index % 2], -1).to(centers.dtype) - 0.5
+    lwh = torch.cat([sizes[:, 1:2], sizes[:, :1], sizes[:, 2:]], -1)
+    corners = signs * lwh[:, None]  # (n, 8, 3), object frame
     return (rotations[:, None] * corners[:, :, None]).sum(-1) + centers[:, None]
 
 
@@ -233,7 +263,7 @@ def camera_boxes_to_lidar(centers: Tensor, sizes: Tensor, rotations: Tensor,
 
     `lidar2cam` has shape (n, 4, 4). Pitch and roll are dropped.
     """
-    cam2lidar = torch.linalg.inv(lidar2cam)
+    cam2lidar = inverse(lidar2cam)
     centers = (cam2lidar[:, :3, :3] * centers[:, None]).sum(-1) + cam2lidar[:, :3, 3]
     heading = (cam2lidar[:, :3, :3] @ rotations)[:, :, 0]
     yaw = torch.atan2(heading[:, 1], heading[:, 0])

@@ -36,9 +36,16 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
                         help='show the traceback of every error')
 
 
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of every program that tests or resumes a checkpoint."""
+    parser.add_argument('--allow-mismatch', action='store_true',
+                        help='go on with a checkpoint whose tensors do not all fit the model')
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that training and testing share, under their OpenMMLab names."""
     add_config_arguments(parser)
+    add_checkpoint_arguments(parser)
     parser.add_argument('--work-dir', help='folder of logs and checkpoints; '
                         'default: work_dir of the config, else work_dirs/<name of the config>')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import traceback
 from pathlib import Path
 from typing import Optional
 
@@ -14,7 +13,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
-from ..errors import UserError, chain
+from ..errors import UserError
 from . import preflight
 from .checkpoints import find_resumable_checkpoint
 
@@ -26,34 +25,19 @@ _VISUALIZATION_OPTIONS = {  # default_scope: names of (switch, output folder) in
 }
 
 
-def _runs_code(error: BaseException) -> bool:
-    """Whether the code of a config, or of a module that it imports, raised what led to an error."""
-    return any(frame.f_code.co_name == '<module>'
-               for link in chain(error) for frame, _ in traceback.walk_tb(link.__traceback__))
-
-
 def read_config(path: str, options: Optional[dict] = None) -> Config:
     """Reads the config of a model and applies `--cfg-options`.
 
-    A config in Python is a program: an error in it keeps its type and its traceback.
-
     Raises:
-        UserError: the file is absent, cannot be parsed or inherited from, defines no model, or an
-            option does not fit it.
+        UserError: the file is absent or is no config of a model.
     """
     if not os.path.isfile(path):
         raise UserError(f'the config {path} does not exist.')
     try:
         cfg = Config.fromfile(path)
-    except Exception as error:  # mmengine has no class of its own for most of them
-        if _runs_code(error):
-            raise
-        raise UserError(f'cannot read the config {path}: '
-                        f'{type(error).__name__}: {error}') from error
-    try:
         cfg.merge_from_dict(options or {})
-    except (KeyError, TypeError, IndexError) as error:
-        raise UserError(f'--cfg-options does not fit the config {path}: '
+    except Exception as error:  # a config is a program, which fails in any way
+        raise UserError(f'cannot read the config {path}: '
                         f'{type(error).__name__}: {error}') from error
     if cfg.get('model') is None:
         raise UserError(f'the config {path} defines no model.')
@@ -64,7 +48,7 @@ def load_config(args: argparse.Namespace) -> Config:
     """Reads the config and applies the common arguments.
 
     Raises:
-        UserError: as `read_config`.
+        UserError: the file is absent or is no config of a model.
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = read_config(args.config, args.cfg_options)

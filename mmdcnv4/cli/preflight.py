@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import os
 import pickle
-import re
 import tempfile
 import zipfile
 from collections.abc import Iterable
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from mmengine.config import Config
-from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.runner.checkpoint import CheckpointLoader
-from torch import Size, Tensor, nn
 
 from ..checks.config import is_local, type_name, walk
+from ..checks.weights import Shapes
+from ..checks.weights import check_match as check_weights  # noqa: F401  beside read_shapes
 from ..errors import InvalidValue, MissingFile
 
 OUR_TYPES = ('ChannelLN', 'DCNv4', 'FlashInternImage', 'InternImage')
@@ -82,7 +81,7 @@ def check_checkpoint(path: Optional[str], source: str) -> None:
         raise InvalidValue(f'{source}: the checkpoint {file} is truncated; its end is missing.')
 
 
-def read_shapes(path: str) -> dict[str, Size]:
+def read_shapes(path: str) -> Shapes:
     """Name and shape of the weights in a checkpoint, the prefix `module.` taken off.
 
     Args:
@@ -105,32 +104,7 @@ def read_shapes(path: str) -> dict[str, Size]:
     if not isinstance(weights, dict):
         raise InvalidValue(f'the checkpoint {path} must hold a dict of weights, got a '
                         f'{type(weights).__name__}.')
-    return {re.sub(r'^module\.', '', str(name)): value.shape for name, value in weights.items()
-            if isinstance(value, Tensor)}
-
-
-def check_weights(model: nn.Module, shapes: dict[str, Size], path: str) -> None:
-    """Refuses a checkpoint of another model, where mmengine goes on with random weights.
-
-    Args:
-        model: built, also inside a wrapper.
-        shapes: of :func:`read_shapes`.
-        path: of the checkpoint, for the message.
-
-    Raises:
-        UserError: under a tenth of the weights of the model are in the file, in their shape.
-    """
-    inner: Any = model
-    while is_model_wrapper(inner) or isinstance(inner, BaseTTAModel):
-        inner = inner.module
-    own = inner.state_dict()
-    matching = sum(shapes.get(name) == value.shape for name, value in own.items())
-    if 10 * matching < len(own):
-        raise InvalidValue(
-            f'the checkpoint {path} is not of this model: of the {len(own)} weights of the model '
-            f'{matching} are in the file, which holds {len(shapes)}. Published weights are '
-            'converted by tools/model_converters/convert_checkpoint.py, those of BEVFormer v2 by '
-            'bevformer_v2.py beside it.')
+    return Shapes.of(content)
 
 
 def check_device(name: str) -> None:

@@ -16,25 +16,30 @@ from .checkpoints import allow_mmengine_checkpoints
 from .distributed import prepare_distributed
 
 
-def _add_hooks(cfg: Config) -> None:
+def _add_hooks(cfg: Config, allow_mismatch: bool) -> None:
     """Adds the progress bar and the checks of the samples, unless the config has its own."""
     hooks = list(cfg.get('custom_hooks') or [])
     present = set(map(type_name, hooks))
-    for hook in (dict(type='ProgressBarHook'), dict(type='RunChecksHook', check_config=False)):
+    for hook in hooks:
+        if type_name(hook) == 'RunChecksHook' and allow_mismatch:
+            hook['allow_mismatch'] = True
+    for hook in (dict(type='ProgressBarHook'),
+                 dict(type='RunChecksHook', check_config=False, allow_mismatch=allow_mismatch)):
         if hook['type'] not in present:
             hooks.append(hook)
     cfg.custom_hooks = hooks
 
 
-def build_runner(cfg: Config, splits: tuple[str, ...]) -> Runner:
+def build_runner(cfg: Config, splits: tuple[str, ...], allow_mismatch: bool = False) -> Runner:
     """Checks what can be checked, then builds the Runner.
 
     Args:
         cfg: the config with all arguments applied; hooks are added to it.
         splits: of 'train', 'val', 'test', the data the run reads.
+        allow_mismatch: a checkpoint that is tested or resumed may be one of another model.
 
     Raises:
-        UserError: something is missing or not writable.
+        UserError: something is missing, not writable or does not fit.
     """
     hint = preflight.missing_import(cfg)
     if hint:
@@ -44,9 +49,10 @@ def build_runner(cfg: Config, splits: tuple[str, ...]) -> Runner:
     run_all(cfg, splits)
     allow_mmengine_checkpoints()
     prepare_distributed(cfg)
-    _add_hooks(cfg)
+    _add_hooks(cfg, allow_mismatch)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     file = cfg.get('load_from')
     if file is not None and isinstance(runner.model, nn.Module):  # some runners build it later
-        preflight.check_weights(runner.model, preflight.read_shapes(file), file)
+        must_match = ('train' not in splits or cfg.get('resume', False)) and not allow_mismatch
+        preflight.check_weights(runner.model, preflight.read_shapes(file), file, cfg, must_match)
     return runner

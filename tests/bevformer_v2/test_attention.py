@@ -121,7 +121,7 @@ def test_spatial_cross_attention_against_a_dense_loop():
     attention = randomize(SpatialCrossAttention(channels, 2, num_levels=2, num_points=4))
     query = torch.randn(batch, cells, channels)
     tokens = torch.randn(batch * views, 54 + 15, channels)
-    out = attention(query, tokens, VisibleCells.of(uv, is_visible), SIZES)
+    out = attention(query, tokens, VisibleCells.of([(uv, is_visible)])[0], SIZES)
 
     slots = torch.zeros(batch, cells, channels)
     for b in range(batch):
@@ -140,7 +140,7 @@ def test_no_cell_is_visible():
     uv, is_visible = torch.rand(1, 2, 5, 2, 2), torch.zeros(1, 2, 5, 2, dtype=torch.bool)
     attention = randomize(SpatialCrossAttention(8, 2, num_levels=2, num_points=2))
     query = torch.randn(1, 5, 8)
-    out = attention(query, torch.randn(2, 69, 8), VisibleCells.of(uv, is_visible), SIZES)
+    out = attention(query, torch.randn(2, 69, 8), VisibleCells.of([(uv, is_visible)])[0], SIZES)
     torch.testing.assert_close(out, query + attention.output_proj.bias)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from mmdet3d.structures import LiDARInstance3DBoxes
@@ -40,6 +41,18 @@ def sample_of(boxes, labels):
 
 
 EMPTY = sample_of(torch.zeros(0, 9), [])
+
+
+def targets_of(head, codes, objects):
+    """Labels, codes and weights for one group of queries of one sample."""
+    head.eval()  # one group
+    assigned = head._assign(torch.zeros(1, 1, len(codes), 3), codes[None, None], [objects])
+    return head._targets(assigned.flatten(), [objects])
+
+
+def losses_of_layer(head, logits, codes, objects):
+    assigned, = head._assign(logits[None], codes[None], objects)
+    return head._layer_loss(logits, codes, assigned, objects)
 
 
 def test_code_of_a_box():
@@ -82,11 +95,30 @@ def test_assignment_is_that_of_least_cost():
     codes = torch.zeros(7, 10)
     codes[4], codes[1] = objects.bboxes[0], objects.bboxes[1]
     codes[4, 8:] = 50
-    labels, targets, weights = head._targets(torch.zeros(7, 3), codes, objects)
+    labels, targets, weights = targets_of(head, codes, objects)
     assert labels.tolist() == [3, 0, 3, 3, 2, 3, 3]
     torch.testing.assert_close(targets[4], objects.bboxes[0])
     assert weights[1].tolist() == pytest.approx([1] * 8 + [0.2] * 2)
     assert not weights[[0, 2, 3, 5, 6]].any()
+
+
+def test_assignment_is_that_of_mmdet():
+    """All layers, samples and groups at once, against mmdet's assigner on one after another."""
+    head = make_head().train()
+    samples = [sample_of(BOXES, [2, 0]), EMPTY, sample_of(BOXES[[1, 0, 0]] + 1, [1, 1, 2])]
+    objects = [head._objects(sample.gt_instances_3d, torch.device('cpu')) for sample in samples]
+    logits, codes = torch.randn(2, 3, 21, 3), torch.randn(2, 3, 21, 10)
+    codes[0, 0, 3] = torch.nan
+    assigned = head._assign(logits, codes, objects)
+    first = (0, 2, 2)
+    for layer, sample, group in np.ndindex(2, 3, 3):
+        rows = slice(7 * group, 7 * group + 7)
+        expected = head.assigner.assign(InstanceData(
+            scores=logits[layer, sample, rows],
+            bboxes=codes[layer, sample, rows].nan_to_num()), objects[sample]).gt_inds
+        expected = torch.where(expected > 0, expected - 1 + first[sample], -1)
+        assert torch.equal(assigned[layer, sample, rows], expected)
+    assert (assigned >= 0).sum() == 2 * 3 * 5
 
 
 def test_unknown_velocity_has_no_weight():
@@ -94,7 +126,7 @@ def test_unknown_velocity_has_no_weight():
     boxes = BOXES[:1].clone()
     boxes[0, 7:] = torch.nan
     objects = head._objects(sample_of(boxes, [1]).gt_instances_3d, torch.device('cpu'))
-    _, targets, weights = head._targets(torch.zeros(7, 3), torch.zeros(7, 10), objects)
+    _, targets, weights = targets_of(head, torch.zeros(7, 10), objects)
     row = weights.sum(-1).argmax()
     assert weights[row].tolist() == [1] * 8 + [0, 0] and targets.isfinite().all()
 
@@ -105,7 +137,8 @@ def test_perfect_boxes_cost_nothing():
     codes = torch.zeros(1, 21, 10)
     for group in range(3):
         codes[0, 7 * group:7 * group + 2] = objects.bboxes
-    loss_cls, loss_bbox = head._layer_loss(torch.full((1, 21, 3), -20.0), codes, [objects])
+    loss_cls, loss_bbox = losses_of_layer(head, torch.full((1, 21, 3), -20.0), codes,
+                                          [objects])
     assert loss_bbox == 0 and loss_cls > 1
 
 
@@ -119,7 +152,7 @@ def test_losses_by_hand():
     codes[0, 0, 0] += 3  # smooth-L1: 2.5
     codes[0, 0, 8] += 2  # 1.5, weight 0.2
     logits = torch.zeros(2, 2, 3)
-    loss_cls, loss_bbox = head._layer_loss(logits, codes, objects)
+    loss_cls, loss_bbox = losses_of_layer(head, logits, codes, objects)
     # twelve probabilities of 1/2, one of them for a true class
     focal = 0.25 * math.log(2) * (0.25 + 11 * 0.75)
     assert float(loss_cls) == pytest.approx(2 * focal, rel=1e-5)

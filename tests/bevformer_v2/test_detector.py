@@ -190,7 +190,8 @@ def test_history_changes_no_buffer_and_has_no_gradient(make_model, make_batch):
     inputs, samples = preprocess(model, make_batch((1,)))
     images = inputs['imgs'].unflatten(1, (2, 6)).requires_grad_()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    history = model._history(images, Geometry.of(samples, images.device))
+    geometry = Geometry.of(samples, images.device)
+    history = model._history(images, geometry, model._look(geometry, images.shape[-2:]))
     assert list(history) == [0] and not history[0].requires_grad
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before[name]), name

@@ -80,7 +80,7 @@ def test_locations_start_at_the_corner():
 def chosen(boxes):
     """{(x, y, stride): row} of all locations that stand for a box."""
     place = locations()
-    rows = assign_locations(place, torch.tensor(boxes).reshape(-1, 4).float(), 1.5)
+    rows, = assign_locations(place, torch.tensor(boxes).reshape(-1, 4).float(), 1.5)
     return {(*place.points[index].int().tolist(), int(place.strides[index])): int(rows[index])
             for index in torch.nonzero(rows >= 0)[:, 0]}
 
@@ -234,7 +234,9 @@ def test_perfect_outputs_cost_nothing_and_are_decoded():
     raw = perfect_outputs(head, sample, CAM2IMG)
     rows, merged = assign_images(locations(), [sample], 1, 1.5)
     index = torch.nonzero(rows[0] >= 0)[:, 0]
-    losses = head._losses(raw, {name: out[0, index] for name, out in raw.items()}, rows,
+    labels = torch.full_like(rows, head.num_classes)
+    labels[0, index] = merged.labels[rows[0, index]]
+    losses = head._losses(raw, {name: out[0, index] for name, out in raw.items()}, labels,
                           locations().points[index], CAM2IMG.expand(len(index), 3, 3),
                           merged[rows[0, index]])
     for name in (*BOX3D, ):

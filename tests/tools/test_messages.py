@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 from mmcv.cnn import build_conv_layer
+from mmengine.config import Config
 from mmengine.dataset import Compose
+from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 from torch import nn
 
@@ -221,16 +223,35 @@ def test_bad_checkpoint(data: Path, tmp_path: Path, content: object, expected: s
 
 
 def test_weights_of_another_model(data: Path, tmp_path: Path) -> None:
-    """The names are right and the shapes are not; a wrapper and new classes change nothing."""
+    """The names are right and the shapes are not; a wrapper and new classes change nothing where
+    a training starts from the weights."""
     model, file = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 6)), tmp_path / 'a.pth'
     weights = {f'module.{name}': value for name, value in model.state_dict().items()}
     torch.save(weights, file)
     shapes = preflight.read_shapes(str(file))
     preflight.check_weights(nn.DataParallel(model), shapes, str(file))
-    preflight.check_weights(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 7)), shapes, str(file))
+    preflight.check_weights(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 7)), shapes, str(file),
+                            must_match=False)
     with pytest.raises(UserError, match=f'{file} .* of the 4 .* 0 are .* holds 4.*conv'):
         preflight.check_weights(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), shapes, str(file))
     assert 'of this model' in train_message(data, tmp_path / 'work', load_from=file)
+
+
+def test_checkpoint_of_other_classes(data: Path, tmp_path: Path) -> None:
+    """Tested and resumed: mmdet would go on with a random layer, and with a mAP near zero."""
+    cfg = Config.fromfile(CONFIG)
+    cfg.model.roi_head.bbox_head.num_classes += 1
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(cfg.model)
+    file = tmp_path / 'a.pth'
+    torch.save(dict(state_dict=model.state_dict(), meta=dict(cfg=cfg.pretty_text)), file)
+    options = data_options(data, experiment_name=tmp_path.name)
+    for main, how in ((test.main, [file]), (train.main, ['--resume', file])):
+        message = message_of(main, CONFIG, *how, '--work-dir', tmp_path / 'work', *options)
+        assert 'roi_head.bbox_head.fc_cls.weight' in message
+        classes = cfg.model.roi_head.bbox_head.num_classes
+        assert (f'model.roi_head.bbox_head.num_classes: {classes} in the checkpoint, '
+                f'{classes - 1} in the config') in message
 
 
 def test_targets_that_cannot_be_written(data: Path, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import mmdcnv4  # noqa: F401  registers the classes
+from mmdcnv4.checks.weights import Shapes
 from mmdcnv4.cli.analysis import ModelPart
 from mmdcnv4.cli.arguments import OptionsAction, add_config_arguments
 from mmdcnv4.cli.config import read_config
@@ -252,8 +253,7 @@ def draw(args: argparse.Namespace) -> None:
     image, images = prepare_image(args.image, args.size,
                                   cfg.model.get('data_preprocessor') or {})
     weights = dict(find_state_dict(read_file(args.checkpoint), args.checkpoint))
-    check_weights(model.model, {name: value.shape for name, value in weights.items()},
-                  args.checkpoint)
+    check_weights(model.model, Shapes(weights), args.checkpoint, cfg)
     model.model.load_state_dict(weights)
     samples = record(model.model.backbone, images)
     if not samples:

@@ -52,6 +52,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--device', default='cuda:0' if torch.cuda.is_available() else 'cpu',
                         help='cpu, cuda:0, ...')
     arguments.add_config_arguments(parser)
+    arguments.add_checkpoint_arguments(parser)
     args = parser.parse_args(argv)
     args.work_dir, args.launcher, args.local_rank = str(Path(args.out).parent), 'none', 0
     return args
@@ -82,7 +83,8 @@ def build_model(cfg: Config, args: argparse.Namespace) -> Any:
     from mmengine.runner import load_checkpoint
     checkpoints.allow_mmengine_checkpoints()
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    preflight.check_weights(model, preflight.read_shapes(args.checkpoint), args.checkpoint)
+    preflight.check_weights(model, preflight.read_shapes(args.checkpoint), args.checkpoint, cfg,
+                            not args.allow_mismatch)
     load_checkpoint(model, args.checkpoint, map_location='cpu')
     return model.to(args.device).eval()
 

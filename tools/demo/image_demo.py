@@ -39,6 +39,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--palette', choices=['none', 'coco', 'voc', 'citys', 'random'],
                         default='none', help='colours of detections; none: those of the data set')
     arguments.add_config_arguments(parser)
+    arguments.add_checkpoint_arguments(parser)
     args = parser.parse_args(argv)
     args.work_dir, args.launcher, args.local_rank = args.out_dir, 'none', 0
     return args
@@ -66,7 +67,7 @@ def make_detector(cfg: Config, args: argparse.Namespace) -> Draw:
     from mmdet.registry import VISUALIZERS
     shapes = preflight.read_shapes(args.checkpoint)
     model = init_detector(cfg, args.checkpoint, palette=args.palette, device=args.device)
-    preflight.check_weights(model, shapes, args.checkpoint)
+    preflight.check_weights(model, shapes, args.checkpoint, cfg, not args.allow_mismatch)
     visualizer: Any = VISUALIZERS.build(cfg.visualizer)
     visualizer.dataset_meta = model.dataset_meta
 
@@ -86,7 +87,7 @@ def make_segmentor(cfg: Config, args: argparse.Namespace) -> Draw:
         cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
     shapes = preflight.read_shapes(args.checkpoint)
     model = init_model(cfg, args.checkpoint, device=args.device)
-    preflight.check_weights(model, shapes, args.checkpoint)
+    preflight.check_weights(model, shapes, args.checkpoint, cfg, not args.allow_mismatch)
     visualizer: Any = VISUALIZERS.build(cfg.visualizer)
     visualizer.dataset_meta = model.dataset_meta
     visualizer.alpha = args.opacity

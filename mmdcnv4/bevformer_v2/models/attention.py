@@ -19,6 +19,7 @@ from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 from torch import Tensor, nn
 
 from ...ops import multi_scale_deformable_attention
+from ..geometry import constant
 
 Sizes = Sequence[tuple[int, int]]  # (height, width) of each level
 
@@ -42,7 +43,7 @@ def deformable_attention(value: Tensor, sizes: Sizes, locations: Tensor,
         value, locations, weights = value.float(), locations.float(), weights.float()
         if not value.is_cuda:
             return multi_scale_deformable_attention(value, sizes, locations, weights)
-        shapes = torch.tensor(sizes, dtype=torch.long, device=value.device)
+        shapes = constant(value, [side for size in sizes for side in size], torch.long).view(-1, 2)
         areas = shapes.prod(1)
         # the last argument must divide the batch: the batch itself always does
         return MultiScaleDeformableAttnFunction.apply(
@@ -79,7 +80,7 @@ def _reset_sampling(offsets: nn.Linear, weights: nn.Linear, start: Tensor) -> No
 
 def _normalizer(sizes: Sizes, like: Tensor) -> Tensor:
     """(L, 2): width and height of each level."""
-    return like.new_tensor([[width, height] for height, width in sizes])
+    return constant(like, [side for size in sizes for side in size[::-1]]).view(-1, 2)
 
 
 class BEVSelfAttention(nn.Module):
@@ -215,18 +216,28 @@ class VisibleCells:
     is_image: Optional[Tensor] = None
 
     @classmethod
-    def of(cls, uv: Tensor, is_visible: Tensor,
-           is_image: Optional[Tensor] = None) -> VisibleCells:
-        """From projected points (B, V, Q, Z, 2) and whether they are visible (B, V, Q, Z)."""
-        hit = is_visible.any(-1)  # (B, V, Q)
+    def of(cls, frames: Sequence[tuple[Tensor, Tensor]]) -> list[VisibleCells]:
+        """Of several frames: the host waits once, for the lengths of the longest lists.
+
+        Args:
+            frames: for each frame projected points, shape (B, V, Q, Z, 2), and whether they are
+                visible, shape (B, V, Q, Z).
+        """
+        hits = [is_visible.any(-1) for _, is_visible in frames]  # (B, V, Q)
+        counts = [hit.sum(-1).flatten() for hit in hits]
+        longest = torch.stack([count.max() for count in counts]).tolist()
+        return [cls._of_frame(uv, *rest)
+                for (uv, _), *rest in zip(frames, hits, counts, longest)]
+
+    @classmethod
+    def _of_frame(cls, uv: Tensor, hit: Tensor, counts: Tensor, longest: int) -> VisibleCells:
+        longest = max(longest, 1)
         num_views = hit.sum(1).clamp(min=1)[..., None]
         hit, uv = hit.flatten(0, 1), uv.flatten(0, 1)
-        counts = hit.sum(-1)
-        longest = max(int(counts.max()), 1)
         index = hit.int().argsort(dim=-1, descending=True, stable=True)[:, :longest]
         is_used = torch.arange(longest, device=uv.device)[None] < counts[:, None]
         rows = torch.arange(len(uv), device=uv.device)[:, None]
-        return cls(index, is_used, uv[rows, index], num_views, is_image)
+        return cls(index, is_used, uv[rows, index], num_views)
 
 
 class SpatialCrossAttention(nn.Module):

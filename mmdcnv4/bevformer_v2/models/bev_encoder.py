@@ -12,8 +12,10 @@ Differs:  other frames are encoded in the current LiDAR frame, by ego motion in 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Optional, Union
 
+import numpy as np
 import torch
 from mmcv.cnn import build_norm_layer
 from mmcv.cnn.bricks.transformer import FFN
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import InvalidValue
-from ..geometry import check_range, pillar_points, project_points
+from ..geometry import check_range, pillar_points, project_points, to_device
 from .attention import BEVSelfAttention, Sizes, SpatialCrossAttention, VisibleCells
 
 
@@ -137,23 +139,39 @@ class BEVFormerV2Encoder(BaseModule):
             tokens.append(flat.flatten(0, 1))
         return torch.cat(tokens, 1), sizes
 
-    def _visible(self, lidar2img: Tensor, image_size: Sequence[int], sizes: Sizes,
-                 own_sizes: Sequence[tuple[int, int]]) -> VisibleCells:
-        """What the cameras see; arguments as in :meth:`forward`."""
+    def look(self, lidar2img: Sequence[Tensor], image_size: Sequence[int],
+             own_sizes: Sequence[tuple[int, int]] = ()) -> list[VisibleCells]:
+        """What the cameras see in each of several frames; at once, since the host waits for it.
+
+        Args:
+            lidar2img: for each frame, shape (B, V, 4, 4).
+            image_size, own_sizes: as in :meth:`forward`.
+        """
+        own = self._padded(lidar2img[0].device, image_size, own_sizes)
+        return VisibleCells.of([project_points(self.pillars, matrices, image_size, own)
+                                for matrices in lidar2img])
+
+    @staticmethod
+    def _padded(device: torch.device, image_size: Sequence[int],
+                own_sizes: Sequence[tuple[int, int]]) -> Optional[Tensor]:
+        """Sizes (B, 2) of the images; None if nothing is padded."""
         if all(size == tuple(image_size) for size in own_sizes):
-            return VisibleCells.of(*project_points(self.pillars, lidar2img, image_size))
-        own = torch.tensor(own_sizes, device=lidar2img.device)  # (B, 2)
+            return None
+        return to_device(np.array(own_sizes), device)
+
+    def _is_image(self, own: Tensor, image_size: Sequence[int], sizes: Sizes) -> Tensor:
+        """Which tokens (B * V, sum of H_l * W_l) are no padding."""
         masks = []
         for height, width in sizes:
             rows, columns = (torch.arange(count, device=own.device) * (length / count)
                              for count, length in zip((height, width), image_size))
             inside = (rows < own[:, :1])[:, :, None] & (columns < own[:, 1:])[:, None]
             masks.append(inside.flatten(1))  # (B, h * w): where a token starts in the image
-        is_image = torch.cat(masks, 1).repeat_interleave(self.num_cams, 0)
-        return VisibleCells.of(*project_points(self.pillars, lidar2img, image_size, own), is_image)
+        return torch.cat(masks, 1).repeat_interleave(self.num_cams, 0)
 
     def forward(self, features: Sequence[Tensor], lidar2img: Tensor, image_size: Sequence[int],
-                own_sizes: Sequence[tuple[int, int]] = ()) -> Tensor:
+                own_sizes: Sequence[tuple[int, int]] = (),
+                cells: Optional[VisibleCells] = None) -> Tensor:
         """Encodes one frame.
 
         Args:
@@ -163,6 +181,7 @@ class BEVFormerV2Encoder(BaseModule):
             own_sizes: (height, width) of the images of each sample, without padding: there no
                 cell is visible and no feature is read, so that a sample does not depend on the
                 sizes of its neighbours. Empty if nothing is padded.
+            cells: what :meth:`look` found for these arguments; None: it is called here.
 
         Returns:
             Shape (B, Hb * Wb, C).
@@ -176,7 +195,11 @@ class BEVFormerV2Encoder(BaseModule):
                 f'{self.num_cams} cameras, got {len(features)} of {features[0].shape[1]}')
         batch = features[0].shape[0]
         tokens, sizes = self._tokens(features)
-        cells = self._visible(lidar2img, image_size, sizes, own_sizes)
+        if cells is None:
+            cells, = self.look([lidar2img], image_size, own_sizes)
+        own = self._padded(lidar2img.device, image_size, own_sizes)
+        if own is not None:
+            cells = replace(cells, is_image=self._is_image(own, image_size, sizes))
         query = self.bev_embedding.weight[None].expand(batch, -1, -1)
         rows, columns = self.bev_size
         pos = self.positional_encoding(query.new_zeros(1, rows, columns))

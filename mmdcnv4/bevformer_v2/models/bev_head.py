@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from mmcv.cnn.bricks.transformer import FFN, MultiheadAttention
 from mmcv.ops import MultiScaleDeformableAttention
@@ -23,12 +24,14 @@ from mmdet3d.registry import MODELS, TASK_UTILS
 from mmdet3d.structures import LiDARInstance3DBoxes
 from mmengine.model import BaseModule
 from mmengine.structures import InstanceData
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import InvalidValue
-from ..geometry import check_range
-from .box_code import CENTER, CODE_SIZE, encode_boxes, select_boxes
+from ..geometry import check_range, constant, to_device
+from .attention import deformable_attention
+from .box_code import CODE_SIZE, encode_boxes, raw_center, select_boxes
 
 _PRIOR = 0.01  # probability of an object that an untrained query states
 
@@ -47,6 +50,31 @@ class ExtraQueries:
     pos: Tensor
     reference: Tensor
     is_valid: Tensor
+
+
+class BEVCrossAttention(MultiScaleDeformableAttention):
+    """mmcv's module on one map whose size the host knows; mmcv's own forward reads it back."""
+
+    def forward(self, query: Tensor, query_pos: Tensor, bev: Tensor, bev_size: tuple[int, int],
+                reference: Tensor) -> Tensor:
+        """Maps (B, Q, C) to (B, Q, C), the residual sum included, in float32.
+
+        Args:
+            query, query_pos: shape (B, Q, C).
+            bev: shape (B, Hb * Wb, C).
+            bev_size: (Hb, Wb).
+            reference: shape (B, Q, 2), x, y in [0, 1].
+        """
+        with torch.autocast(query.device.type, enabled=False):  # exact sampling locations
+            query, located = query.float(), query.float() + query_pos.float()
+            layout = (*query.shape[:2], self.num_heads, 1, self.num_points)
+            weights = self.attention_weights(located).view(*layout[:3], -1).softmax(-1)
+            offsets = self.sampling_offsets(located).view(*layout, 2)
+            locations = reference.float()[:, :, None, None, None] + offsets / constant(
+                offsets, bev_size[::-1])
+            value = self.value_proj(bev.float()).unflatten(-1, (self.num_heads, -1))
+            out = deformable_attention(value, [bev_size], locations, weights.view(layout))
+            return query + self.dropout(self.output_proj(out))
 
 
 class GroupDecoderLayer(nn.Module):
@@ -69,7 +97,7 @@ class GroupDecoderLayer(nn.Module):
         self.self_attn = MultiheadAttention(
             embed_dims, num_heads, attn_drop=dropout, batch_first=True,
             dropout_layer=dict(type='Dropout', drop_prob=dropout))
-        self.cross_attn = MultiScaleDeformableAttention(
+        self.cross_attn = BEVCrossAttention(
             embed_dims, num_heads, num_levels=1, num_points=num_points, dropout=dropout,
             batch_first=True)
         self.ffn = FFN(embed_dims, feedforward_channels, ffn_drop=dropout)
@@ -108,12 +136,7 @@ class GroupDecoderLayer(nn.Module):
         groups, pos = (x.unflatten(1, (num_groups, -1)).flatten(0, 1) for x in (query, query_pos))
         groups = self._attend(groups, pos)
         query = self.norms[0](groups.unflatten(0, (batch, num_groups)).flatten(1, 2))
-        with torch.autocast(query.device.type, enabled=False):  # exact sampling locations
-            query = self.cross_attn(
-                query.float(), value=bev.float(), query_pos=query_pos.float(),
-                reference_points=reference.float()[:, :, None],
-                spatial_shapes=torch.tensor([bev_size], device=query.device),
-                level_start_index=torch.zeros(1, dtype=torch.long, device=query.device))
+        query = self.cross_attn(query, query_pos, bev, bev_size, reference)
         return self.norms[2](self.ffn(self.norms[1](query)))
 
 
@@ -247,7 +270,7 @@ class BEVFormerV2Head(BaseModule):
         for layer, classify, regress in zip(self.layers, self.cls_branches, self.reg_branches):
             query = layer(query, pos, groups, bev, self.bev_size, reference[..., :2])
             raw = regress(query).float()
-            center = (raw[..., CENTER] + inverse_sigmoid(reference)).sigmoid()
+            center = (raw_center(raw) + inverse_sigmoid(reference)).sigmoid()
             metres = center * self.range_size + self.range_low
             codes.append(torch.cat([metres[..., :2], raw[..., 2:4], metres[..., 2:], raw[..., 5:]],
                                    -1))
@@ -272,59 +295,105 @@ class BEVFormerV2Head(BaseModule):
         """
         logits, codes = self(bev, extra)
         objects = [self._objects(sample.gt_instances_3d, bev.device) for sample in data_samples]
+        assigned = self._assign(logits.detach(), codes.detach(), objects)
         losses = {}
-        for index, (layer_logits, layer_codes) in enumerate(zip(logits, codes)):
+        for index, layer in enumerate(zip(logits, codes, assigned)):
             prefix = f'd{index}.' if index + 1 < len(logits) else ''
-            loss_cls, loss_bbox = self._layer_loss(layer_logits, layer_codes, objects)
+            loss_cls, loss_bbox = self._layer_loss(*layer, objects)
             losses[prefix + 'loss_cls'] = torch.nan_to_num(loss_cls)
             losses[prefix + 'loss_bbox'] = torch.nan_to_num(loss_bbox)
         return losses
 
-    def _objects(self, instances: InstanceData, device: torch.device) -> InstanceData:
-        labels = instances.labels_3d.to(device)
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+    @staticmethod
+    def _objects(instances: InstanceData, device: torch.device) -> InstanceData:
+        """`bboxes`, codes (n, 10), and `labels` of a sample."""
+        boxes = instances.bboxes_3d
+        boxes = torch.cat([boxes.gravity_center, boxes.tensor[:, 3:]], -1).to(device)
+        return InstanceData(bboxes=encode_boxes(boxes.float()),
+                            labels=instances.labels_3d.to(device))
+
+    def _costs(self, logits: Tensor, codes: Tensor, objects: InstanceData) -> Tensor:
+        """Costs (layers, G * Q, n) of the predictions of a sample for its objects."""
+        truth = InstanceData(bboxes=objects.bboxes,
+                             labels=objects.labels.clamp(0, self.num_classes - 1))
+        layers = []  # one at a time: the difference of all codes would take gigabytes
+        for layer_logits, layer_codes in zip(logits, codes):
+            predictions = InstanceData(scores=torch.nan_to_num(layer_logits),
+                                       bboxes=torch.nan_to_num(layer_codes))
+            layers.append(torch.stack([cost(predictions, truth)
+                                       for cost in self.assigner.match_costs]).sum(0))
+        return torch.stack(layers)
+
+    def _assign(self, logits: Tensor, codes: Tensor, objects: Sequence[InstanceData]) -> Tensor:
+        """Which object each query of each layer stands for, at least cost within each group.
+
+        The costs of all layers, samples and groups go to the host together, and so do their
+        results to the device: the host waits once.
+
+        Args:
+            logits: shape (layers, B, G * Q, K).
+            codes: shape (layers, B, G * Q, 10).
+            objects: of the B samples.
+
+        Returns:
+            Shape (layers, B, G * Q): rows of the objects of all samples together, -1 for none.
+
+        Raises:
+            ValueError: a label is no class of this head.
+        """
+        groups = self._groups
+        assigned = np.full(logits.shape[:3], -1)
+        counts = [len(sample) for sample in objects]
+        if not sum(counts):
+            return to_device(assigned, logits.device)
+        layers, _, queries = assigned.shape
+        costs = [self._costs(logits[:, index], codes[:, index], sample).flatten()
+                 for index, sample in enumerate(objects)]
+        labels = torch.cat([sample.labels for sample in objects])
+        on_host = torch.cat([labels.to(costs[0].dtype), *costs]).cpu().numpy()
+        self._check_labels(on_host[:len(labels)])
+        start, first = len(labels), 0
+        for sample, count in enumerate(counts):
+            end = start + layers * queries * count
+            matrices = on_host[start:end].reshape(layers, groups, queries // groups, count)
+            results = assigned[:, sample].reshape(layers, groups, -1)  # a view
+            for layer, group in np.ndindex(layers, groups):
+                rows, columns = linear_sum_assignment(matrices[layer, group])
+                results[layer, group, rows] = first + columns
+            start, first = end, first + count
+        return to_device(assigned, logits.device)
+
+    def _check_labels(self, labels: np.ndarray) -> None:
+        if not 0 <= labels.min() <= labels.max() < self.num_classes:
             raise InvalidValue(
                 f'BEVFormerV2Head: labels must be 0 ... {self.num_classes - 1} (num_classes), got '
                 f'{int(labels.min())} ... {int(labels.max())}; do the classes of the data set '
                 'match the model?')
-        boxes = instances.bboxes_3d
-        boxes = torch.cat([boxes.gravity_center, boxes.tensor[:, 3:]], -1).to(device)
-        return InstanceData(bboxes=encode_boxes(boxes.float()), labels=labels)
 
-    def _targets(self, logits: Tensor, codes: Tensor,
-                 objects: InstanceData) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels (Q,), codes (Q, 10) and weights (Q, 10) for the queries of one group."""
-        predictions = InstanceData(scores=torch.nan_to_num(logits.detach()),
-                                   bboxes=torch.nan_to_num(codes.detach()))
-        assigned = self.assigner.assign(predictions, objects).gt_inds - 1
-        is_matched = assigned >= 0
-        labels = torch.full_like(assigned, self.num_classes)
-        targets, weights = torch.zeros_like(codes), torch.zeros_like(codes)
-        labels[is_matched] = objects.labels[assigned[is_matched]]
-        matched = objects.bboxes[assigned[is_matched]]
-        is_finite = matched.isfinite()
-        targets[is_matched] = matched.where(is_finite, 0)
-        weights[is_matched] = self.code_weights * is_finite
-        return labels, targets, weights
+    def _targets(self, assigned: Tensor,
+                 objects: Sequence[InstanceData]) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels (m,), codes (m, 10) and weights (m, 10) of queries with these objects (m,)."""
+        nothing = objects[0].bboxes.new_zeros(1, CODE_SIZE)  # the last row, which -1 takes
+        codes = torch.cat([*(sample.bboxes for sample in objects), nothing])
+        is_finite = codes.isfinite()
+        weights = self.code_weights * is_finite
+        weights = torch.cat([weights[:-1], nothing])
+        labels = torch.cat([*(sample.labels for sample in objects),
+                            assigned.new_full((1,), self.num_classes)])
+        return labels[assigned], codes.where(is_finite, 0)[assigned], weights[assigned]
 
-    def _layer_loss(self, logits: Tensor, codes: Tensor,
+    def _layer_loss(self, logits: Tensor, codes: Tensor, assigned: Tensor,
                     objects: Sequence[InstanceData]) -> tuple[Tensor, Tensor]:
         """Losses of one layer: (B, G * Q, K) and (B, G * Q, 10), mean over the groups."""
         groups = self._groups
-        size = logits.shape[1] // groups
-        targets = []
-        for sample, sample_objects in enumerate(objects):
-            for group in range(groups):
-                rows = slice(group * size, (group + 1) * size)
-                targets.append(self._targets(logits[sample, rows], codes[sample, rows],
-                                             sample_objects))
-        labels, boxes, weights = (torch.cat(parts) for parts in zip(*targets))
+        labels, boxes, weights = self._targets(assigned.flatten(), objects)
         # every group has the same number of matches
         matched = (labels < self.num_classes).sum() / groups
         factor = reduce_mean(matched.float()).clamp(min=1) * groups
         loss_cls = self.loss_cls(logits.flatten(0, 1), labels, avg_factor=factor)
-        loss_bbox = self.loss_bbox(codes.flatten(0, 1), boxes, weights, avg_factor=factor)
-        return loss_cls, loss_bbox
+        # with weights and a reduction mmdet's loss would look whether a weight is not zero
+        loss_bbox = self.loss_bbox(codes.flatten(0, 1), boxes, reduction_override='none') * weights
+        return loss_cls, loss_bbox.sum() / (factor + torch.finfo(torch.float32).eps)
 
     def predict(self, bev: Tensor, extra: Optional[ExtraQueries] = None) -> list[InstanceData]:
         """Boxes of the last layer and the first group; arguments as in :meth:`forward`.
@@ -338,7 +407,8 @@ class BEVFormerV2Head(BaseModule):
         for sample_logits, sample_codes in zip(logits[-1], codes[-1]):
             boxes, scores, labels = select_boxes(
                 sample_logits[:size], sample_codes[:size], **self.test_cfg)
+            boxes[:, 2] -= boxes[:, 5] * 0.5  # mmdet3d's boxes stand on their centre
             results.append(InstanceData(
-                bboxes_3d=LiDARInstance3DBoxes(boxes, box_dim=9, origin=(0.5, 0.5, 0.5)),
+                bboxes_3d=LiDARInstance3DBoxes(boxes, box_dim=9),
                 scores_3d=scores, labels_3d=labels))
         return results

@@ -18,9 +18,9 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from ...errors import InvalidValue
+from ..geometry import constant
 
 CODE_SIZE = 10
-CENTER = [0, 1, 4]  # x, y, z inside a code
 _MIN_SIZE = 1e-3  # metres; the log of a flat box would be infinite
 
 
@@ -29,6 +29,11 @@ def encode_boxes(boxes: Tensor) -> Tensor:
     x, y, z, length, width, height, yaw, vx, vy = boxes.unbind(-1)
     logs = [side.clamp(min=_MIN_SIZE).log() for side in (length, width, height)]
     return torch.stack([x, y, logs[0], logs[1], z, logs[2], yaw.sin(), yaw.cos(), vx, vy], -1)
+
+
+def raw_center(codes: Tensor) -> Tensor:
+    """The entries x, y, z (..., 3) of codes (..., 10)."""
+    return torch.cat([codes[..., :2], codes[..., 4:5]], -1)
 
 
 def decode_boxes(codes: Tensor) -> Tensor:
@@ -54,9 +59,10 @@ def select_boxes(logits: Tensor, codes: Tensor, max_per_sample: int,
     num_classes = logits.shape[-1]
     scores, order = logits.sigmoid().flatten().topk(min(max_per_sample, logits.numel()))
     boxes = decode_boxes(codes[order // num_classes])
-    limits = boxes.new_tensor(post_center_range)
+    limits = constant(boxes, post_center_range)
     inside = ((boxes[:, :3] >= limits[:3]) & (boxes[:, :3] <= limits[3:])).all(-1)
-    return boxes[inside], scores[inside], (order % num_classes)[inside]
+    kept = torch.nonzero(inside)[:, 0]  # here the host waits, and not for each of the three
+    return boxes[kept], scores[kept], (order % num_classes)[kept]
 
 
 @TASK_UTILS.register_module()

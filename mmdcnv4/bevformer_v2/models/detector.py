@@ -23,7 +23,8 @@ from mmdet3d.registry import MODELS
 from torch import Tensor, nn
 
 from ...errors import InvalidValue
-from ..geometry import warp_bev
+from ..geometry import to_device, warp_bev
+from .attention import VisibleCells
 from .bev_head import ExtraQueries
 from .grid_mask import GridMask
 from .map_cache import MapCache, frame_key
@@ -60,7 +61,8 @@ class Geometry:
         lidar2cam: shape (B, V, 4, 4).
         bda_mat: shape (B, 3, 3).
         frame_valid: shape (B, T).
-        flip: shape (B,): whether to mirror the images.
+        flip: shape (B,): whether to mirror the images; None if none is.
+        frames: indices of the frames that some sample has.
         image_sizes: (height, width) in pixels of each sample's images, without padding.
     """
 
@@ -69,19 +71,34 @@ class Geometry:
     lidar2cam: Tensor
     bda_mat: Tensor
     frame_valid: Tensor
-    flip: Tensor
+    flip: Optional[Tensor]
+    frames: tuple[int, ...]
     image_sizes: tuple[tuple[int, int], ...]
 
     @classmethod
     def of(cls, data_samples: Sequence[Any], device: torch.device) -> Geometry:
-        """Stacks the metainfo of B samples."""
-        def stack(name: str) -> Tensor:
-            values = np.stack([np.asarray(sample.metainfo[name]) for sample in data_samples])
-            return torch.from_numpy(values).to(device)
+        """Stacks the metainfo of B samples; one copy to the device.
 
-        return cls(stack('lidar2img').float(), stack('cam2img')[..., :3, :3].float(),
-                   stack('lidar2cam').float(), stack('bda_mat').float(),
-                   stack('frame_valid').bool(), stack('img_flip').bool(),
+        Raises:
+            ValueError: a matrix of a camera or of the augmentation has no inverse.
+        """
+        names = ('lidar2img', 'cam2img', 'lidar2cam', 'bda_mat', 'frame_valid', 'img_flip')
+        arrays = {name: np.stack([np.asarray(sample.metainfo[name]) for sample in data_samples])
+                  for name in names}
+        for name in ('cam2img', 'lidar2cam', 'bda_mat'):
+            if not np.all(np.abs(np.linalg.det(arrays[name].astype(np.float64))) > 0):
+                raise InvalidValue(f'BEVFormerV2: {name} must have an inverse in every sample, '
+                                   f'got {arrays[name].tolist()}')
+        batch = len(data_samples)
+        parts = [array.reshape(batch, -1).astype(np.float32) for array in arrays.values()]
+        columns = to_device(np.concatenate(parts, 1), device).split(
+            [part.shape[1] for part in parts], 1)
+        tensors = {name: column.reshape(array.shape)
+                   for (name, array), column in zip(arrays.items(), columns)}
+        return cls(tensors['lidar2img'], tensors['cam2img'][..., :3, :3], tensors['lidar2cam'],
+                   tensors['bda_mat'], tensors['frame_valid'].bool(),
+                   tensors['img_flip'].bool() if arrays['img_flip'].any() else None,
+                   tuple(np.flatnonzero(arrays['frame_valid'].any(0)).tolist()),
                    tuple((int(sample.img_shape[0]), int(sample.img_shape[1]))
                          for sample in data_samples))
 
@@ -175,39 +192,48 @@ class BEVFormerV2(Base3DDetector):
                 raise InvalidValue(f'BEVFormerV2: {name} must be the same in '
                                    f'{" and ".join(values)}, got {values}')
 
-    def extract_feat(self, images: Tensor, flip: Tensor) -> list[Tensor]:
+    def extract_feat(self, images: Tensor, flip: Optional[Tensor] = None) -> list[Tensor]:
         """Feature maps of one frame.
 
         Args:
             images: shape (B, V, 3, H, W).
-            flip: shape (B,): samples whose images are mirrored on the way through the network.
+            flip: shape (B,): samples whose images are mirrored on the way through the network;
+                None for none.
 
         Returns:
             One map (B, V, C, h, w) per level, not mirrored.
         """
         batch, views = images.shape[:2]
-        flip = flip.view(-1, 1, 1, 1, 1)
-        if flip.any():
+        if flip is not None:
+            flip = flip.view(-1, 1, 1, 1, 1)
             images = torch.where(flip, images.flip(-1), images)
         maps = self.img_neck(self.img_backbone(images.flatten(0, 1)))
         maps = [x.unflatten(0, (batch, views)) for x in maps]
-        return [torch.where(flip, x.flip(-1), x) for x in maps] if flip.any() else maps
+        return maps if flip is None else [torch.where(flip, x.flip(-1), x) for x in maps]
+
+    def _look(self, geometry: Geometry, image_size: Sequence[int]) -> dict[int, VisibleCells]:
+        """What the cameras see in each frame that some sample has."""
+        matrices = [geometry.lidar2img[:, frame] for frame in geometry.frames]
+        with torch.no_grad():
+            seen = self.bev_encoder.look(matrices, image_size, geometry.image_sizes)
+        return dict(zip(geometry.frames, seen))
 
     def _encode(self, maps: Sequence[Tensor], geometry: Geometry, frame: int,
-                image_size: Sequence[int]) -> Tensor:
+                image_size: Sequence[int], cells: VisibleCells) -> Tensor:
         """BEV features (B, Hb * Wb, C) of the frame with this index."""
         return self.bev_encoder(maps[:self.num_bev_levels], geometry.lidar2img[:, frame],
-                                image_size, geometry.image_sizes)
+                                image_size, geometry.image_sizes, cells)
 
-    def _history(self, images: Tensor, geometry: Geometry,
+    def _history(self, images: Tensor, geometry: Geometry, cells: dict[int, VisibleCells],
                  data_samples: Sequence[Any] = ()) -> dict[int, Tensor]:
         """BEV features, without gradient, of the other frames that some sample has."""
         others = {}
         with without_training(self):
-            for frame in range(len(self.frames)):
-                if frame != self.current and geometry.frame_valid[:, frame].any():
+            for frame in geometry.frames:
+                if frame != self.current:
                     maps = self._maps(images, geometry, frame, data_samples)
-                    others[frame] = self._encode(maps, geometry, frame, images.shape[-2:])
+                    others[frame] = self._encode(maps, geometry, frame, images.shape[-2:],
+                                                 cells[frame])
         return others
 
     def _fuse(self, bev: Tensor, history: dict[int, Tensor], geometry: Geometry) -> Tensor:
@@ -251,12 +277,13 @@ class BEVFormerV2(Base3DDetector):
         geometry = Geometry.of(data_samples, images.device)
         # in training weights and images change, and with gradients maps belong to a graph
         known = () if self.training or torch.is_grad_enabled() else data_samples
-        history = self._history(images, geometry, known)
+        cells = self._look(geometry, images.shape[-2:])
+        history = self._history(images, geometry, cells, known)
         if self.training and self.grid_mask is not None:
             maps = self.extract_feat(self.grid_mask(images[:, self.current]), geometry.flip)
         else:
             maps = self._maps(images, geometry, self.current, known)
-        bev = self._encode(maps, geometry, self.current, images.shape[-2:])
+        bev = self._encode(maps, geometry, self.current, images.shape[-2:], cells[self.current])
         return self._fuse(bev, history, geometry), maps, geometry
 
     def _extra_queries(self, maps: Sequence[Tensor],

@@ -236,23 +236,24 @@ class PerspectiveHead(BaseModule):
         with torch.autocast(features[0].device.type, enabled=False):
             rows, objects = assign_images(locations, [s.gt_mono for s in data_samples], num_cams,
                                           self.train_cfg['center_radius'])
+            # the one place where the host must wait: how many pixels are positive
             image, pixel = torch.nonzero(rows >= 0, as_tuple=True)
             objects = objects[rows[image, pixel]]
+            labels = torch.full_like(rows, self.num_classes)
+            labels[image, pixel] = objects.labels
             losses = self._losses(
-                outputs, {name: out[image, pixel] for name, out in outputs.items()}, rows,
+                outputs, {name: out[image, pixel] for name, out in outputs.items()}, labels,
                 locations.points[pixel], cam2img.flatten(0, 1).float()[image], objects)
             anchor = sum(out.sum() for out in outputs.values()) * 0
         return {name: loss + anchor for name, loss in losses.items()}
 
-    def _losses(self, outputs: dict[str, Tensor], positive: dict[str, Tensor], rows: Tensor,
+    def _losses(self, outputs: dict[str, Tensor], positive: dict[str, Tensor], labels: Tensor,
                 points: Tensor, cam2img: Tensor, objects: InstanceData) -> dict[str, Tensor]:
         sides = distances(points, objects.bboxes)
         weight = centerness(sides)
         # every rank takes part in these, with objects or without
-        count = reduce_mean(weight.new_tensor(float(len(weight)))).clamp(min=1)
+        count = reduce_mean(weight.new_full((), len(weight))).clamp(min=1)
         total = reduce_mean(weight.sum()).clamp(min=1e-6)
-        labels = torch.full_like(rows, self.num_classes)
-        labels[rows >= 0] = objects.labels
         factor = self.loss_weights
         losses = dict(
             loss_cls=factor['cls'] * self.focal_loss(

@@ -58,7 +58,7 @@ class CameraBoxes:
 
 def pixel_size(cam2img: Tensor) -> Tensor:
     """Length (n,) of (1 / fx, 1 / fy)."""
-    return (1 / cam2img[:, [0, 1], [0, 1]]).norm(dim=-1)
+    return (1 / cam2img.diagonal(dim1=-2, dim2=-1)[:, :2]).norm(dim=-1)
 
 
 def decode(raw: dict[str, Tensor], points: Tensor, canonical: Tensor, cam2img: Tensor,
@@ -83,7 +83,7 @@ def decode(raw: dict[str, Tensor], points: Tensor, canonical: Tensor, cam2img: T
 
 def centerness(sides: Tensor) -> Tensor:
     """How central pixels are in their boxes: (n,) in (0, 1] from side distances (n, 4)."""
-    horizontal, vertical = sides[:, [0, 2]], sides[:, [1, 3]]
+    horizontal, vertical = sides[:, ::2], sides[:, 1::2]
     ratio = (horizontal.amin(-1) / horizontal.amax(-1)) * (vertical.amin(-1) / vertical.amax(-1))
     return ratio.sqrt()
 

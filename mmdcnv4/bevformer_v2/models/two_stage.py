@@ -93,7 +93,7 @@ class ProposalQueries(BaseModule):
         batch, device = len(proposals), self.range_low.device
         if self.training:
             self.iteration += 1
-        is_started = bool(self.iteration > self.start_iteration) or not self.training
+        is_started = (self.iteration > self.start_iteration) | (not self.training)
         centers = torch.zeros(batch, self.num_proposals, 3, device=device)
         is_valid = torch.zeros(batch, self.num_proposals, dtype=torch.bool, device=device)
         for index, sample in enumerate(proposals):

@@ -10,7 +10,7 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 
-from ...checks import config, samples
+from ...checks import config, samples, weights
 from ...errors import InvalidValue
 
 
@@ -22,14 +22,15 @@ class RunChecksHook(Hook):
     `custom_hooks = [dict(type='RunChecksHook')]`.
 
     Args:
-        check_config: look at the files that the config names before the run. The tools have
-            already done it when the run begins.
+        check_config: look at the files that the config names before the run, and at the
+            checkpoint that the run loads. The tools have already done it when the run begins.
+        allow_mismatch: a checkpoint that is tested or resumed may be one of another model.
     """
 
     priority = 'VERY_HIGH'
 
-    def __init__(self, check_config: bool = True) -> None:
-        self.check_config = check_config
+    def __init__(self, check_config: bool = True, allow_mismatch: bool = False) -> None:
+        self.check_config, self.allow_mismatch = check_config, allow_mismatch
 
     def before_run(self, runner: Any) -> None:
         """Checks the files of the config; from here on a pipeline names what it fails on.
@@ -48,11 +49,18 @@ class RunChecksHook(Hook):
             samples.check_samples_of(loops[split].dataloader.dataset, labels)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Refuses to resume with an optimizer that groups the parameters otherwise.
+        """Refuses weights of another model, and an optimizer that groups the parameters otherwise.
+
+        In a training that begins with these weights, what does not fit is a warning.
 
         Raises:
             InvalidValue: says what differs, and how to go on.
         """
+        path = runner._load_from
+        if self.check_config or path is None:  # None: the newest of the work directory
+            is_start = hasattr(runner._train_loop, 'dataloader') and not runner._resume
+            weights.check_match(runner.model, weights.Shapes.of(checkpoint), str(path), runner.cfg,
+                                not (is_start or self.allow_mismatch))
         saved = checkpoint.get('optimizer')
         if not getattr(runner, '_resume', False) or not isinstance(saved, dict):
             return
