@@ -39,7 +39,8 @@ TABLE = {
         ('mmdcnv4.errors', 'mmdcnv4.ops', 'mmdcnv4.models.layers', 'mmdcnv4.models.checkpoint'),
         ('mmengine', 'mmcv')),
     # backbones only through the registry
-    'mmdcnv4.bevformer_v2': (('mmdcnv4.errors', 'mmdcnv4.bevformer_v2', 'mmdcnv4.ops'),
+    'mmdcnv4.bevformer_v2': (('mmdcnv4.errors', 'mmdcnv4.bevformer_v2', 'mmdcnv4.ops',
+                              'mmdcnv4.models.checkpoint'),
                              ('mmengine', 'mmcv', 'mmdet', 'mmdet3d')),
     'mmdcnv4.datasets': (('mmdcnv4.datasets', 'mmdcnv4.errors'),
                          ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmdet3d')),

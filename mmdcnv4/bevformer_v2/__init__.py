@@ -6,6 +6,7 @@ Make it known to a config with
 `custom_imports = dict(imports=['mmdcnv4', 'mmdcnv4.bevformer_v2'], allow_failed_imports=False)`.
 """
 
+from .data.center_distance_metric import CenterDistanceMetric
 from .data.nuscenes_metric import NuScenesSplitMetric
 from .data.nuscenes_temporal import NuScenesTemporalDataset
 from .data.transforms import (
@@ -15,6 +16,7 @@ from .data.transforms import (
     MultiViewCropResize,
     PackBEVInputs,
 )
+from .inferencer import BEVInferencer, Calibration
 from .models.bev_encoder import BEVFormerV2Encoder, TemporalFusion
 from .models.bev_head import BEVFormerV2Head
 from .models.box_code import BBox3DCodeSmoothL1Cost
@@ -25,7 +27,8 @@ from .targets.mono_targets import MonoTargets
 
 __all__ = [
     'BBox3DCodeSmoothL1Cost', 'BEVAugment', 'BEVFormerV2', 'BEVFormerV2Encoder',
-    'BEVFormerV2Head', 'ClipToUint8', 'LoadTemporalMultiViewImages', 'MonoTargets',
-    'MultiViewCropResize', 'NuScenesSplitMetric', 'NuScenesTemporalDataset', 'PackBEVInputs',
-    'PerspectiveHead', 'ProposalQueries', 'TemporalFusion', 'TwoStageBEVFormerV2'
+    'BEVFormerV2Head', 'BEVInferencer', 'Calibration', 'CenterDistanceMetric', 'ClipToUint8',
+    'LoadTemporalMultiViewImages', 'MonoTargets', 'MultiViewCropResize', 'NuScenesSplitMetric',
+    'NuScenesTemporalDataset', 'PackBEVInputs', 'PerspectiveHead', 'ProposalQueries',
+    'TemporalFusion', 'TwoStageBEVFormerV2'
 ]

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of the nuScenes devkit for the synthetic rig: key frames of cameras and LiDAR.
 
-The two scenes carry the names of the devkit's `mini_val` split.
+The first two scenes carry names of the devkit's splits.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-SCENES = ('scene-0103', 'scene-0916')
+SCENES = {  # version -> names: both in mini_val; one in train, one in val; both in test
+    'v1.0-mini': ('scene-0103', 'scene-0916'), 'v1.0-trainval': ('scene-0001', 'scene-0003'),
+    'v1.0-test': ('scene-0077', 'scene-0078')}
 CATEGORIES = dict(
     car='vehicle.car', truck='vehicle.truck', trailer='vehicle.trailer', bus='vehicle.bus.rigid',
     construction_vehicle='vehicle.construction', bicycle='vehicle.bicycle',
@@ -97,17 +99,20 @@ def _annotations(data_list: Sequence[dict]) -> tuple[list[dict], list[dict]]:
 
 
 def write_tables(root: Path, data_list: Sequence[dict], links: Sequence[dict],
-                 classes: Sequence[str]) -> None:
-    """Writes `<root>/v1.0-mini/*.json` and a blank map.
+                 classes: Sequence[str], version: str = 'v1.0-mini') -> None:
+    """Writes `<root>/<version>/*.json` and a blank map.
 
     Args:
         root: of the data set.
         data_list: of the info file, with the world-frame `center`, `yaw`, `attribute` and `name`
             of each instance; these four are taken out.
         links: rows of `sample`: `token`, `scene_token`, `prev`, `next`.
-        classes: names of the classes.
+        classes: names of the classes; those of nuScenes get its categories.
+        version: one of `SCENES`; 'v1.0-test' has no annotations.
     """
     annotations, instances = _annotations(data_list)
+    if version == 'v1.0-test':
+        annotations, instances = [], []
     for info in data_list:
         for item in info['instances']:
             for key in ('center', 'yaw', 'attribute', 'name'):
@@ -117,9 +122,10 @@ def write_tables(root: Path, data_list: Sequence[dict], links: Sequence[dict],
     scenes: dict[str, list[dict]] = {}
     for sample in samples:
         scenes.setdefault(sample['scene_token'], []).append(sample['token'])
+    names = [*SCENES[version], *(f'scene-{9000 + index}' for index in range(2, len(scenes)))]
     poses = [np.array(info['ego2global']) for info in data_list]
     tables = dict(
-        category=[dict(token=name, name=CATEGORIES[name], description='') for name in classes],
+        category=[dict(token=name, name=CATEGORIES.get(name, name), description='') for name in classes],
         attribute=[dict(token=name, name=name, description='') for name in ATTRIBUTES],
         visibility=[dict(token='4', level='v80-100', description='')],
         sensor=[{key: row[key] for key in ('token', 'channel', 'modality')}
@@ -134,14 +140,14 @@ def write_tables(root: Path, data_list: Sequence[dict], links: Sequence[dict],
         scene=[dict(token=token, name=name, log_token='log', description='',
                     nbr_samples=len(tokens), first_sample_token=tokens[0],
                     last_sample_token=tokens[-1])
-               for name, (token, tokens) in zip(SCENES, scenes.items())],
+               for name, (token, tokens) in zip(names, scenes.items())],
         sample=samples,
         sample_data=_sample_data(samples, data_list),
         sample_annotation=annotations, instance=instances,
         map=[dict(token='map', log_tokens=['log'], category='semantic_prior',
                   filename='maps/blank.png')])
-    for folder in ('v1.0-mini', 'maps'):
+    for folder in (version, 'maps'):
         (root / folder).mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(root / 'maps' / 'blank.png'), np.zeros((4, 4), np.uint8))
     for name, rows in tables.items():
-        (root / 'v1.0-mini' / f'{name}.json').write_text(json.dumps(rows))
+        (root / version / f'{name}.json').write_text(json.dumps(rows))

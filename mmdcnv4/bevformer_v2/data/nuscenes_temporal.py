@@ -189,6 +189,20 @@ class NuScenesTemporalDataset(NuScenesDataset):
                 f'for {len(unknown)}, the first {unknown[0]}; is it the table of this split?')
         return links
 
+    def scenes(self) -> dict[str, list[int]]:
+        """Indices of the samples of each scene, by its token, in the order of time.
+
+        Raises:
+            FileNotFoundError: neither the info file nor a table tells the scenes.
+        """
+        self.full_init()
+        infos = [self.get_sample_info(index) for index in range(len(self))]
+        links = self._links or self._read_links(infos)
+        found: dict[str, list[int]] = {}
+        for index in sorted(range(len(infos)), key=lambda index: infos[index]['timestamp']):
+            found.setdefault(links[infos[index]['token']].scene, []).append(index)
+        return found
+
     def get_sample_info(self, index: int) -> dict:
         """The info of one sample, without its neighbours."""
         return super().get_data_info(index)

@@ -39,6 +39,8 @@ def _homogeneous(matrix: Any) -> np.ndarray:
 class LoadTemporalMultiViewImages(BaseTransform):
     """Loads the images of all frames; every matrix starts in the current LiDAR frame.
 
+    An image is read from the file `img_path`, or is the array `img` of its entry.
+
     Adds `img` (list of T * V images), `frame_valid` (T,), `frame_tokens` (those of the frames that
     are there, by index), `cam2img` (T, V, 4, 4) and `lidar2cam`
     (T, V, 4, 4), float64, with the ego motion in it. A missing frame repeats the current one and
@@ -62,6 +64,8 @@ class LoadTemporalMultiViewImages(BaseTransform):
         if camera not in info['images']:
             raise MissingKey(f'LoadTemporalMultiViewImages: sample {info["token"]} must have '
                              f'camera {camera}, got {sorted(info["images"])}')
+        if 'img' in info['images'][camera]:  # a stream of images has no files
+            return info['images'][camera]['img']
         path = info['images'][camera].get('img_path')
         try:
             data = get(path, backend_args=self.backend_args)
