@@ -77,4 +77,4 @@ param_scheduler = [
 ]
 train_cfg = dict(max_epochs=100, val_interval=100)
 auto_scale_lr = dict(base_batch_size=1)
-default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=50))
+default_hooks = dict(logger=dict(interval=20), checkpoint=dict(interval=50, max_keep_ckpts=2))

@@ -3,6 +3,6 @@ _base_ = [
     'mmdet3d::_base_/default_runtime.py', '_base_/plugin.py'
 ]
 
-default_hooks = dict(checkpoint=dict(interval=1))
+default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=2))
 # classes of the data set and of both heads must be as many
 custom_hooks = [dict(type='mmdet.NumClassCheckHook')]

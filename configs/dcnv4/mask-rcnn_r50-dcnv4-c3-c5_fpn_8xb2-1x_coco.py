@@ -5,3 +5,5 @@ model = dict(
     backbone=dict(
         dcn=dict(type='DCNv4', fallback_on_stride=False),
         stage_with_dcn=(False, True, True, True)))
+
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=2, save_best='auto'))  # mmdet: keeps all

@@ -1,63 +1,10 @@
-# Fine-tuning of ImageNet-22K weights at 384 x 384. The published run was in single precision.
-_base_ = '../_base_/methods/image-classifier_300e_in1k-224x224.py'
+_base_ = '../_base_/methods/image-classifier_20e_in1k-384x384.py'
 
+# The ImageNet-22K classifier with the rows of its head that ImageNet-1K has, from
+# tools/model_converters/convert_checkpoint.py classifier-22kto1k; see README.md.
+# From scratch: --cfg-options load_from=None
+load_from = 'checkpoints/flash-intern-image-l_22kto1k-rows.pth'
 model = dict(
-    backbone=dict(
-        arch='l',
-        drop_path_rate=0.1,
-        init_cfg=dict(
-            type='Pretrained', checkpoint='checkpoints/flash_intern_image_l_22k_384.pth')),
+    backbone=dict(arch='l', drop_path_rate=0.1),
     neck=dict(in_channels=1280, out_channels=1920),
-    head=dict(in_channels=1920, loss=dict(label_smooth_val=0.3)),
-    train_cfg=None)  # neither Mixup nor CutMix
-
-train_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(type='RandomResizedCrop', scale=384, backend='pillow', interpolation='bicubic'),
-    dict(type='RandomFlip', prob=0.5, direction='horizontal'),
-    dict(
-        type='RandAugment',
-        policies='timm_increasing',
-        num_policies=2,
-        total_level=10,
-        magnitude_level=9,
-        magnitude_std=0.5,
-        hparams=dict(
-            pad_val=[round(value) for value in _base_.bgr_mean], interpolation='bicubic')),
-    dict(type='PackInputs'),
-]
-test_pipeline = [
-    dict(type='LoadImageFromFile'),
-    dict(
-        type='ResizeEdge', scale=384, edge='short', backend='pillow', interpolation='bicubic'),
-    dict(type='CenterCrop', crop_size=384),
-    dict(type='PackInputs'),
-]
-# 16 GPUs x 32 images
-train_dataloader = dict(batch_size=32, dataset=dict(pipeline=train_pipeline))
-val_dataloader = dict(batch_size=32, dataset=dict(pipeline=test_pipeline))
-test_dataloader = val_dataloader
-auto_scale_lr = dict(base_batch_size=512)
-
-# The published run counts layers from the last block, with factor 1; the constructor gives that
-# block 0.9, and the stem another 0.9 than the first block. The multipliers make up for both.
-optim_wrapper = dict(
-    optimizer=dict(lr=2e-5),
-    constructor='CustomLayerDecayOptimizerConstructor',
-    paramwise_cfg=dict(
-        _delete_=True,  # the decay multipliers of the base, which the constructor has built in
-        layer_decay_rate=0.9,
-        offset_lr_scale=0.1,
-        custom_keys={
-            'backbone': dict(lr_mult=1 / 0.9),
-            'backbone.patch_embed': dict(lr_mult=1 / 0.9**2)
-        }))
-train_cfg = dict(max_epochs=20)
-param_scheduler = [
-    dict(
-        type='LinearLR', start_factor=1e-6, by_epoch=True, begin=0, end=2,
-        convert_to_iter_based=True),
-    dict(
-        type='CosineAnnealingLR', eta_min=0., by_epoch=True, begin=2, end=20,
-        convert_to_iter_based=True),
-]
+    head=dict(in_channels=1920))

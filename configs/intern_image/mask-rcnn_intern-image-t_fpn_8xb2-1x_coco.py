@@ -9,6 +9,5 @@ model = dict(
     backbone=dict(
         _delete_=True,  # the ResNet-50 of the base
         **_base_.intern_image,
-        drop_path_rate=0.2,
-        with_cp=True),
+        drop_path_rate=0.2),
     neck=dict(in_channels=_base_.widths))

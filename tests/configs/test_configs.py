@@ -39,24 +39,43 @@ EXACT = {
     'upernet_flash-intern-image-s': 79_854_572,
     'upernet_flash-intern-image-b': 128_374_980,
     'upernet_flash-intern-image-l': 255_562_876,
-    # InternImage-T with layer scale, the plain neck with biases, and the heads of Mask R-CNN
-    'mask-rcnn_intern-image-t': 28_754_672 + 14_848 + 17_543_920 + (
-        (64 + 128 + 256 + 512) * 256 + 4 * 256 + 4 * (9 * 256 * 256 + 256)),
-    'upernet_intern-image-t': 58_974_252 - 28_666_624 + 28_754_672 + 14_848,
     'image-classifier_flash-intern-image-t': 29_815_528,
     'image-classifier_flash-intern-image-s': 50_067_496,
     'image-classifier_flash-intern-image-b': 97_448_960,
     'image-classifier_flash-intern-image-l': 223_297_080,
     'image-classifier_dat-pp-t': 23_962_876,
     'image-classifier_dat-pp-s': 53_127_366,
-    'image-classifier_dat-pp-b': 93_690_640,
+    'image-classifier_dat-pp-b_16xb64-300e': 93_690_640,
+    'image-classifier_dat-pp-b_16xb24-30e': 93_690_640,
+    # the classifier without its norm and linear layer, four norms, the neck and the heads
+    **dict.fromkeys(
+        ('cascade-mask-rcnn_dat-t_fpn_32xb2-1x', 'cascade-mask-rcnn_dat-t_fpn_32xb2-3x'),
+        28_319_138 - 2 * 768 - 769_000 + 2 * 1440 + 1440 * 256 + 2_361_344 + 55_379_122),
     'image-classifier_dynamic-mobile-former-xxs': 15_075_208,
     'image-classifier_dynamic-mobile-former-xs': 19_805_516,
     'image-classifier_dynamic-mobile-former-s': 25_145_252,
 }
+# InternImage: backbones (T with the layer scale of dense prediction), and mmdet's neck, which has
+# biases instead of norms.
+INTERN_IMAGE = {'t': 28_754_672 + 14_848, 's': 48_502_560, 'b': 94_909_920, 'l': 218_952_370,
+                'xl': 328_971_228}
+WIDTH = dict(t=64, s=80, b=112, l=160, xl=192)
+for _size, _count in INTERN_IMAGE.items():
+    _neck = 15 * WIDTH[_size] * 256 + 4 * 256 + 4 * (9 * 256 * 256 + 256)
+    EXACT[f'upernet_intern-image-{_size}_'] = (  # its heads grow linearly with the width
+        _count + 58_974_252 - 28_666_624 + (WIDTH[_size] - 64) * 66_048)
+    if _size in ('l', 'xl'):
+        EXACT[f'cascade-mask-rcnn_intern-image-{_size}_fpn_8xb2-1x'] = _count + _neck + 55_379_122
+        EXACT[f'cascade-mask-rcnn_intern-image-{_size}_fpn_32xb2-3x'] = _count + _neck + 55_379_122
+    else:
+        EXACT[f'mask-rcnn_intern-image-{_size}_fpn_8xb2-1x'] = _count + _neck + 17_543_920
+        EXACT[f'mask-rcnn_intern-image-{_size}_fpn_8xb2-3x'] = _count + _neck + 17_543_920
+EXACT.update({f'image-classifier_intern-image-{_size}_': _count for _size, _count in dict(
+    t=29_918_424, s=50_079_880, b=97_461_832, l=223_334_810, xl=334_819_780).items()})
 # Known to 10,000 parameters.
 MILLIONS = {
     'dino-4scale_flash-intern-image-t': 48.63, 'dino-4scale_flash-intern-image-s': 68.81,
+    'dino-4scale_intern-image-t': 48.74, 'dino-4scale_intern-image-l': 241.03,
     'dino-4scale_flash-intern-image-b': 115.92, 'dino-4scale_flash-intern-image-l': 241.00,
     'mask2former_flash-intern-image-t': 48.46, 'mask2former_flash-intern-image-s': 71.55,
     'mask2former_flash-intern-image-b': 118.08, 'mask2former_flash-intern-image-l': 242.28,
@@ -71,7 +90,8 @@ MILLIONS = {
     # with a strided convolution for the fifth level of the neck
     'mask-rcnn_dat-pp-t_fpn_32xb2-1x': 44.78, 'mask-rcnn_dat-pp-t_fpn_32xb2-3x': 44.78,
     'mask-rcnn_dat-pp-s_fpn_32xb2-1x': 74.40, 'mask-rcnn_dat-pp-s_fpn_32xb2-3x': 74.40,
-    'cascade-mask-rcnn_dat-pp-t': 81.44, 'cascade-mask-rcnn_dat-pp-s': 110.47,
+    'cascade-mask-rcnn_dat-pp-t_fpn_32xb2-1x': 81.44,
+    'cascade-mask-rcnn_dat-pp-t_fpn_32xb2-3x': 81.44, 'cascade-mask-rcnn_dat-pp-s': 110.47,
     'cascade-mask-rcnn_dat-pp-b': 150.90,
     'upernet_dat-pp-t': 53.76, 'upernet_dat-pp-s': 84.78, 'upernet_dat-pp-b': 127.20,
     'semantic-fpn_dat-pp-t': 27.70, 'semantic-fpn_dat-pp-s': 56.73,

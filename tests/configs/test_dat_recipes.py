@@ -36,7 +36,8 @@ DETECTION = [
     Recipe('mask-rcnn_dat-pp-t_fpn_32xb2-3x', 36, 64, 4e-4, 0.05, 0.3),
     Recipe('mask-rcnn_dat-pp-s_fpn_32xb2-1x', 12, 64, 4e-4, 0.05, 0.1),
     Recipe('mask-rcnn_dat-pp-s_fpn_32xb2-3x', 36, 64, 4e-4, 0.05, 0.5),
-    Recipe('cascade-mask-rcnn_dat-pp-t', 36, 64, 4e-4, 0.05, 0.1),
+    Recipe('cascade-mask-rcnn_dat-pp-t_fpn_32xb2-1x', 12, 64, 4e-4, 0.05, 0.0),
+    Recipe('cascade-mask-rcnn_dat-pp-t_fpn_32xb2-3x', 36, 64, 4e-4, 0.05, 0.1),
     Recipe('cascade-mask-rcnn_dat-pp-s', 36, 64, 4e-4, 0.05, 0.5),
     Recipe('cascade-mask-rcnn_dat-pp-b', 36, 64, 4e-4, 0.05, 0.8)]
 SEGMENTATION = [
@@ -49,7 +50,7 @@ SEGMENTATION = [
 CLASSIFICATION = [
     Recipe('image-classifier_dat-pp-t', 300, 1024, 1e-3, 0.05, 0.2),
     Recipe('image-classifier_dat-pp-s', 300, 1024, 1e-3, 0.05, 0.4),
-    Recipe('image-classifier_dat-pp-b', 300, 1024, 1e-3, 0.05, 0.7)]
+    Recipe('image-classifier_dat-pp-b_16xb64-300e', 300, 1024, 1e-3, 0.05, 0.7)]
 RECIPES = DETECTION + SEGMENTATION + CLASSIFICATION
 ARCHS = dict(t='dat_pp_tiny', s='dat_pp_small', b='dat_pp_base')
 
@@ -162,4 +163,33 @@ def test_classification(recipe):
     warm_up, curve = cfg.param_scheduler
     # 5e-7 and 5e-6 for 512 images
     assert recipe.lr * warm_up.start_factor == pytest.approx(1e-6) and warm_up.end == 20
-    assert curve.eta_min == pytest.approx(1e-5)
+    assert curve.eta_min == pytest.approx(1e-5) and curve.begin == 0
+
+
+def test_fine_tuning_at_384():
+    cfg = read(leaf('image-classifier_dat-pp-b_16xb24-30e'))
+    train = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
+    assert train['RandomResizedCrop'].scale == 384
+    assert [step.type for step in cfg.test_dataloader.dataset.pipeline] == [
+        'LoadImageFromFile', 'Resize', 'PackInputs']  # no crop
+    assert cfg.test_dataloader.dataset.pipeline[1].scale == (384, 384)
+    assert cfg.train_cfg.max_epochs == 30 and cfg.auto_scale_lr.base_batch_size == 384
+    optimizer = cfg.optim_wrapper.optimizer
+    assert optimizer.lr * 512 / 384 == pytest.approx(2e-5) and optimizer.weight_decay == 1e-8
+    (curve,) = cfg.param_scheduler
+    assert curve.eta_min * 512 / 384 == pytest.approx(2e-7) and curve.begin == 0
+    assert cfg.model.backbone.drop_path_rate == 0.6
+    assert cfg.model.backbone.get('img_size', 224) == 224  # the tables are stretched
+
+
+@pytest.mark.parametrize('schedule', ['1x', '3x'])
+def test_the_first_version_has_the_settings_of_the_second(schedule):
+    first, second = (read(leaf(f'cascade-mask-rcnn_{arch}_fpn_32xb2-{schedule}'))._cfg_dict.to_dict()
+                     for arch in ('dat-t', 'dat-pp-t'))
+    for cfg, arch in ((first, 'dat_tiny'), (second, 'dat_pp_tiny')):
+        assert cfg['model']['backbone'].pop('arch') == arch
+        for part in (cfg['model']['backbone'].pop('init_cfg'), cfg.pop('dat')['init_cfg']):
+            assert part['checkpoint'] == f'checkpoints/{arch}_in1k_224.pth'
+    assert first['model']['neck'].pop('in_channels') == first.pop('widths')
+    assert second['model']['neck'].pop('in_channels') == second.pop('widths')
+    assert first == second

@@ -54,7 +54,7 @@ def expected_group(recipe, name, parameter):
     if recipe.start.startswith('image'):  # fine-tuning: the last block has factor 1
         steps = max(steps - 1 - name.startswith('backbone.patch_embed'), 0)
     rate = recipe.lr * recipe.rate**steps
-    if is_offset(name, is_segmentor):
+    if 'offset' in name if recipe.start.startswith('image') else is_offset(name, is_segmentor):
         rate *= recipe.offset
     exempt = parameter.dim() == 1 or name.endswith('.bias') or any(
         part in name for part in ('relative_position', 'norm', 'sampling_offsets'))
@@ -198,19 +198,41 @@ def test_every_segmentation_recipe_has_that_curve():
                 {k: v for k, v in entry.items() if k != '_scope_'} for entry in reference]
 
 
-@pytest.mark.parametrize('size, epochs, warm, peak, low, first', [
-    ('t', 300, 20, 1e-3, 1e-5, 1e-6), ('l', 20, 2, 2e-5, 0.0, 2e-11)])
-def test_curve_of_classification(size, epochs, warm, peak, low, first):
-    rates = curve(read(leaf(f'image-classifier_flash-intern-image-{size}')),
-                  epochs * ITERATIONS_PER_EPOCH)
-    begin, total = warm * ITERATIONS_PER_EPOCH, (epochs - warm) * ITERATIONS_PER_EPOCH
+def test_every_offset_predictor_of_the_classifier_is_slow():
+    """Weight and bias of 37 depthwise convolutions that learned at ten times the published rate."""
+    cfg = read(leaf('image-classifier_flash-intern-image-l'))
+    model = build_model(cfg, 'meta')
+    groups = actual_groups(build_optimiser(cfg, model))
+    rates = {name: groups[id(parameter)][0] for name, parameter in model.named_parameters()}
+    names = [name for name in rates if 'offset_mask_dw' in name]
+    assert len(names) == 74
+    for name in names:
+        block = name.split('dcn')[0]
+        assert rates[name] == pytest.approx(rates[block + 'mlp.fc1.weight'] / 10)
+        assert rates[name] == pytest.approx(rates[block + 'dcn.offset_mask.weight'])
+
+
+@pytest.mark.parametrize('start, epochs, warm, peak, low, first', [
+    ('flash-intern-image-t', 300, 20, 1e-3, 1e-5, 1e-6),
+    ('flash-intern-image-l', 20, 2, 2e-5, 0.0, 2e-11),
+    ('intern-image-b', 300, 20, 1e-3, 1e-5, 1e-6),
+    ('dat-pp-s', 300, 20, 1e-3, 1e-5, 1e-6),
+    ('dat-pp-b_16xb24-30e', 30, 0, 1.5e-5, 1.5e-7, 1.5e-5),
+    ('dynamic-mobile-former-s', 470, 20, 1.5e-3, 1e-5, 1.5e-6)])
+def test_curve_of_classification(start, epochs, warm, peak, low, first):
+    """The published programs count the cosine from the first iteration, and replace its beginning
+    by the warm-up; here the warm-up multiplies it, which is at most 1.1 % (L: 2.5 %) lower."""
+    rates = curve(read(leaf(f'image-classifier_{start}')), epochs * ITERATIONS_PER_EPOCH)
+    begin, total = warm * ITERATIONS_PER_EPOCH, epochs * ITERATIONS_PER_EPOCH
     assert rates[0] == pytest.approx(first)
-    for iteration in range(0, epochs * ITERATIONS_PER_EPOCH, 13):
-        if iteration < begin:
-            expected = first + (peak - first) * iteration / begin
-        else:
-            phase = math.pi * (iteration - begin) / total
-            expected = low + (peak - low) * (1 + math.cos(phase)) / 2
-        # mmengine ends the ramp one iteration earlier: of 200, where it is shortest
-        tolerance = 6e-3 if iteration < begin else 2e-3
-        assert rates[iteration] == pytest.approx(expected, rel=tolerance, abs=peak * 2e-4)
+    expected = []
+    for iteration in range(total):
+        cosine = low + (peak - low) * (1 + math.cos(math.pi * iteration / total)) / 2
+        ramp = first + (peak - first) * iteration / begin if iteration < begin else 0.0
+        expected.append(ramp if iteration < begin else cosine)
+    # mmengine ends the ramp one iteration earlier: of 200, where it is shortest
+    tolerances = 2.5e-2 if warm == 2 else 1.4e-2, 2e-3
+    for iteration in range(0, total, 13):
+        assert rates[iteration] == pytest.approx(
+            expected[iteration], rel=tolerances[iteration >= begin], abs=peak * 3e-4), iteration
+    assert sum(rates) == pytest.approx(sum(expected), rel=2e-3)

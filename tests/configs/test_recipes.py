@@ -74,7 +74,7 @@ RECIPES = [
     Recipe(named('image-classifier', 'b'), 300, 1024, 1e-3, 0.5, False, None, clip=5.0,
            weights=None),
     Recipe(named('image-classifier', 'l'), 20, 512, 2e-5, 0.1, False, 0.9, 0.1, clip=5.0,
-           weights=K22),
+           weights=None),
 ]
 DETECTION = ('mask-rcnn', 'cascade', 'dino', 'retinanet')
 
@@ -107,7 +107,8 @@ def test_training_settings(recipe):
     else:
         assert optim.constructor == 'CustomLayerDecayOptimizerConstructor'
         assert optim.paramwise_cfg.layer_decay_rate == recipe.rate
-        assert optim.paramwise_cfg.get('offset_lr_scale', 1.0) == recipe.offset
+        if not recipe.start.startswith('image'):  # there by a key, see test_learning_rates.py
+            assert optim.paramwise_cfg.get('offset_lr_scale', 1.0) == recipe.offset
 
 
 @pytest.mark.parametrize('recipe', RECIPES, ids=lambda recipe: recipe.start)
@@ -295,25 +296,13 @@ def test_classifier(size, pixels, smoothing):
     augment = train['RandAugment']
     assert (augment.magnitude_level, augment.magnitude_std, augment.num_policies) == (9, 0.5, 2)
     assert cfg.custom_hooks[0].type == 'EMAHook' and cfg.custom_hooks[0].momentum == 1e-4
+    assert cfg.custom_hooks[0].update_buffers
     if size == 'l':
+        assert cfg.load_from == 'checkpoints/flash-intern-image-l_22kto1k-rows.pth'
         assert cfg.model.train_cfg is None and 'RandomErasing' not in train
     else:
         assert [a.alpha for a in cfg.model.train_cfg.augments] == [0.8, 1.0]
         assert train['RandomErasing'].erase_prob == 0.25
-
-
-@pytest.mark.parametrize('method, rest', [('mask-rcnn', 'fpn_8xb2-1x'), ('upernet', '')])
-def test_intern_image_differs_in_the_backbone_alone(method, rest):
-    cfg = read(leaf(f'{method}_intern-image-t'))._cfg_dict.to_dict()
-    flash = read(leaf(named(method, 't', rest)))._cfg_dict.to_dict()
-    assert cfg.pop('intern_image') and flash.pop('flash_intern_image')
-    backbone, other = cfg['model'].pop('backbone'), flash['model'].pop('backbone')
-    assert backbone.pop('type') == 'InternImage' and other.pop('type') == 'FlashInternImage'
-    assert backbone.pop('init_cfg')['checkpoint'] == 'checkpoints/internimage_t_1k_224.pth'
-    assert other.pop('init_cfg') and backbone == other
-    if method == 'mask-rcnn':
-        assert flash['model']['neck'].pop('norm_cfg') == dict(type='ChannelLN')
-    assert cfg == flash
 
 
 @pytest.mark.parametrize('method, size', [('mask-rcnn', 't'), ('upernet', 's')])

@@ -1,7 +1,11 @@
 # mmseg's ADE20K, 8 GPUs x 2 images, tested at sizes that are multiples of 32.
 _base_ = ['mmseg::_base_/datasets/ade20k_640x640.py', './ade20k-pipelines_640x640.py']
 
+# The names at the top are mmseg's: `inference_model` and other programs look there.
+img_ratios = _base_.ade_ratios
+train_pipeline = _base_.ade_train
+test_pipeline = _base_.ade_test_multiple
 tta_pipeline = _base_.ade_tta_multiple
-train_dataloader = dict(batch_size=2, dataset=dict(pipeline=_base_.ade_train))
-val_dataloader = dict(dataset=dict(pipeline=_base_.ade_test_multiple))
+train_dataloader = dict(batch_size=2, dataset=dict(pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader

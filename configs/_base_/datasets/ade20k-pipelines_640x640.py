@@ -16,16 +16,17 @@ ade_train = [
 ade_test = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=ade_scale, keep_ratio=True),
-    ade_load_labels,  # behind the resize: labels keep the size of the file
+    ade_load_labels,  # after the resize: labels keep the size of the file
     dict(type='PackSegInputs'),
 ]
 ade_test_multiple = [*ade_test[:2], ade_multiple, *ade_test[2:]]
 # The multi-scale test: ratios of the test scale (mmseg's own are ratios of the image file), each
 # also flipped.
+ade_ratios = [0.75, 1.0, 1.25]
 ade_scales = [
     dict(type='Resize', scale=(int(ade_scale[0] * ratio), int(ade_scale[1] * ratio)),
          keep_ratio=True)
-    for ratio in (0.75, 1.0, 1.25)
+    for ratio in ade_ratios
 ]
 ade_flips = [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in (0.0, 1.0)]
 ade_tta = [

@@ -1,4 +1,5 @@
-# FlashInternImage on ImageNet-1K from scratch. The published runs used mixed precision (--amp).
+# FlashInternImage or InternImage on ImageNet-1K from scratch. The published runs used mixed
+# precision (--amp).
 _base_ = './image-classifier_300e_in1k.py'
 
 model = dict(
@@ -19,5 +20,8 @@ test_pipeline = [
 val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
-# A decay of 0.9999; the averaged weights are evaluated and saved.
-custom_hooks = [dict(type='EMAHook', momentum=1e-4, priority='ABOVE_NORMAL')]
+# A decay of 0.9999, of the statistics of the batch norm as well; the averaged weights are
+# evaluated, and each checkpoint holds both.
+custom_hooks = [
+    dict(type='EMAHook', momentum=1e-4, update_buffers=True, priority='ABOVE_NORMAL')
+]

@@ -25,12 +25,15 @@ val_dataloader = dict(batch_size=128)
 test_dataloader = val_dataloader
 
 optim_wrapper = dict(clip_grad=dict(max_norm=5.0))
-# Values for 1024 images; both parts change with every iteration.
+# Values for 1024 images; both parts change with every iteration. As in the published programs the
+# cosine counts from the first iteration; the warm-up multiplies its beginning.
 param_scheduler = [
     dict(
         type='LinearLR', start_factor=1e-3, by_epoch=True, begin=0, end=20,
         convert_to_iter_based=True),
     dict(
-        type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=20, end=300,
+        type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=0, end=300,
         convert_to_iter_based=True),
 ]
+# The newest two and the best; mmpretrain keeps all, which are 300 here.
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=2, save_best='auto'))

@@ -29,11 +29,12 @@ param_scheduler = [
         type='LinearLR', start_factor=1e-3, by_epoch=True, begin=0, end=20,
         convert_to_iter_based=True),
     dict(
-        type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=20, end=max_epochs,
+        type='CosineAnnealingLR', eta_min=1e-5, by_epoch=True, begin=0, end=max_epochs,
         convert_to_iter_based=True),
 ]
 custom_hooks = [
     dict(type='TemperatureAnnealingHook', start=30.0, end=1.0, epochs=10),
-    # a decay of 0.9995; the averaged weights are evaluated and saved
-    dict(type='EMAHook', momentum=5e-4, priority='ABOVE_NORMAL'),
+    # a decay of 0.9995, of the statistics of the batch norms as well; the averaged weights are
+    # evaluated, and each checkpoint holds both
+    dict(type='EMAHook', momentum=5e-4, update_buffers=True, priority='ABOVE_NORMAL'),
 ]

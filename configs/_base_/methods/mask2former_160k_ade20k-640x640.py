@@ -9,7 +9,11 @@ model = dict(
         pixel_decoder=dict(
             encoder=dict(layer_cfg=dict(ffn_cfg=dict(feedforward_channels=2048))))))
 
+# The names at the top are mmseg's: `inference_model` and other programs look there.
+img_ratios = _base_.ade_ratios
+train_pipeline = _base_.ade_train
+test_pipeline = _base_.ade_test_multiple
 tta_pipeline = _base_.ade_tta_multiple
-train_dataloader = dict(dataset=dict(pipeline=_base_.ade_train))  # mmseg: a choice of sizes
-val_dataloader = dict(dataset=dict(pipeline=_base_.ade_test_multiple))
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))  # mmseg: a choice of sizes
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader

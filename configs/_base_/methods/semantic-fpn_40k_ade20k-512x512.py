@@ -20,4 +20,4 @@ param_scheduler = [
 # The learning rate is for 8 GPUs x 4 images.
 train_dataloader = dict(batch_size=4)
 auto_scale_lr = dict(enable=False, base_batch_size=32)
-default_hooks = dict(checkpoint=dict(save_best='mIoU'))
+default_hooks = dict(checkpoint=dict(save_best='mIoU', max_keep_ckpts=2))  # mmseg: keeps all

@@ -18,4 +18,4 @@ param_scheduler = [
 
 # The learning rate is for 8 GPUs x 2 images.
 auto_scale_lr = dict(enable=False, base_batch_size=16)
-default_hooks = dict(checkpoint=dict(save_best='mIoU'))
+default_hooks = dict(checkpoint=dict(save_best='mIoU', max_keep_ckpts=2))  # mmseg: keeps all

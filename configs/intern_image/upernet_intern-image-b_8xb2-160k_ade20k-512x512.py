@@ -1,0 +1,14 @@
+_base_ = [
+    '../_base_/models/upernet.py', '../_base_/datasets/ade20k-512x512_multiple-of-32.py',
+    '../_base_/schedules/adamw-layer-decay_160k.py', '../_base_/seg-runtime.py',
+    '../_base_/models/intern-image_b.py'
+]
+
+model = dict(
+    data_preprocessor=dict(size=_base_.crop_size),
+    backbone=dict(
+        _delete_=True,  # the Swin Transformer of the base
+        **_base_.intern_image,
+        drop_path_rate=0.4),
+    decode_head=dict(in_channels=_base_.widths),
+    auxiliary_head=dict(in_channels=_base_.widths[2]))

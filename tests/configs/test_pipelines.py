@@ -1,0 +1,84 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""What other programs read from the top level of a config, and how much a training keeps."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import numpy as np
+import pytest
+from mmengine.dataset import Compose
+from mmengine.registry import TRANSFORMS, DefaultScope
+
+from helpers.zoo import LEAVES, leaf, read
+
+# Height and width of a test image of 512 x 683 as the network sees it: the short side becomes 512 or
+# 640, and both sides multiples of 32 (512 x 682.67 and 640 x 853.75 before).
+MULTIPLE, PLAIN = {512: (512, 704), 640: (640, 864)}, (512, 683)
+
+
+def pipeline_of(loader):
+    dataset = loader.dataset
+    while 'dataset' in dataset:  # RepeatDataset and the like
+        dataset = dataset.dataset
+    return dataset.pipeline
+
+
+def plain(node):
+    """Without the scopes that inheriting from another library adds."""
+    if isinstance(node, dict):
+        return {key: plain(value) for key, value in node.items() if key != '_scope_'}
+    return [plain(item) for item in node] if isinstance(node, (list, tuple)) else node
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_top_level_pipelines_are_those_in_use(name):
+    """`inference_model` of mmseg, and programs of users, read them there."""
+    cfg = read(name)
+    for split in ('train', 'val', 'test'):
+        own = cfg.get(f'{split}_pipeline')
+        assert own is None or plain(own) == plain(pipeline_of(cfg[f'{split}_dataloader'])), split
+    assert plain(pipeline_of(cfg.val_dataloader)) == plain(pipeline_of(cfg.test_dataloader))
+    if cfg.default_scope == 'mmseg':
+        assert 'test_pipeline' in cfg
+    if 'tta_pipeline' not in cfg or 'img_ratios' not in cfg:
+        return
+    (scales,) = [steps for steps in cfg.tta_pipeline[-1].transforms if 'scale' in steps[0]]
+    (scale,) = [step.scale for step in cfg.test_pipeline if step.type == 'Resize']
+    assert [step.scale for step in scales] == [
+        tuple(int(side * ratio) for side in scale) for ratio in cfg.img_ratios]
+    assert ('ResizeToMultiple' in str(cfg.tta_pipeline)) == (
+        'ResizeToMultiple' in str(cfg.test_pipeline))
+
+
+@pytest.mark.parametrize('start, size', [
+    ('mask2former_flash-intern-image-t', MULTIPLE[512]),
+    ('mask2former_flash-intern-image-s', MULTIPLE[640]),
+    ('mask2former_flash-intern-image-b', MULTIPLE[640]),
+    ('mask2former_flash-intern-image-l', MULTIPLE[640]),
+    ('upernet_flash-intern-image-t', PLAIN),
+    ('upernet_flash-intern-image-s', MULTIPLE[512]),
+    ('upernet_flash-intern-image-b', MULTIPLE[512]),
+    ('upernet_flash-intern-image-l', MULTIPLE[640]),
+    ('upernet_intern-image-t', MULTIPLE[512]),
+    ('upernet_dat-pp-t', PLAIN), ('semantic-fpn_dat-pp-t', PLAIN)])
+def test_demo_and_test_see_the_same_size(start, size):
+    pytest.importorskip('mmseg')
+    import_module('mmseg.datasets')
+    cfg = read(leaf(start))
+    for pipeline in (cfg.test_pipeline, pipeline_of(cfg.test_dataloader)):
+        steps = [step for step in pipeline
+                 if step.type not in ('LoadImageFromFile', 'LoadAnnotations')]
+        with DefaultScope.overwrite_default_scope('mmseg'):
+            sample = Compose([TRANSFORMS.build(step) for step in steps])(dict(
+                img=np.zeros((512, 683, 3), np.uint8), img_shape=(512, 683),
+                ori_shape=(512, 683)))
+        assert tuple(sample['inputs'].shape[1:]) == size
+
+
+@pytest.mark.parametrize('name', LEAVES)
+def test_no_training_fills_a_disk(name):
+    """A classifier that keeps all of its 300 checkpoints leaves 144 GB behind."""
+    hook = read(name).default_hooks.checkpoint
+    assert 1 <= hook.get('max_keep_ckpts', -1) <= 3
