@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -112,6 +112,13 @@ def place_label(box: Sequence[float], width: float, height: float, image_width: 
     return left, bottom
 
 
+def _legend(classes: Classes, labels: Iterable[int]) -> list[Patch]:
+    """A patch of colour with its name for each of these classes."""
+    colors = {label: np.array(classes.palette[label]) / 255 for label in labels}
+    return [Patch(color=tuple(color), label=classes.names[label])
+            for label, color in colors.items()]
+
+
 def draw_panel(axes: Any, image: np.ndarray, objects: Sequence[dict], title: str,
                classes: Classes) -> None:
     """An image with boxes and labels, and masks where there are some.
@@ -151,9 +158,8 @@ def draw_panel(axes: Any, image: np.ndarray, objects: Sequence[dict], title: str
                       bbox=dict(facecolor=0.75 * color, edgecolor='none', pad=1.0))
     if crowded:
         used = sorted({item['label'] for item in objects})
-        axes.legend(handles=[Patch(color=np.array(classes.palette[label]) / 255,
-                                   label=classes.names[label]) for label in used],
-                    loc='lower right', fontsize=7, framealpha=0.8, handlelength=1.0)
+        axes.legend(handles=_legend(classes, used), loc='lower right', fontsize=7, framealpha=0.8,
+                    handlelength=1.0)
     axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xticks=[], yticks=[])
     axes.set_title(title, fontsize=10)
 
@@ -256,9 +262,8 @@ def draw_segmentation_sheet(images: Sequence[Path], annotations: Path, predictio
             shown[known] = 0.35 * shown[known] + 0.65 * palette[labels[known]]
             axes.imshow(shown.astype(np.uint8))
             axes.set_title(f'{file.name}: {title}', fontsize=10)
-    figure.legend(handles=[Patch(color=np.array(color) / 255, label=name)
-                           for name, color in zip(classes.names, classes.palette)],
-                  loc='outside lower center', ncols=min(6, len(classes.names)), fontsize=8)
+    figure.legend(handles=_legend(classes, range(len(classes.names))), loc='outside lower center',
+                  ncols=min(6, len(classes.names)), fontsize=8)
     figure.savefig(out_file, dpi=110)
     plt.close(figure)
 

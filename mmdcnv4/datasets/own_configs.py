@@ -153,8 +153,8 @@ def segmentor_entries(folder: SemanticFolder, base: Config, iterations: int = 30
     Returns:
         Entries to merge into `base`.
     """
-    crop = tuple(min(limit, _multiple_of_32(0.8 * side))
-                 for limit, side in zip(CROP, folder.image_size[::-1]))
+    width, height = folder.image_size
+    crop = (min(CROP[0], _multiple_of_32(0.8 * height)), min(CROP[1], _multiple_of_32(0.8 * width)))
     train_pipeline = _segmentor_pipeline(folder, base, folder.image_size, crop)
     root = folder.root.resolve().as_posix() + '/'
     loss = dict(class_weight=class_weights(folder.frequencies))

@@ -79,6 +79,11 @@ class SemanticFolder(NamedTuple):
     frequencies: np.ndarray
 
 
+def _median_size(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    width, height = np.median(sizes, axis=0)
+    return int(width), int(height)
+
+
 def split_of(path: Path) -> Optional[str]:
     """The split that a path names: by its last folder, or by a word of the name of the file."""
     words = path.stem.lower().replace('-', '_').split('_')
@@ -168,11 +173,11 @@ def read_coco_folder(root: Path) -> CocoFolder:
     relative = np.sqrt(boxes.prod(axis=1)) / sides
     labels = np.array([item['category_id'] for item in objects])
     _, counts = np.unique([item['image_id'] for item in objects], return_counts=True)
-    sizes = np.array([(image['width'], image['height']) for image in images.values()])
+    sizes = [(image['width'], image['height']) for image in images.values()]
     return CocoFolder(
         root, splits, tuple(category['name'] for category in categories),
         all(item.get('segmentation') for item in objects), len(counts),
-        tuple(map(int, np.median(sizes, axis=0))),
+        _median_size(sizes),
         min(float(np.median(relative[labels == category['id']])) for category in categories),
         boxes[:, 1] / boxes[:, 0], int(counts.max()))
 
@@ -258,7 +263,7 @@ def read_semantic_folder(root: Path, classes: Optional[Sequence[str]] = None,
         counts[ignore_index] = 0
         pixels += counts
         occurs += (counts > 0) * counts.sum()
-        sizes.append(labels.shape[::-1])
+        sizes.append((labels.shape[1], labels.shape[0]))
     used = np.flatnonzero(pixels).tolist()
     if not used:
         raise InvalidValue(f'the label maps of {root / train.annotations} have no label but '
@@ -266,4 +271,4 @@ def read_semantic_folder(root: Path, classes: Optional[Sequence[str]] = None,
     names = _class_names(root, classes, used)
     frequencies = pixels[:len(names)] / np.maximum(occurs[:len(names)], 1)
     return SemanticFolder(root, splits, suffixes, names, ignore_index, len(sizes),
-                          tuple(map(int, np.median(sizes, axis=0))), frequencies)
+                          _median_size(sizes), frequencies)
