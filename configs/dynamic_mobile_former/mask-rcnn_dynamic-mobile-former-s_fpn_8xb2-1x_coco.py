@@ -15,3 +15,6 @@ optim_wrapper = dict(
     optimizer=dict(
         _delete_=True,  # SGD of the base
         type='AdamW', lr=2e-4, weight_decay=1e-4))
+
+# A last batch of one image would have nothing to normalise in the kernel attention.
+train_dataloader = dict(batch_sampler=dict(drop_last=True))

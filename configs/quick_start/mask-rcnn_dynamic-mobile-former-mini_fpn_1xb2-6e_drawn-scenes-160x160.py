@@ -7,3 +7,6 @@ model = dict(
         _delete_=True,  # FlashInternImage
         **_base_.dynamic_mobile_former),
     neck=dict(in_channels=_base_.widths))
+
+# A last batch of one image would have nothing to normalise in the kernel attention.
+train_dataloader = dict(drop_last=True)

@@ -6,3 +6,6 @@ model = dict(
         **_base_.dynamic_mobile_former,
         out_indices=(1, 2, 3)),
     neck=dict(in_channels=_base_.widths[1:]))
+
+# A last batch of one image would have nothing to normalise in the kernel attention.
+train_dataloader = dict(drop_last=True)

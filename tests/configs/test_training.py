@@ -192,3 +192,12 @@ def test_trains_and_predicts(name, drawn):
     assert [len(result) for result in results] == [1, 1]
     for (result,) in results:
         CHECKS[cfg.default_scope](result, cfg)
+
+
+@pytest.mark.parametrize('name', [name for name in LEAVES if '_dynamic-mobile-former' in name])
+def test_no_batch_of_one_image(name):
+    """The kernel attention normalises over the batch: a last batch of one would end a run."""
+    cfg = read(name)
+    norm = cfg.model.backbone.get('norm_cfg', dict(type='BN'))
+    sampler = cfg.train_dataloader.get('batch_sampler') or cfg.train_dataloader
+    assert norm['type'] == 'SyncBN' or sampler.get('drop_last')

@@ -54,7 +54,9 @@ class KernelAttention(nn.Module):
             raise ValueError(
                 'DynamicMobileFormer: a training batch must have at least 2 images, because the '
                 'batch norm of the kernel attention has one value per image and channel, got 1. '
-                "Set norm_eval=True, or norm_cfg=dict(type='SyncBN') on several devices")
+                'If it is the last batch of an epoch, leave it out: '
+                'train_dataloader=dict(drop_last=True), or in its batch_sampler. Otherwise set '
+                "norm_eval=True, or norm_cfg=dict(type='SyncBN') on several devices")
         pooled = torch.cat([token, x.mean((2, 3))], dim=1)
         hidden = F.relu(self.bn(self.net1(pooled[..., None, None])))
         return torch.sigmoid(self.net2(hidden).flatten(1) / self.temperature)
