@@ -212,9 +212,8 @@ class BuildWithConfigs(build_py):
             link_recipes()
             return
         target = Path(self.build_lib, 'mmdcnv4', '.mim')
-        # dev/ and benchmarks/ need the sources, which a wheel does not have
         left_out = shutil.ignore_patterns('__pycache__')
-        for folder in ('configs', 'tools'):
+        for folder in ('configs', 'tools'):  # dev/ and benchmarks/ need the sources
             shutil.copytree(ROOT / folder, target / folder, dirs_exist_ok=True, ignore=left_out)
         shutil.copy(ROOT / 'model-index.yml', target)
 

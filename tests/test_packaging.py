@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmdcnv4 import info
+from mmdcnv4 import __version__, info
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,6 +57,11 @@ def test_install_without_compiler_says_so(wheel_without_compiler):
     names = zipfile.ZipFile(wheel).namelist()
     assert 'mmdcnv4/ops/reference.py' in names
     assert not any(name.endswith(('.so', '.pyd')) for name in names)
+    # neither dev/ nor benchmarks/, nor tests/: they need the sources
+    top = {name.split('/')[0] for name in names}
+    assert top == {'mmdcnv4', f'mmdcnv4-{__version__}.dist-info'}
+    recipes = {name.split('/')[2] for name in names if name.startswith('mmdcnv4/.mim/')}
+    assert recipes == {'configs', 'tools', 'model-index.yml'}
 
 
 def test_package_without_kernels_works_with_one_warning(wheel_without_compiler, tmp_path):
@@ -96,7 +101,6 @@ def test_requirements_are_the_extras():
 
 
 def test_the_version_has_its_changes():
-    from mmdcnv4 import __version__
     assert f'\n## {__version__} - ' in (ROOT / 'CHANGELOG.md').read_text()
 
 

@@ -8,9 +8,11 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Optional
 
 import pytest
 import torch
@@ -24,38 +26,93 @@ FLAGS = ('-std=c++17', '-O1', '-g1', '-fno-strict-aliasing', '-Wall', '-Wextra',
          '-fno-sanitize-recover=all')
 
 
-def run(command: list[str], **options: object) -> subprocess.CompletedProcess:
-    result = subprocess.run(command, capture_output=True, text=True, **options)
-    if result.returncode != 0:
-        pytest.fail(f'{" ".join(map(str, command[:3]))} … failed\n{result.stderr[-4000:]}',
-                    pytrace=False)
-    return result
+class EmulatorBuild:
+    """Compiles the emulator while other tests run: they keep one core busy, this the others.
+
+    The compilers are niced, so that they delay the tests as little as possible.
+    """
+
+    def __init__(self) -> None:
+        self.compiler = os.environ.get('CXX', 'g++')
+        kernels = sorted((CSRC / 'cuda').rglob('dcnv4_*ward_*.cu'))
+        # the largest first: a core that is idle at the end costs nothing
+        self.units = sorted([*EMULATOR.glob('*.cpp'), CSRC / 'launch_plan.cpp', *kernels],
+                            key=lambda path: ('window' not in path.name, path.name))
+        headers = [*CSRC.glob('*.h'), *(CSRC / 'cuda').rglob('*.*h'), *EMULATOR.glob('*.h')]
+        digest = hashlib.sha256(' '.join((self.compiler, *FLAGS)).encode())
+        for path in sorted({*self.units, *headers}):
+            digest.update(path.read_bytes())
+        self.program = ROOT / '.build' / 'emulator' / f'emulator-{digest.hexdigest()[:16]}'
+        self.running: set[subprocess.Popen] = set()
+        self.pool = ThreadPoolExecutor(os.cpu_count())
+        self.objects: list[Future] = []
+
+    def start(self) -> None:
+        if self.program.exists() or shutil.which(self.compiler) is None:
+            return
+        self.program.parent.mkdir(parents=True, exist_ok=True)
+        self.folder = tempfile.TemporaryDirectory(dir=self.program.parent)
+        self.objects = [self.pool.submit(self.compile, path) for path in self.units]
+
+    def compile(self, path: Path) -> str:
+        compiled = f'{self.folder.name}/{path.name}.o'
+        self.run('-I', str(EMULATOR), '-x', 'c++', '-c', str(path), '-o', compiled)
+        return compiled
+
+    def run(self, *arguments: str) -> None:
+        process = subprocess.Popen(['nice', self.compiler, *FLAGS, *arguments],
+                                   stderr=subprocess.PIPE, text=True)
+        self.running.add(process)
+        errors = process.communicate()[1]
+        self.running.remove(process)
+        if process.returncode != 0:
+            raise RuntimeError(f'{self.compiler} {" ".join(arguments)} failed\n{errors[-4000:]}')
+
+    def finish(self) -> Path:
+        """Waits for the program; raises what the compiler said."""
+        if self.objects:
+            objects = [future.result() for future in self.objects]
+            linked = f'{self.folder.name}/emulator'
+            self.run(*objects, '-o', linked)
+            for old in self.program.parent.glob('emulator-*'):
+                old.unlink()
+            os.replace(linked, self.program)  # whole at every moment: another run may start it
+            self.objects = []
+        return self.program
+
+    def stop(self) -> None:
+        """Where the tests end before the program is needed."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(self.running):
+            process.kill()
+        self.pool.shutdown()
+        if hasattr(self, 'folder'):
+            self.folder.cleanup()
+
+
+_build: Optional[EmulatorBuild] = None
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    global _build
+    if not session.config.option.collectonly and any(
+            'emulator' in getattr(item, 'fixturenames', ()) for item in session.items):
+        _build = EmulatorBuild()
+        _build.start()
+
+
+def pytest_unconfigure() -> None:
+    if _build is not None:
+        _build.stop()
 
 
 @pytest.fixture(scope='session')
-def emulator(request: pytest.FixtureRequest) -> Path:
+def emulator() -> Path:
     """Path of the program; see tests/cuda/emulator/main.cpp."""
-    compiler = os.environ.get('CXX', 'g++')
-    if shutil.which(compiler) is None:
-        pytest.skip(f'the emulator of the CUDA kernels needs a C++ compiler ({compiler})')
-    kernels = sorted((CSRC / 'cuda').rglob('dcnv4_*ward_*.cu'))
-    units = [*sorted(EMULATOR.glob('*.cpp')), CSRC / 'launch_plan.cpp', *kernels]
-    headers = [*CSRC.glob('*.h'), *(CSRC / 'cuda').rglob('*.*h'), *EMULATOR.glob('*.h')]
-    digest = hashlib.sha256(' '.join((compiler, *FLAGS)).encode())
-    for path in sorted({*units, *headers}):
-        digest.update(path.read_bytes())
-    folder = Path(request.config.cache.mkdir('cuda_emulator'))
-    program = folder / f'emulator-{digest.hexdigest()[:16]}'
-    if not program.exists():
-        for old in folder.iterdir():
-            old.unlink()
-        objects = [folder / f'{path.name}.o' for path in units]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(lambda path, compiled: run(
-                [compiler, *FLAGS, '-I', str(EMULATOR), '-x', 'c++', '-c', str(path), '-o',
-                 str(compiled)]), units, objects))
-        run([compiler, *FLAGS, *map(str, objects), '-o', str(program)])
-    return program
+    assert _build is not None
+    if shutil.which(_build.compiler) is None:
+        pytest.skip(f'the emulator of the CUDA kernels needs a C++ compiler ({_build.compiler})')
+    return _build.finish()
 
 
 @pytest.fixture(params=['direct', 'fast'])

@@ -195,10 +195,13 @@ def test_autocast(case):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-def test_compile(case):
-    """Without a break of the graph, forward and backward."""
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in ('DAT', 'DynamicMobileFormer')))
+    for name in CASES])
+def test_compile(name):
+    """Without a break of the graph, forward and backward; the two that take longest are slow."""
     torch._dynamo.reset()
-    model = case.build().eval()
+    model = CASES[name].build().eval()
     images = torch.randn(1, 3, 48, 64)
     compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
     expected, outs = model(images), compiled(images)

@@ -312,7 +312,8 @@ def test_deformable_gradients(bias, limit, monkeypatch):
         return torch.func.functional_call(layer, dict(zip(names, parameters)), (x,))
 
     parameters = [layer.get_parameter(name) for name in names]
-    assert torch.autograd.gradcheck(run, (x, *parameters), atol=1e-4)
+    # fast: along random directions, where the chunks make every evaluation slow
+    assert torch.autograd.gradcheck(run, (x, *parameters), atol=1e-4, fast_mode=limit == 30)
 
 
 @torch.no_grad()

@@ -7,13 +7,13 @@ The short way is `mmdcnv4._C.dcnv4`, for plain arguments; the long way is `torch
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import threading
 import time
 import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from helpers.bad_calls import BOTH, arguments, names
+from helpers.fresh import execute_again
 from mmdcnv4.ops import DCNv4, _extension, dcnv4, use_backend
 from mmdcnv4.testing import GEOMETRIES, make_inputs
 
@@ -459,17 +460,10 @@ def test_calls_of_several_threads_at_once():
     assert right == [True] * 200
 
 
-def test_an_extension_without_the_short_way_is_refused():
+def test_an_extension_without_the_short_way_is_refused(monkeypatch):
     """Built from older sources it would have no gradient either."""
-    code = ('import sys, types, warnings\n'
-            'sys.modules["mmdcnv4._C"] = types.ModuleType("mmdcnv4._C")\n'
-            'from mmdcnv4.ops import _extension, dcnv4\n'
-            'import torch\n'
-            'assert not _extension.is_available\n'
-            'with warnings.catch_warnings(record=True) as caught:\n'
-            '    warnings.simplefilter("always")\n'
-            '    dcnv4(torch.ones(1, 3, 3, 4), torch.zeros(1, 1, 1, 32), kernel_size=3, groups=1)\n'
-            'assert "older than the Python files" in str(caught[0].message), caught\n')
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
-                            timeout=120)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setitem(sys.modules, 'mmdcnv4._C', ModuleType('mmdcnv4._C'))
+    extension = execute_again(_extension)
+    assert not extension.is_available and extension.build_info == {}
+    assert 'older than the Python files' in extension.missing_reason
+    assert extension.call_dcnv4() is NotImplemented

@@ -4,17 +4,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from helpers.fresh import execute_again
 from mmdcnv4.ops import DCNv4, dcnv4, dcnv4_reference, functional, get_backend, use_backend
 from mmdcnv4.testing import GEOMETRIES, make_inputs
 
@@ -295,13 +292,10 @@ def test_unknown_backends(monkeypatch):
         run_function(*strided_inputs(), backend=None)
 
 
-def test_environment_variable():
-    code = 'from mmdcnv4.ops import get_backend; print(get_backend())'
+def test_environment_variable(monkeypatch):
     for value, expected in (('pytorch', 'pytorch'), ('', 'auto')):  # empty: as if not set
-        result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
-                                cwd=Path(__file__).parents[2], timeout=120,
-                                env={**os.environ, 'MMDCNV4_BACKEND': value})
-        assert result.stdout.strip() == expected, result.stderr
+        monkeypatch.setenv('MMDCNV4_BACKEND', value)
+        assert execute_again(functional).get_backend() == expected
 
 
 def test_forward_mode_derivative_takes_the_pytorch_path():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from helpers.tool_runner import REPOSITORY, TOOLS, run_command, start_tool
+from helpers.tool_runner import REPOSITORY, TOOLS, load_tool, run_command, start_tool
 from mmdcnv4.models.backbones import FlashInternImage
 
 CONFIG = (REPOSITORY / 'configs/flash_intern_image'
@@ -60,16 +60,16 @@ def test_an_epoch_and_a_test_on_photographs(tmp_path: Path) -> None:
     assert 'coco/segm_mAP' in output
     checkpoint = tmp_path / 'work/epoch_1.pth'
 
-    output = run_command('python', TOOLS / 'test.py', CONFIG, checkpoint, '--work-dir',
-                         tmp_path / 'test', '--show-dir', tmp_path / 'shown', '--out',
-                         tmp_path / 'out.pkl', *options(**FROM_SCRATCH))
-    assert 'coco/bbox_mAP' in output
+    metrics = load_tool('test').main([
+        str(CONFIG), str(checkpoint), '--work-dir', str(tmp_path / 'test'), '--show-dir',
+        str(tmp_path / 'shown'), '--out', str(tmp_path / 'out.pkl'), *options(**FROM_SCRATCH)])
+    assert 'coco/bbox_mAP' in metrics
     results = pickle.loads((tmp_path / 'out.pkl').read_bytes())
     assert [Path(result['img_path']).name for result in results] == NAMES
 
-    run_command('python', TOOLS / 'demo/image_demo.py', SAMPLE / 'images', CONFIG, checkpoint,
-                '--out-dir', tmp_path / 'demo', '--score-thr', 0.01, '--device', 'cpu',
-                *options(**FROM_SCRATCH))
+    load_tool('demo/image_demo').main([
+        str(SAMPLE / 'images'), str(CONFIG), str(checkpoint), '--out-dir', str(tmp_path / 'demo'),
+        '--score-thr', '0.01', '--device', 'cpu', *options(**FROM_SCRATCH)])
     for name in NAMES:
         original = cv2.imread(str(SAMPLE / 'images' / name))
         for folder in ('shown', 'demo'):

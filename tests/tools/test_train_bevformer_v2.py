@@ -150,6 +150,7 @@ def train_command(rig: Path, work_dir: Path) -> Sequence[object]:
                 'default_hooks.checkpoint.interval': 1, 'default_hooks.logger.interval': 1})]
 
 
+@pytest.mark.slow  # three processes; test_train_and_test.py does the same with mmdet
 def test_killed_run_resumes_to_the_same_weights(rig: Path, tmp_path: Path) -> None:
     whole = train_command(rig, tmp_path / 'whole')
     run_command('python', TOOLS / whole[0], *whole[1:])
