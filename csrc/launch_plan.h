@@ -131,8 +131,8 @@ constexpr int32_t window_numbers_pitch(int32_t groups, int32_t offset_bytes) {
   return ((bytes + kMaxVectorBytes - 1) / kMaxVectorBytes | 1) * kMaxVectorBytes;
 }
 
-// The gradients on tensor cores take two kernels: of offset_mask, cut as the forward kernel is, and
-// of value, cut into tiles of input pixels. Both reaches are the same, or 0.
+// The tensor-core gradients take two kernels: of offset_mask, cut as the forward kernel is, and of
+// value, cut into tiles of input pixels. Both reaches are the same, or 0.
 struct WindowBackwardPlan {
   WindowPlan offset_mask, value;
   int64_t rest_blocks; // of the kernels for what the two leave over, which loop

@@ -129,7 +129,7 @@ FastChoice& fast_choice() {
 void set_fast(std::string choice) { fast_choice().set(choice); }
 void set_proven(at::IntArrayRef capabilities) { fast_choice().set_proven(capabilities); }
 
-// offset_mask or its gradient, beside a value of type T.
+// offset_mask or its gradient, where value has type T.
 template <typename T>
 OffsetNumbers<T> numbers_of(const at::Tensor& offset_mask) {
   return {static_cast<const unsigned char*>(offset_mask.const_data_ptr()),
@@ -175,7 +175,7 @@ std::vector<std::string> architectures() {
   return names;
 }
 
-// The standard check; of a device that there is no code for it says what to do.
+// The standard check, with a build hint where the binary has no code for the device.
 void check_launches() {
   if (cudaPeekAtLastError() == cudaErrorNoKernelImageForDevice) {
     cudaGetLastError();
@@ -244,7 +244,7 @@ at::Tensor try_window_backward(const Dcnv4Params& p, const at::Tensor& grad_outp
 }
 
 // grad_value is summed in float32 (float64 for float64) and rounded once: sums of halves would lose
-// what is small beside them.
+// small terms.
 template <typename T>
 at::Tensor direct_backward(const Dcnv4Params& p, const at::Tensor& grad_output,
                            const at::Tensor& value, const at::Tensor& offset_mask,

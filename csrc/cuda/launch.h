@@ -17,7 +17,7 @@ void launch_dcnv4_forward(const Dcnv4Params& p, const LaunchPlan& plan, Stream s
                           const OffsetNumbers<T>& offset_mask, // [N, Ho, Wo, P]
                           T* output);                          // [N, Ho, Wo, G, D], written whole
 
-// The same on tensor cores, for plans whose reach is not 0; T of 16 bits.
+// The same by the tensor-core kernel, for plans whose reach is not 0; T of 16 bits.
 // Returns false, and does nothing, where the extension has no such code for the current device.
 template <typename T>
 bool launch_dcnv4_window_forward(const Dcnv4Params& p, const WindowPlan& plan, Stream stream,
@@ -45,7 +45,7 @@ struct WindowScratch {
   uint32_t* entries; // window_lists() * window_list_room(), aligned to 16 bytes, of any content
 };
 
-// The same on tensor cores, as launch_dcnv4_window_forward().
+// The same by the tensor-core kernels, as launch_dcnv4_window_forward().
 template <typename T>
 bool launch_dcnv4_window_backward(const Dcnv4Params& p, const WindowBackwardPlan& plan,
                                   Stream stream, const T* grad_output, const T* value,

@@ -1,8 +1,8 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// offset_numbers.cuh — offset_mask and its gradient: numbers of T, the type of value, or of float32
-// beside a half type. Kernels learn which of the two at run time: a branch per tap or row costs
+// offset_numbers.cuh — offset_mask and its gradient: values of T, the type of value, or of float32
+// where T is a half type. Kernels learn which of the two at run time: a branch per tap or row costs
 // little, and half as many kernels are compiled.
 #pragma once
 
@@ -25,7 +25,7 @@ template <typename T, typename Byte>
 struct NumbersOf {
   using Wide = wide_t<T>;
   Byte* data;
-  bool are_float; // float32 beside a half type; means nothing where T is none
+  bool are_float; // float32 with a half type; means nothing where T is another
 
   MMDCNV4_HD bool are_wider() const {
 // dev/cuda/check_ptxas.py counts the instructions of that path

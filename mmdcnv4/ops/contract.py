@@ -166,7 +166,7 @@ def check_dtypes(value: Tensor, offset_mask: Tensor) -> None:
 
     Raises:
         TypeError: a dtype is not supported, or `offset_mask` is neither of the dtype of `value`
-            nor float32 beside a half-precision `value`.
+            nor float32 with a half-precision `value`.
         ValueError: the tensors are on different devices.
     """
     if value.dtype not in FLOAT_DTYPES:

@@ -36,7 +36,7 @@ def _check_integers(**values: int) -> None:
 class OffsetMaskProj(nn.Module):
     """A linear layer C -> P that starts at zero.
 
-    It is no `nn.Linear` on purpose: initialisers that pick layers by type (mmengine's `init_cfg`)
+    Deliberately not an `nn.Linear`: initialisers that pick layers by type (mmengine's `init_cfg`)
     would otherwise replace the zero start by random offsets.
 
     Args:
@@ -156,7 +156,7 @@ class DCNv4(nn.Module):
                              f'input, got {self.geometry}')
 
     def reset_parameters(self) -> None:
-        """Start values: Xavier projections, zero offsets, masks of `mask_init`."""
+        """Initial values: Xavier projections, zero offsets, masks of `mask_init`."""
         nn.init.zeros_(self.offset_mask.weight)
         with torch.no_grad():
             self.offset_mask.bias.copy_(self._offset_mask_bias())

@@ -64,7 +64,7 @@ def multi_scale_deformable_attention_reference(value: Tensor, sizes: Sizes, loca
                                                weights: Tensor) -> Tensor:
     """The PyTorch form; arguments as in the function without `_reference`.
 
-    It keeps what it sampled, B * heads * D * Q * L * P numbers, for the backward pass. It is
+    It keeps what it sampled, B * heads * D * Q * L * P values, for the backward pass. It is
     differentiable as often as `grid_sample` is.
     """
     heads = value.shape[2]

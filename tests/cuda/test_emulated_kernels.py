@@ -259,7 +259,7 @@ def random_sizes(generator):
 def test_launch_plans(emulator):
     """3000 random calls: every row is computed by its whole team, once; no limit is broken.
 
-    Where the kernels on tensor cores are made for the call, the same of their tiles.
+    Where the tensor-core kernels are made for the call, the same of their tiles.
     """
     generator = random.Random(0)
     calls = '\n'.join(random_sizes(generator) for _ in range(3000))

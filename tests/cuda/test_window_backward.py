@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""The backward kernels on tensor cores, warp by warp on the CPU, against the reference.
+"""The tensor-core backward kernels, warp by warp on the CPU, against the reference.
 
 As test_window_kernel.py, for all gradients.
 """

@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""The forward kernel on tensor cores, warp by warp on the CPU, against the reference.
+"""The tensor-core forward kernel, warp by warp on the CPU, against the reference.
 
 Its matrix fragments, background copies and shared memory are those of emulator/warp_words.cpp;
 ASan and UBSan watch. Bank conflicts are compared with what the layouts are designed for.
@@ -181,7 +181,7 @@ def test_bank_conflicts(emulator, tmp_path, dtype):
 @pytest.mark.parametrize('depth', [16, 32, 64])
 @pytest.mark.parametrize('far_rows', [8, 16])
 def test_many_far_taps(emulator, tmp_path, depth, dtype, far_rows):
-    """Rows whose taps are all far, beside rows with none: rounds of four, one tap of a row each.
+    """Rows whose taps are all far, next to rows with none: rounds of four, one tap of a row each.
 
     Where they are more than a third of a unit, its rows are gathered instead.
     """

@@ -16,7 +16,7 @@ from mmdcnv4.ops.contract import make_geometry
 
 
 class WindowRun(NamedTuple):
-    """What the emulator says about the backward kernels on tensor cores."""
+    """What the emulator says about the tensor-core backward kernels."""
 
     offset_mask_plan: dict[str, int]
     value_plan: dict[str, int]
@@ -66,7 +66,7 @@ def call_emulator(emulator, mode, path, tensors, *, groups, order='forward', dev
 
 
 def emulate_window(emulator, path, inputs, **options):
-    """Output of the forward kernel on tensor cores; its plan; its accesses to shared memory."""
+    """Output of the tensor-core forward kernel; its plan; its accesses to shared memory."""
     value, packed = inputs
     rest, printed = call_emulator(emulator, 'window', path, inputs, **options)
     output, rest = from_bytes(rest, value.dtype, (*packed.shape[:3], value.shape[3]))
@@ -75,7 +75,7 @@ def emulate_window(emulator, path, inputs, **options):
 
 
 def emulate_window_backward(emulator, path, inputs, grad_output, **options):
-    """Gradients by the kernels on tensor cores; what they have printed, see WindowRun."""
+    """Gradients by the tensor-core kernels; what they have printed, see WindowRun."""
     value, packed = inputs
     rest, printed = call_emulator(emulator, 'window_backward', path, (*inputs, grad_output),
                                   **options)

@@ -58,7 +58,7 @@ def gradients(value, offset_mask, grad_output, **options):
 def assert_all(actual, inputs, grad_output, may_be_fast=True, **geometry):
     """Compares output and gradients with the reference."""
     assert all(tensor.isfinite().all() for tensor in actual)
-    # kernels on tensor cores round weights to 11 bits
+    # tensor-core kernels round weights to 11 bits
     is_rounded = may_be_fast and inputs.value.dtype in (torch.float16, torch.bfloat16)
     assert_accurate(actual, inputs, grad_output, weight_error=2.0**-11 * is_rounded, **geometry)
 

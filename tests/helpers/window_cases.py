@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that the emulated kernels on tensor cores are tried with, forward and backward."""
+"""Calls that the emulated tensor-core kernels are tried with, forward and backward."""
 
 from __future__ import annotations
 

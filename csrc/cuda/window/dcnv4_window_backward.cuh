@@ -1,8 +1,8 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// dcnv4_window_backward.cuh — all gradients of DCNv4 on tensor cores, for 3x3 kernels of stride 1:
-// four kernels, one after the other.
+// dcnv4_window_backward.cuh — all gradients of DCNv4 by tensor-core kernels, for 3x3 kernels of
+// stride 1: four of them, one after the other.
 //
 //     dcnv4_window_grad_offset  offsets and masks; lists the taps that are far (far_lists.cuh)
 //     dcnv4_window_clear        where a list is full: clears memory for its sums

@@ -1,7 +1,7 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// dcnv4_window_forward.cuh — forward kernel of DCNv4 on tensor cores, for 3x3 kernels of stride 1.
+// dcnv4_window_forward.cuh — tensor-core forward kernel of DCNv4, for 3x3 kernels of stride 1.
 //
 // Computes    as dcnv4_forward.cuh: out[n,q,g,:] = sum_k mask * bilinear(value, x_k, y_k)
 // Idea        near its pixel, a sample is four weights in a small dense matrix: per row 36 numbers

@@ -1,8 +1,8 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// dcnv4_window_grad_offset.cuh — gradients of offsets and masks on tensor cores: the first of the
-// kernels of dcnv4_window_backward.cuh.
+// dcnv4_window_grad_offset.cuh — tensor-core kernel for the gradients of offsets and masks, the
+// first of the kernels of dcnv4_window_backward.cuh.
 //
 // Computes    as dcnv4_backward.cuh: grad_mask = h_k,
 //             grad_offset = offset_scale * m_k * d h_k / d(x, y)

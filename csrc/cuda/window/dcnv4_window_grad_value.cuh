@@ -1,8 +1,8 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// dcnv4_window_grad_value.cuh — gradient of value on tensor cores: the last of the kernels of
-// dcnv4_window_backward.cuh.
+// dcnv4_window_grad_value.cuh — tensor-core kernel for the gradient of value, the last of the
+// kernels of dcnv4_window_backward.cuh.
 //
 // Computes    as dcnv4_backward.cuh: grad_value[cell] = sum of m_k * weight(cell) * grad_output
 // Idea        the forward product the other way round: who owns cells gathers from pixels. The
