@@ -1,8 +1,8 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// far_taps.cuh — samples of the tensor-core forward kernel that lie outside the window of their pixel:
-// four of them make one more step of its product.
+// far_taps.cuh — samples of the tensor-core forward kernel that lie outside the window of their
+// pixel: four of them make one more step of its product.
 //
 //     far taps of a unit    row 3: tap 0    row 9: tap 6    row 17: tap 2    row 30: taps 0 and 2
 //     first round           cells 0 ... 3   cells 4 ... 7   cells 8 ... 11   cells 12 ... 15: tap 2

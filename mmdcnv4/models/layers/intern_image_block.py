@@ -115,7 +115,7 @@ class DWConv(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start values: Xavier projections as in DCNv4, those of torch for the convolution."""
+        """Initial values: Xavier projections as in DCNv4, those of torch for the convolution."""
         self.conv.reset_parameters()
         for proj in (self.value_proj, self.output_proj):
             nn.init.xavier_uniform_(proj.weight)
