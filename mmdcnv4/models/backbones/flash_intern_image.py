@@ -168,7 +168,7 @@ class FlashInternImage(Backbone):
         self._freeze()
 
     def _reset_parameters(self) -> None:
-        """Start values: truncated normal linears, unit norms; DCN layers reset themselves."""
+        """Initial values: truncated normal linears, unit norms; DCN layers reset themselves."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

@@ -82,7 +82,7 @@ class DCNv3(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start values: Xavier projections, zero offsets, equal masks."""
+        """Initial values: Xavier projections, zero offsets, equal masks."""
         for proj in (self.offset, self.mask):
             nn.init.zeros_(proj.weight)
             nn.init.zeros_(proj.bias)
