@@ -1,4 +1,4 @@
-# Minutes on two CPU cores. First write the data set:
+# Minutes on two CPU cores. First write the dataset:
 #   python tools/dataset_converters/synthetic_rig.py data/synthetic-rig
 _base_ = './bevformer-v2_flash-intern-image-s_t8_16xb1-24e_nus.py'
 

@@ -4,5 +4,5 @@ _base_ = [
 ]
 
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=2))
-# classes of the data set and of both heads must be as many
+# classes of the dataset and of both heads must be as many
 custom_hooks = [dict(type='mmdet.NumClassCheckHook')]

@@ -105,7 +105,7 @@ class BEVInferencer:
     Args:
         model: a `BEVFormerV2` with its weights; it is set to evaluation mode, and the cache of its
             maps is switched on.
-        pipeline: of a test data set: its configs.
+        pipeline: of a test dataset: its configs.
         classes: names of the labels.
         interval: seconds between the frames that the model was trained on, 0.5 in nuScenes. The
             frame k of the history is the call nearest to k intervals from now, if it is less than

@@ -74,7 +74,7 @@ def check_coco_dataset(file: str, classes: Optional[Sequence[str]], needs_mask: 
 
     Args:
         file: the annotation file.
-        classes: names of the categories that the data set takes; None for all.
+        classes: names of the categories that the dataset takes; None for all.
         needs_mask: whether its pipeline loads masks.
         drops_empty: whether it leaves out images without an object of these classes.
 
@@ -116,7 +116,7 @@ def check_coco_dataset(file: str, classes: Optional[Sequence[str]], needs_mask: 
     if drops_empty and not any(annotation['category_id'] in chosen for annotation in annotations):
         known = [category['name'] for category in content['categories']]
         raise InvalidValue(
-            f'the data set of {file} has no image left: the file holds {len(annotations)} objects, '
+            f'the dataset of {file} has no image left: the file holds {len(annotations)} objects, '
             'none of a class of the config. metainfo.classes must be names of its categories '
             f'{known}, got {classes}.')
     return str(images[0]['file_name'])

@@ -71,14 +71,14 @@ def is_local(path: object) -> bool:
 
 
 def _reads_local_disk(node: dict) -> bool:
-    """Whether a data set, transform or metric reads files without a backend of another kind."""
+    """Whether a dataset, transform or metric reads files without a backend of another kind."""
     backend = node.get('backend_args') or node.get('file_client_args')
     return not backend or set(backend) == {'backend'} and backend['backend'] in (
         'local', 'disk', 'LocalBackend', 'HardDiskBackend')
 
 
 def _leaf_datasets(node: Any, path: str) -> Iterator[tuple[str, dict]]:
-    """Data sets that read files, below wrappers such as RepeatDataset and ConcatDataset."""
+    """Datasets that read files, below wrappers such as RepeatDataset and ConcatDataset."""
     if isinstance(node, dict) and isinstance(node.get('dataset'), dict):
         yield from _leaf_datasets(node['dataset'], f'{path}.dataset')
     elif isinstance(node, dict) and isinstance(node.get('datasets'), (list, tuple)):
@@ -89,7 +89,7 @@ def _leaf_datasets(node: Any, path: str) -> Iterator[tuple[str, dict]]:
 
 
 class DatasetEntry(NamedTuple):
-    """A data set of a config that reads files.
+    """A dataset of a config that reads files.
 
     Attributes:
         path: dotted way to it.
@@ -106,7 +106,7 @@ class DatasetEntry(NamedTuple):
     classes: Optional[Sequence[str]]
 
     def join(self, file: str) -> str:
-        """A path of the data set as mmengine joins it with `data_root`."""
+        """A path of the dataset as mmengine joins it with `data_root`."""
         return os.path.join(self.node.get('data_root') or '', file)
 
     def transforms(self, beginning: str) -> list[dict]:
@@ -136,7 +136,7 @@ class DatasetEntry(NamedTuple):
 
 
 def datasets_of(cfg: Config, splits: tuple[str, ...] = SPLITS) -> Iterator[DatasetEntry]:
-    """The data sets of these splits."""
+    """The datasets of these splits."""
     scope = default_scope(cfg)
     for split in splits:
         loader = cfg.get(f'{split}_dataloader') or {}
@@ -164,7 +164,7 @@ def metrics_of(cfg: Config, splits: tuple[str, ...] = SPLITS
 def _advice(file: str) -> str:
     if 'drawn_scenes' in file:
         return ('Draw it with: python tools/dataset_converters/drawn_scenes.py data/drawn_scenes.')
-    return ('Put the data set there, or set data_root and the paths below it with --cfg-options.')
+    return ('Put the dataset there, or set data_root and the paths below it with --cfg-options.')
 
 
 def _must_exist(entry: str, what: str, file: str) -> None:

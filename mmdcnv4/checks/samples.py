@@ -140,12 +140,12 @@ class CheckedPipeline(Compose):
             raise InvalidValue(
                 f'the label map {name} holds the value {int(wrong[0])}, allowed are 0 ... '
                 f'{count - 1} and {ignored} (ignored), after reduce_zero_label and label_map of '
-                'the data set; set num_classes of every head and metainfo.classes alike, or mend '
+                'the dataset; set num_classes of every head and metainfo.classes alike, or mend '
                 'the map.')
 
 
 def check_samples_of(dataset: Any, labels: Optional[LabelRange] = None) -> None:
-    """Makes a data set, or those that it wraps, name the files on which their pipelines fail."""
+    """Makes a dataset, or those that it wraps, name the files on which their pipelines fail."""
     for inner in getattr(dataset, 'datasets', ()):
         check_samples_of(inner, labels)
     if hasattr(dataset, 'dataset'):

@@ -1,3 +1,3 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets that need no download: drawn shapes, and a rig of cameras in nuScenes layout."""
+"""Datasets that need no download: drawn shapes, and a rig of cameras in nuScenes layout."""

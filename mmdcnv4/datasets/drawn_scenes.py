@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""A small data set of drawn shapes, so that a model can be trained and scored without a download.
+"""A small dataset of drawn shapes, so that a model can be trained and scored without a download.
 
 Five classes that differ by outline alone: colour, size, rotation, texture and order of overlap
 are random and independent of the class. Objects are vivid and the background is greyish, so that
@@ -8,7 +8,7 @@ it is easy to find them and hard to name them. Every object that is drawn is ann
 that would be too small, or would hide too much of another, is not drawn at all. Masks are the
 visible parts. The same arguments give the same scenes, pixel for pixel.
 
-`write_drawn_scenes` writes the scenes twice, in the two layouts that OpenMMLab data sets read::
+`write_drawn_scenes` writes the scenes twice, in the two layouts that OpenMMLab datasets read::
 
     root/coco/annotations/instances_{train,val}.json    boxes, masks as run lengths
     root/coco/images/{train,val}/000001.jpg

@@ -1,13 +1,13 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""A small data set in nuScenes layout: cameras in a ring, moving cuboids, a turning car.
+"""A small dataset in nuScenes layout: cameras in a ring, moving cuboids, a turning car.
 
 python tools/dataset_converters/synthetic_rig.py data/synthetic-rig
 
 writes `samples/<camera>/*.jpg`, `synthetic_infos.pkl` (version 1.1, with links between samples)
 and the tables of the nuScenes devkit under `v1.0-mini`, so that its metric runs. The same
 arguments give the same files, bit by bit. Another number of cameras and classes of other names
-make a data set of one's own: `--cameras 4 --classes car tram tree`.
+make a dataset of one's own: `--cameras 4 --classes car tram tree`.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def kinds_of(classes: Sequence[str]) -> dict[str, Kind]:
 
 @dataclass(frozen=True)
 class Rig:
-    """Cameras and classes of a data set.
+    """Cameras and classes of a dataset.
 
     Attributes:
         cameras: name to degrees to the left of straight ahead.
@@ -305,7 +305,7 @@ def make_sample(root: Path, scene: int, frame: int, objects: list[Cuboid], drive
 def write(root: Path, num_scenes: int = 2, num_frames: int = 2, num_objects: int = 8,
           with_links: bool = True, twins: bool = False, num_cameras: int = len(CAMERAS),
           classes: Optional[Sequence[str]] = None, version: str = 'v1.0-mini') -> Path:
-    """Writes the data set; returns the path of the info file.
+    """Writes the dataset; returns the path of the info file.
 
     Twins are pairs of scenes in which everything moves, in one of them the other way. Their last
     key frames show the same images: only what was before tells the velocities.

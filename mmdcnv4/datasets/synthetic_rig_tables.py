@@ -103,7 +103,7 @@ def write_tables(root: Path, data_list: Sequence[dict], links: Sequence[dict],
     """Writes `<root>/<version>/*.json` and a blank map.
 
     Args:
-        root: of the data set.
+        root: of the dataset.
         data_list: of the info file, with the world-frame `center`, `yaw`, `attribute` and `name`
             of each instance; these four are taken out.
         links: rows of `sample`: `token`, `scene_token`, `prev`, `next`.
@@ -125,7 +125,8 @@ def write_tables(root: Path, data_list: Sequence[dict], links: Sequence[dict],
     names = [*SCENES[version], *(f'scene-{9000 + index}' for index in range(2, len(scenes)))]
     poses = [np.array(info['ego2global']) for info in data_list]
     tables = dict(
-        category=[dict(token=name, name=CATEGORIES.get(name, name), description='') for name in classes],
+        category=[dict(token=name, name=CATEGORIES.get(name, name), description='')
+                  for name in classes],
         attribute=[dict(token=name, name=name, description='') for name in ATTRIBUTES],
         visibility=[dict(token='4', level='v80-100', description='')],
         sensor=[{key: row[key] for key in ('token', 'channel', 'modality')}

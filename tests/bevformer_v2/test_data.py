@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Data set and pipeline on the synthetic rig, against the matrices that drew it."""
+"""Dataset and pipeline on the synthetic rig, against the matrices that drew it."""
 
 from __future__ import annotations
 

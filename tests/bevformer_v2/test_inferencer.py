@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""The inferencer against the test loop of the data set, and what it refuses."""
+"""The inferencer against the test loop of the dataset, and what it refuses."""
 
 from __future__ import annotations
 

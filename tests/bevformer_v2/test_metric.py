@@ -22,7 +22,7 @@ PREFIX = 'NuScenes metric/pred_instances_3d_NuScenes'
 
 @pytest.fixture
 def two_by_two(tmp_path):
-    """The data set that the tiny config is for."""
+    """The dataset that the tiny config is for."""
     synthetic_rig.write(tmp_path / 'rig')
     return tmp_path / 'rig'
 
@@ -71,7 +71,7 @@ def test_truth_scores_perfectly(two_by_two):
     (lambda data: data[0].update(token='other'), ValueError, 'got 4, of which 1 are not .* and 1'),
     (None, FileNotFoundError, 'v1.0-trainval/scene.json.*set metainfo.version')])
 def test_info_files_are_looked_at_before_the_run(two_by_two, change, error, message):
-    """When the loop hands over the meta information of the data set."""
+    """When the loop hands over the meta information of the dataset."""
     pytest.importorskip('nuscenes', reason='the nuScenes devkit is not installed')
     from mmdet3d.registry import METRICS
     path = two_by_two / 'synthetic_infos.pkl'

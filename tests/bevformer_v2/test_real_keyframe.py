@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""A real key frame of nuScenes through data set, projection, losses and predictions."""
+"""A real key frame of nuScenes through dataset, projection, losses and predictions."""
 
 from __future__ import annotations
 

@@ -184,8 +184,9 @@ def test_fine_tuning_at_384():
 
 @pytest.mark.parametrize('schedule', ['1x', '3x'])
 def test_the_first_version_has_the_settings_of_the_second(schedule):
-    first, second = (read(leaf(f'cascade-mask-rcnn_{arch}_fpn_32xb2-{schedule}'))._cfg_dict.to_dict()
-                     for arch in ('dat-t', 'dat-pp-t'))
+    first, second = (
+        read(leaf(f'cascade-mask-rcnn_{arch}_fpn_32xb2-{schedule}'))._cfg_dict.to_dict()
+        for arch in ('dat-t', 'dat-pp-t'))
     for cfg, arch in ((first, 'dat_tiny'), (second, 'dat_pp_tiny')):
         assert cfg['model']['backbone'].pop('arch') == arch
         for part in (cfg['model']['backbone'].pop('init_cfg'), cfg.pop('dat')['init_cfg']):

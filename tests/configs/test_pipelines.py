@@ -13,8 +13,8 @@ from mmengine.registry import TRANSFORMS, DefaultScope
 
 from helpers.zoo import LEAVES, leaf, read
 
-# Height and width of a test image of 512 x 683 as the network sees it: the short side becomes 512 or
-# 640, and both sides multiples of 32 (512 x 682.67 and 640 x 853.75 before).
+# Height and width of a test image of 512 x 683 as the network sees it: the short side becomes 512
+# or 640, and both sides multiples of 32 (512 x 682.67 and 640 x 853.75 before).
 MULTIPLE, PLAIN = {512: (512, 704), 640: (640, 864)}, (512, 683)
 
 

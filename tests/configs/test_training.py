@@ -104,7 +104,7 @@ SMALL = ('bccd', 'camvid')  # datasets of small images
 
 
 def real_images(cfg):
-    """Options of a data set that point it at real images."""
+    """Options of a dataset that point it at real images."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f'needs the sample images in {SHARED_DATA}')
     for name in SMALL:

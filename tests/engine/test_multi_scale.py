@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of several image sizes, through mmengine's data set and torch's loader."""
+"""Batches of several image sizes, through mmengine's dataset and torch's loader."""
 
 from __future__ import annotations
 

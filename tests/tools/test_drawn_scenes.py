@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""The generated data set: repeatable, valid, balanced, and the same in both layouts."""
+"""The generated dataset: repeatable, valid, balanced, and the same in both layouts."""
 
 from __future__ import annotations
 

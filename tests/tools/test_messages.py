@@ -147,7 +147,7 @@ def test_unknown_type_keeps_the_message_of_mmengine(data: Path, tmp_path: Path) 
 
 def test_a_bug_is_not_blamed_on_the_data(data: Path, tmp_path: Path,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its text names what data errors name, and an image of the data set is broken."""
+    """Its text names what data errors name, and an image of the dataset is broken."""
     (data / 'coco/images/val/000001.jpg').write_bytes(b'')
 
     def fail(*arguments: object) -> None:

@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the drawn-scenes data set: see `mmdcnv4/datasets/drawn_scenes.py`.
+"""Writes the drawn-scenes dataset: see `mmdcnv4/datasets/drawn_scenes.py`.
 
 python tools/dataset_converters/drawn_scenes.py data/drawn_scenes --num-train 800 --num-val 100
 """

@@ -14,7 +14,7 @@ from mmdcnv4.datasets.synthetic_rig import CAMERAS, SCENES, write
 
 def parse_args() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description='Write a small data set in nuScenes layout.')
+    parser = argparse.ArgumentParser(description='Write a small dataset in nuScenes layout.')
     parser.add_argument('root', type=Path, help='folder to write to, usually data/synthetic-rig')
     parser.add_argument('--scenes', type=int, default=2)
     parser.add_argument('--frames', type=int, default=2, help='key frames per scene')

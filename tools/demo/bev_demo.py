@@ -44,7 +44,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     which.add_argument('--index', type=int, default=0, help='sample of the test set')
     which.add_argument('--scene', help='token or number of a scene: all its samples, as a video')
     parser.add_argument('--fps', type=float, default=2.0, help='pictures per second of the video')
-    parser.add_argument('--data-root', help='folder of the data set, instead of that of the config')
+    parser.add_argument('--data-root', help='folder of the dataset, instead of that of the config')
     parser.add_argument('--ann-file', help='info file, instead of that of the config')
     parser.add_argument('--out', help='the picture (.png, .jpg), or with --scene the video (.mp4)')
     parser.add_argument('--score-thr', type=float, default=0.3,
@@ -120,7 +120,7 @@ Predict = Callable[[int, dict, dict], Any]  # index, info, BGR images by camera 
 
 
 def predict_with_model(cfg: Config, args: argparse.Namespace, dataset: Any) -> Predict:
-    """Predictions of a checkpoint: call by call, or of a model that looks ahead, of the data set."""
+    """Predictions of a checkpoint: call by call, or of a model that looks ahead, of the dataset."""
     from mmdcnv4.bevformer_v2.inferencer import BEVInferencer, Calibration
     from mmdcnv4.bevformer_v2.results import Found
     model = build_model(cfg, args)

@@ -37,7 +37,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--device', default='cuda:0' if torch.cuda.is_available() else 'cpu',
                         help='cpu, cuda:0, ...')
     parser.add_argument('--palette', choices=['none', 'coco', 'voc', 'citys', 'random'],
-                        default='none', help='colours of detections; none: those of the data set')
+                        default='none', help='colours of detections; none: those of the dataset')
     arguments.add_config_arguments(parser)
     arguments.add_checkpoint_arguments(parser)
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-# nuScenes, six cameras; the temporal configs set `frames` in model and data sets.
+# nuScenes, six cameras; the temporal configs set `frames` in model and datasets.
 data_root = 'data/nuscenes/'
 # by alphabet, as model.perspective_head.classes; another order here must be set there too
 classes = [

@@ -1,3 +1,3 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Data set and transforms of temporal multi-camera samples."""
+"""Dataset and transforms of temporal multi-camera samples."""

@@ -94,7 +94,7 @@ def box_errors(found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 class CenterDistanceMetric(BaseMetric):
     """AP by the distance of centres on the ground, and the errors of what was found.
 
-    Takes the truth from the samples: the info file must have `instances`, and the data set needs
+    Takes the truth from the samples: the info file must have `instances`, and the dataset needs
     `test_mode=True` with `load_eval_anns=True` (the default). Classes without an object are left
     out of the means. A velocity that the info file does not give counts as zero, as in training.
 
@@ -129,7 +129,7 @@ class CenterDistanceMetric(BaseMetric):
                 raise InvalidValue(
                     'CenterDistanceMetric: every sample must have true boxes, got none for sample '
                     f'{sample.get("token")}; set test_mode=True and load_eval_anns=True in the '
-                    'data set, and give instances in the info file')
+                    'dataset, and give instances in the info file')
             self.results.append((
                 *self._within(found['bboxes_3d'], found['labels_3d'], found['scores_3d']),
                 *self._within(truth['gt_bboxes_3d'], truth['gt_labels_3d'],

@@ -34,7 +34,7 @@ class NuScenesSplitMetric(NuScenesMetric):
 
     @property
     def dataset_meta(self) -> Optional[dict]:
-        """Meta information of the data set; setting it checks the files."""
+        """Meta information of the dataset; setting it checks the files."""
         return self._dataset_meta
 
     @dataset_meta.setter
@@ -49,7 +49,7 @@ class NuScenesSplitMetric(NuScenesMetric):
         if not path.is_file():
             raise MissingFile(
           f'NuScenesSplitMetric: data_root must hold {version}/{name}.json, got no {path}; '
-          'unpack the tables of nuScenes there, or set metainfo.version of the data set')
+          'unpack the tables of nuScenes there, or set metainfo.version of the dataset')
         return json.loads(path.read_text())
 
     def _check_split(self, version: str) -> None:

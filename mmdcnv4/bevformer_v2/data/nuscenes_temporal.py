@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""nuScenes with neighbouring key frames, found by the links of the data set and not by order."""
+"""nuScenes with neighbouring key frames, found by the links of the dataset and not by order."""
 
 from __future__ import annotations
 

@@ -367,7 +367,7 @@ class BEVFormerV2Head(BaseModule):
         if not 0 <= labels.min() <= labels.max() < self.num_classes:
             raise InvalidValue(
                 f'BEVFormerV2Head: labels must be 0 ... {self.num_classes - 1} (num_classes), got '
-                f'{int(labels.min())} ... {int(labels.max())}; do the classes of the data set '
+                f'{int(labels.min())} ... {int(labels.max())}; do the classes of the dataset '
                 'match the model?')
 
     def _targets(self, assigned: Tensor,

@@ -115,7 +115,7 @@ class BEVFormerV2(Base3DDetector):
         bev_head: BEV features to boxes, see `BEVFormerV2Head`.
         perspective_head: auxiliary head on the current images in training; None for none.
         temporal_fusion: needed exactly if there is more than one frame, see `TemporalFusion`.
-        frames: offsets in key frames, ascending, 0 among them; those of the data set.
+        frames: offsets in key frames, ascending, 0 among them; those of the dataset.
         num_bev_levels: maps that the BEV encoder reads.
         grid_mask: arguments of :class:`GridMask`; None for none.
         cache_maps: keep the image maps of the last key frames in evaluation mode, for samples that
@@ -265,12 +265,12 @@ class BEVFormerV2(Base3DDetector):
             raise InvalidValue(
                 f'BEVFormerV2: inputs must hold the frames {self.frames} of the model, got '
                 f'{images.shape[1]} images of frames {data_samples[0].metainfo["frames"]}; set '
-                'frames alike in model and data set')
+                'frames alike in model and dataset')
         expected = getattr(self.perspective_head, 'classes', None)
         classes = data_samples[0].metainfo.get('classes')
         if expected is not None and classes is not None and tuple(classes) != expected:
             raise InvalidValue(
-                  f'BEVFormerV2: perspective_head.classes must be the classes of the data set, '
+                  f'BEVFormerV2: perspective_head.classes must be the classes of the dataset, '
                   f'{tuple(classes)}, got {expected}; set model.perspective_head.classes to the '
                   'same list: sizes belong to names')
         images = images.unflatten(1, (frames, -1))  # (B, T, V, 3, H, W)

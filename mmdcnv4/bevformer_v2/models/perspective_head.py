@@ -103,7 +103,7 @@ class PerspectiveHead(BaseModule):
         norm_cfg: norm layer of the towers.
         depth_mean, depth_std: per level, of the depth of objects in metres; start values.
         depth_range: smallest and largest depth in metres.
-        classes: names of the classes in the order of the labels; those of the data set.
+        classes: names of the classes in the order of the labels; those of the dataset.
         canonical_sizes: name to mean width, length, height in metres, for classes that are not
             in `CANONICAL_SIZES`, or with other sizes.
         loss_weights: factors on `cls`, `box2d`, `centerness`, `box3d` (each of four terms),
