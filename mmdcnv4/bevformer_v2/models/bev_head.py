@@ -16,7 +16,6 @@ from typing import Any, Optional
 
 import torch
 from mmcv.cnn.bricks.transformer import FFN, MultiheadAttention
-from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.models.layers import inverse_sigmoid
 from mmdet.utils import reduce_mean
 from mmdet3d.registry import MODELS, TASK_UTILS
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import InvalidValue
+from ...models.layers.multi_scale_attention import MultiScaleAttention
 from ..geometry import check_range
 from .box_code import CENTER, CODE_SIZE, encode_boxes, select_boxes
 
@@ -69,7 +69,7 @@ class GroupDecoderLayer(nn.Module):
         self.self_attn = MultiheadAttention(
             embed_dims, num_heads, attn_drop=dropout, batch_first=True,
             dropout_layer=dict(type='Dropout', drop_prob=dropout))
-        self.cross_attn = MultiScaleDeformableAttention(
+        self.cross_attn = MultiScaleAttention(
             embed_dims, num_heads, num_levels=1, num_points=num_points, dropout=dropout,
             batch_first=True)
         self.ffn = FFN(embed_dims, feedforward_channels, ffn_drop=dropout)
@@ -198,7 +198,7 @@ class BEVFormerV2Head(BaseModule):
         self.query_embedding.reset_parameters()
         nn.init.zeros_(self.reference.bias)
         for module in self.modules():
-            if isinstance(module, MultiScaleDeformableAttention):
+            if isinstance(module, MultiScaleAttention):
                 module.init_weights()
         branch: Any
         for branch in self.cls_branches:
