@@ -99,10 +99,30 @@ def _shapes(p: Problem) -> tuple[Tensor, Tensor]:
     return shapes, areas.cumsum(0) - areas
 
 
+class Mmcv(torch.autograd.Function):
+    """mmcv's kernel from a library of its own, see --mmcv-library."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        """value, shapes, starts, locations, weights, images at a time."""
+        ctx.save_for_backward(*arguments[:5])
+        ctx.step = arguments[5]
+        return torch.ops.mmcv_attention.forward(*arguments)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        """As mmcv does: gradients are added to zeros."""
+        value, _, _, locations, weights = ctx.saved_tensors
+        grads = [torch.zeros_like(tensor) for tensor in (value, locations, weights)]
+        torch.ops.mmcv_attention.backward(*ctx.saved_tensors, grad.contiguous(), *grads, ctx.step)
+        return grads[0], None, None, grads[1], grads[2], None
+
+
 def mmcv(p: Problem) -> Callable[[Sequence[Tensor]], Tensor]:
     """mmcv's kernel; locations of the type of value."""
-    function = importlib.import_module(
-        'mmcv.ops.multi_scale_deform_attn').MultiScaleDeformableAttnFunction
+    function: Any = Mmcv if hasattr(torch.ops.mmcv_attention, 'forward') else (
+        importlib.import_module(
+            'mmcv.ops.multi_scale_deform_attn').MultiScaleDeformableAttnFunction)
     shapes, starts = _shapes(p)
     return lambda t: function.apply(t[0], shapes, starts, t[1].to(t[0].dtype), t[2], len(t[0]))
 
@@ -165,7 +185,11 @@ def main(argv: Optional[Sequence[str]] = None) -> list[dict[str, Any]]:
     parser.add_argument('--shapes', nargs='+', choices=SHAPES, default=list(SHAPES))
     parser.add_argument('--dtypes', nargs='+', choices=DTYPES, default=['float16', 'float32'])
     parser.add_argument('--peers', nargs='+', choices=PEERS, default=list(PEERS))
+    parser.add_argument('--mmcv-library', type=Path, help='mmcv_attention::forward and backward, '
+                        'built from the sources in mmcv/ops/csrc, where there is no mmcv')
     args = parser.parse_args(argv)
+    if args.mmcv_library is not None:
+        torch.ops.load_library(args.mmcv_library)
     bandwidth = copy_bandwidth(DEVICE)
     head = dict(device=torch.cuda.get_device_name(), torch=torch.__version__,
                 python=platform.python_version(), state=device_state(), bandwidth=bandwidth)

@@ -196,10 +196,12 @@ class Contact:
             'tests/cuda/test_ms_deform_attn_gpu.py'), 120))
 
     def step_attention_bench(self) -> bool:
-        """Its time in DINO and BEVFormer."""
+        """Its time in DINO and BEVFormer; mmcv's kernel beside it where a library of it is here."""
+        library = BENCHMARK.with_name('libmmcv_attention.so')
+        peer = ['--mmcv-library', str(library)] if library.exists() else []
         return self.run(Command('attention bench', self.module(
             str(BENCHMARK.with_name('gpu_attention.py')), '--output',
-            str(self.out / 'attention.json')), 90))
+            str(self.out / 'attention.json'), *peer), 90))
 
     def step_sanitizers(self) -> bool:
         """Small calls of all kernels under memcheck, then racecheck; only our kernels."""
