@@ -127,12 +127,16 @@ def default_architectures(toolkit: tuple, torch_version: tuple) -> str:
 
 
 def kernel_hash() -> str:
-    """Names the CUDA kernels by their sources; comments and spaces do not count."""
+    """Names the CUDA kernels of DCNv4 by their sources; comments and spaces do not count.
+
+    Bindings to torch are no part of them, nor are the kernels of multi-scale attention.
+    """
     digest = hashlib.sha256()
     paths = [*(ROOT / 'csrc' / 'cuda').rglob('*'), *(ROOT / 'csrc').glob('launch_plan.*'),
              ROOT / 'csrc' / 'bilinear.h', ROOT / 'csrc' / 'dcnv4_params.h']
     for path in sorted(paths, key=lambda path: path.name):
-        if path.suffix in ('.cu', '.cuh', '.h', '.cpp') and path.name != 'dcnv4_cuda.cu':
+        if (path.suffix in ('.cu', '.cuh', '.h', '.cpp') and path.parent.name != 'attention'
+                and path.name not in ('dcnv4_cuda.cu', 'binding.h')):
             text = re.sub(r'//[^\n]*|/\*.*?\*/', ' ', path.read_text(encoding='utf-8'),
                           flags=re.DOTALL)
             digest.update(' '.join(text.split()).encode())

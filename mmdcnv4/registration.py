@@ -28,9 +28,12 @@ _MODULES: dict[str, tuple[str, ...]] = {
     'mmdcnv4.engine': ('mmengine',),
     'mmdcnv4.datasets.multi_scale': ('mmengine', 'numpy'),
 }
-# the same for what imports a task library, which takes seconds: only where a config names it
+# the same for what imports a task library, which takes seconds, or what not every installation
+# has: only where a config names it
 _ON_DEMAND: dict[str, tuple[str, ...]] = {
     'mmdcnv4.bevformer_v2': ('mmengine', 'mmcv', 'mmdet', 'mmdet3d'),
+    # mmcv.ops, which mmcv-lite does not have
+    'mmdcnv4.models.layers.multi_scale_attention': ('mmengine', 'mmcv'),
 }
 
 # module that was left out -> reason

@@ -46,11 +46,14 @@ TABLE = {
                          ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmdet3d')),
     'mmdcnv4.checks': (('mmdcnv4.checks', 'mmdcnv4.errors'), ('mmengine',)),
     'mmdcnv4.engine': (('mmdcnv4.engine', 'mmdcnv4.checks', 'mmdcnv4.errors'), ('mmengine',)),
+    # changes modules of a model, whatever the model is
+    'mmdcnv4.engine.hooks.multi_scale_attention': (
+        ('mmdcnv4.models.layers.multi_scale_attention',), ('mmengine',)),
     # the tools' start-up; it may say which registrations were skipped
     'mmdcnv4.cli': (('mmdcnv4.cli', 'mmdcnv4.engine', 'mmdcnv4.checks', 'mmdcnv4.errors',
                      'mmdcnv4.registration'), ('mmengine',)),
 }
-TORCH_FREE_HEADERS = ('bilinear.h', 'dcnv4_params.h', 'launch_plan.h')
+TORCH_FREE_HEADERS = ('bilinear.h', 'dcnv4_params.h', 'launch_plan.h', 'ms_deform_attn_params.h')
 
 
 def module_name(path):

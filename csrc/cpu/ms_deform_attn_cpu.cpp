@@ -12,81 +12,20 @@
 
 #include <algorithm>
 #include <tuple>
-#include <vector>
 
+#include "../ms_deform_attn_check.h"
 #include "kernel_table.h"
 
 namespace mmdcnv4 {
 namespace cpu {
 namespace {
 
-constexpr int64_t kMaxSide = int64_t(1) << 30; // pixel coordinates are 32-bit
-
-// Levels and sizes of a call; owns the arrays that `params` points to.
-struct Call {
-  std::vector<int32_t> heights, widths, starts;
-  MsDeformAttnParams params;
-};
-
-void check_tensor(const at::Tensor& tensor, const at::Tensor& value, at::IntArrayRef shape,
-                  const char* name) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == value.scalar_type(), "ms_deform_attn: ", name,
-                   " must have the dtype of value (", value.scalar_type(), "), got ",
-                   tensor.scalar_type());
-  TORCH_CHECK_VALUE(tensor.device() == value.device(), "ms_deform_attn: ", name,
-                    " must be on the device of value (", value.device(), "), got ",
-                    tensor.device());
-  TORCH_CHECK_VALUE(tensor.sizes() == shape, "ms_deform_attn: ", name, " must have shape ", shape,
-                    ", got ", tensor.sizes());
-}
-
-void check_levels(at::IntArrayRef sizes, Call& call) {
-  TORCH_CHECK_VALUE(!sizes.empty() && sizes.size() % 2 == 0,
-                    "ms_deform_attn: sizes must be height and width of each level, got ", sizes);
-  int64_t pixels = 0;
-  for (size_t i = 0; i < sizes.size(); i += 2) {
-    TORCH_CHECK_VALUE(sizes[i] > 0 && sizes[i + 1] > 0,
-                      "ms_deform_attn: sizes must be positive, got ", sizes);
-    TORCH_CHECK_VALUE(sizes[i] <= kMaxSide && sizes[i + 1] <= kMaxSide,
-                      "ms_deform_attn: sizes must have sides <= ", kMaxSide, ", got ", sizes);
-    call.heights.push_back(int32_t(sizes[i]));
-    call.widths.push_back(int32_t(sizes[i + 1]));
-    call.starts.push_back(int32_t(pixels));
-    pixels += sizes[i] * sizes[i + 1];
-    TORCH_CHECK_VALUE(pixels <= INT32_MAX, "ms_deform_attn: sizes must have at most ", INT32_MAX,
-                      " pixels together, got ", sizes);
-  }
-  call.params.pixels = pixels;
-}
-
-Call check_call(const at::Tensor& value, const at::Tensor& locations, const at::Tensor& weights,
-                at::IntArrayRef sizes) {
-  Call call;
-  check_levels(sizes, call);
+MsDeformAttnCall check_call(const at::Tensor& value, const at::Tensor& locations,
+                            const at::Tensor& weights, at::IntArrayRef sizes) {
   const auto dtype = value.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble,
-                   "ms_deform_attn: value must be float32 or float64, got ", dtype);
-  MsDeformAttnParams& p = call.params;
-  TORCH_CHECK_VALUE(value.dim() == 4 && value.size(1) == p.pixels && value.size(2) > 0 &&
-                        value.size(3) > 0,
-                    "ms_deform_attn: value must have shape (B, ", p.pixels,
-                    ", heads, channels), the pixels of sizes, got ", value.sizes());
-  TORCH_CHECK_VALUE(locations.dim() == 6 && locations.size(4) > 0,
-                    "ms_deform_attn: locations must have shape (B, Q, heads, levels, points, 2), "
-                    "got ", locations.sizes());
-  p.batch = value.size(0);
-  p.heads = value.size(2);
-  p.head_channels = value.size(3);
-  p.queries = locations.size(1);
-  p.levels = int64_t(call.heights.size());
-  p.points = locations.size(4);
-  check_tensor(locations, value, {p.batch, p.queries, p.heads, p.levels, p.points, 2},
-               "locations");
-  check_tensor(weights, value, {p.batch, p.queries, p.heads, p.levels, p.points}, "weights");
-  p.heights = call.heights.data();
-  p.widths = call.widths.data();
-  p.starts = call.starts.data();
-  return call;
+                   "ms_deform_attn: value must be float32 or float64 on the CPU, got ", dtype);
+  return check_ms_deform_attn(value, locations, weights, sizes);
 }
 
 template <typename T>
@@ -121,7 +60,7 @@ void run_backward(const MsDeformAttnParams& p, const at::Tensor& grad_output,
 
 at::Tensor forward(const at::Tensor& value, const at::Tensor& locations, const at::Tensor& weights,
                    at::IntArrayRef sizes) {
-  const Call call = check_call(value, locations, weights, sizes);
+  const MsDeformAttnCall call = check_call(value, locations, weights, sizes);
   const MsDeformAttnParams& p = call.params;
   at::Tensor output = at::empty({p.batch, p.queries, p.heads * p.head_channels}, value.options());
   if (output.numel() == 0) return output;
@@ -138,9 +77,9 @@ at::Tensor forward(const at::Tensor& value, const at::Tensor& locations, const a
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward(
     const at::Tensor& grad_output, const at::Tensor& value, const at::Tensor& locations,
     const at::Tensor& weights, at::IntArrayRef sizes) {
-  const Call call = check_call(value, locations, weights, sizes);
+  const MsDeformAttnCall call = check_call(value, locations, weights, sizes);
   const MsDeformAttnParams& p = call.params;
-  check_tensor(grad_output, value, {p.batch, p.queries, p.heads * p.head_channels}, "grad_output");
+  check_grad_output(grad_output, value, p);
   at::Tensor grad_value = at::empty(value.sizes(), value.options());
   at::Tensor grad_locations = at::empty(locations.sizes(), value.options());
   at::Tensor grad_weights = at::empty(weights.sizes(), value.options());

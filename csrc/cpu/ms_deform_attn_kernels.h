@@ -5,24 +5,10 @@
 // pointers. No torch headers.
 #pragma once
 
-#include <cstdint>
+#include "../ms_deform_attn_params.h"
 
 namespace mmdcnv4 {
 namespace cpu {
-
-// Sizes of one call. A level l is a map of heights[l] x widths[l] pixels from pixel starts[l] on.
-struct MsDeformAttnParams {
-  int64_t batch;    // B
-  int64_t pixels;   // S, of all levels together
-  int64_t queries;  // Q
-  int64_t heads;    // M
-  int64_t head_channels; // D
-  int64_t levels;   // L
-  int64_t points;   // K, of one head and level
-  const int32_t *heights, *widths, *starts;
-
-  int64_t samples() const { return levels * points; } // of one query and head
-};
 
 // Queries [begin, end) of the B * Q queries of the call.
 template <typename T>

@@ -7,7 +7,6 @@
 #include <ATen/Context.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
@@ -18,67 +17,17 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
-#include <climits>
-#include <map>
-#include <mutex>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "../dcnv4_check.h"
-#include "dispatch.h"
+#include "binding.h"
 #include "launch.h"
 
 namespace mmdcnv4 {
 namespace cuda {
 namespace {
-
-Dtype dtype_of(const at::Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case at::kDouble: return Dtype::kFloat64;
-    case at::kFloat: return Dtype::kFloat32;
-    case at::kHalf: return Dtype::kFloat16;
-    case at::kBFloat16: return Dtype::kBFloat16;
-    default: TORCH_INTERNAL_ASSERT(false, "dcnv4: unchecked dtype ", tensor.scalar_type());
-  }
-}
-
-int32_t device_number(cudaDeviceAttr attribute) {
-  int device = 0, number = 0;
-  C10_CUDA_CHECK(cudaGetDevice(&device));
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&number, attribute, device));
-  return number;
-}
-
-// Asked for once per device.
-const DeviceLimits& current_device_limits() {
-  static std::mutex mutex;
-  static std::map<int, DeviceLimits> limits;
-  int device = 0;
-  C10_CUDA_CHECK(cudaGetDevice(&device));
-  const std::lock_guard<std::mutex> lock(mutex);
-  auto known = limits.find(device);
-  if (known == limits.end()) {
-    const DeviceLimits answer{device_number(cudaDevAttrMultiProcessorCount),
-                              device_number(cudaDevAttrMaxSharedMemoryPerBlock),
-                              device_number(cudaDevAttrMaxSharedMemoryPerBlockOptin), INT_MAX};
-    known = limits.emplace(device, answer).first;
-  }
-  return known->second;
-}
-
-// Bytes, at most a vector, to which every tensor is aligned.
-int32_t common_alignment(std::initializer_list<const at::Tensor*> tensors) {
-  uintptr_t bits = kMaxVectorBytes;
-  for (const at::Tensor* tensor : tensors)
-    bits |= reinterpret_cast<uintptr_t>(tensor->const_data_ptr());
-  return int32_t(bits & (~bits + 1));
-}
-
-// In which type gradients of value are summed.
-at::ScalarType sum_type(const at::Tensor& value) {
-  return value.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
 
 LaunchPlan plan_for(const Dcnv4Params& p, const at::Tensor& value, int32_t alignment,
                     bool backward) {
@@ -155,41 +104,6 @@ bool try_window_forward(const Dcnv4Params& p, int32_t alignment, cudaStream_t st
   }
 }
 
-#define MMDCNV4_TEXT_OF(...) #__VA_ARGS__
-#define MMDCNV4_TEXT(...) MMDCNV4_TEXT_OF(__VA_ARGS__)
-
-// What the kernels were compiled for: {"sm_75", "sm_90"}.
-std::vector<std::string> architectures() {
-#ifdef __CUDA_ARCH_LIST__
-  std::string list = MMDCNV4_TEXT(__CUDA_ARCH_LIST__); // 750,900
-#else
-  std::string list;
-#endif
-  list.erase(std::remove(list.begin(), list.end(), ' '), list.end());
-  std::vector<std::string> names;
-  for (size_t begin = 0; begin < list.size();) {
-    const size_t end = std::min(list.find(',', begin), list.size());
-    names.push_back("sm_" + list.substr(begin, end - begin - 1));
-    begin = end + 1;
-  }
-  return names;
-}
-
-// The standard check, with a build hint where the binary has no code for the device.
-void check_launches() {
-  if (cudaPeekAtLastError() == cudaErrorNoKernelImageForDevice) {
-    cudaGetLastError();
-    const int32_t major = device_number(cudaDevAttrComputeCapabilityMajor);
-    const int32_t minor = device_number(cudaDevAttrComputeCapabilityMinor);
-    std::string names;
-    for (const std::string& name : architectures()) names += (names.empty() ? "" : ", ") + name;
-    TORCH_CHECK(false, "dcnv4: this build of mmdcnv4 has kernels for ", names,
-                ", the device is sm_", major, minor, ": build it with TORCH_CUDA_ARCH_LIST=", major,
-                ".", minor);
-  }
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
-}
-
 at::Tensor dcnv4_forward_cuda(const at::Tensor& value, const at::Tensor& offset_mask,
                               MMDCNV4_SCALARS) {
   const Dcnv4Params p = check_dcnv4(value, offset_mask, MMDCNV4_SCALAR_NAMES);
@@ -209,7 +123,7 @@ at::Tensor dcnv4_forward_cuda(const at::Tensor& value, const at::Tensor& offset_
     const LaunchPlan plan = plan_for(p, from, common_alignment({&from, &output}), false);
     launch_dcnv4_forward(p, plan, stream, value_data, numbers, output_data);
   });
-  check_launches();
+  check_launches("dcnv4");
   return output;
 }
 
@@ -257,12 +171,6 @@ at::Tensor direct_backward(const Dcnv4Params& p, const at::Tensor& grad_output,
                         FloatSum<wide_t<T>>{static_cast<wide_t<T>*>(grad_value.mutable_data_ptr())},
                         gradients_in<T>(grad_offset_mask));
   return grad_value.to(value.scalar_type());
-}
-
-// log2 of a power of two above the largest finite number of a tensor, in float64 on its device.
-at::Tensor exponent_above(const at::Tensor& tensor) {
-  const at::Tensor largest = tensor.nan_to_num(0.0, 0.0, 0.0).abs().amax().to(at::kDouble);
-  return largest.log2().floor().add(1).clamp(-1100, 1024); // -1100: of zero
 }
 
 // Bitwise repeatable: grad_value is summed in 64-bit fixed point, as finely as the largest of
@@ -315,7 +223,7 @@ std::tuple<at::Tensor, at::Tensor> dcnv4_backward_cuda(const at::Tensor& grad_ou
     if (!grad_value.defined())
       grad_value = direct_backward<T>(p, grad, from, packed, grad_offset_mask, stream);
   });
-  check_launches();
+  check_launches("dcnv4");
   return {grad_value, grad_offset_mask};
 }
 

@@ -50,7 +50,7 @@ value, offset_mask = torch.randn(2, 5, 7, 64), torch.randn(2, 5, 7, 112)
 options = dict(kernel_size=3, groups=4, padding=1)
 ours = mmdcnv4.ops.dcnv4(value, offset_mask, backend='native', **options)
 assert torch.allclose(ours, mmdcnv4.ops.dcnv4_reference(value, offset_mask, **options), atol=1e-5)
-for name in ('dcnv4', '_dcnv4_backward'):
+for name in ('dcnv4', '_dcnv4_backward', 'ms_deform_attn', '_ms_deform_attn_backward'):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f'mmdcnv4::{name}', 'CUDA'), name
 print('torch', torch.__version__, '-', _extension.build_info['cuda'])
 PYTHON

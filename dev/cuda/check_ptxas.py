@@ -34,11 +34,14 @@ TYPES = {'d': ('float64', 8), 'f': ('float32', 4), 'Half': ('float16', 2),
 # kernels on tensor cores: how many numbers of `value` or its gradient a load from global memory
 # should move beside the copies in the background
 WINDOW_VECTORS = {'window_forward': 8, 'window_grad_offset': 2, 'window_grad_value': 2}
+ATTENTION = {f'attention_{name}' for name in ('forward', 'backward', 'rank', 'place')}
 DIRECTIONS = {'forward', 'backward', 'window_grad_rest', 'window_clear', *WINDOW_VECTORS}
 # direct kernels that most calls take, by their variant
-PLAIN = {'forward': 'K=9', 'backward': ''}
+PLAIN = {'forward': 'K=9', 'backward': '', 'attention_forward': '', 'attention_backward': ''}
 # 65536 registers and 256 threads per block: this many blocks have to fit on a multiprocessor
 REGISTERS = {4: 64, 3: 80, 2: 128}
+# kernels that add to the gradient of value in float32
+ADDING = ('backward', 'window_grad_rest', 'attention_backward')
 # in machine code and in PTX: copies in the background, matrices from shared memory, their product
 TENSOR_CORE_WORDS = {'copy': r'\bLDGSTS\b|cp\.async\.cg', 'load': r'\bLDSM\b|ldmatrix\.sync',
                      'multiply': r'\bHMMA\b|mma\.sync'}
@@ -50,9 +53,11 @@ Written by `dev/cuda/check_ptxas.py --write`, with nvcc {nvcc}, for {archs}. One
 kernel and dtype of `value`: the largest number among its kernels. Instructions are those in the
 code, and those that a warp executes for 256 outputs of a 3x3 kernel where offsets have the dtype of
 `value`: with the widest loads and groups of 32 channels, without softmax; on tensor cores a block
-of 16x8 pixels without far taps. For comparison, the released DCNv4 kernels in float16 with groups
-of 32 channels, compiled with nvcc 13.0, execute about 1670 forward, with 56 registers and 40 bytes
-of stack, and about 21600 backward.
+of 16x8 pixels without far taps. For attention, outputs with 4 levels of 4 points, in heads of 32
+channels; backward as if every sample lay in another cell than the one before. For comparison, by
+nvcc 13.0: the released DCNv4 kernels in float16 with groups of 32 channels execute about 1670
+forward, with 56 registers and 40 bytes of stack, and about 21600 backward; the attention of mmcv
+2.1 in float32 about 12500 forward and 36600 backward, with 39 and 48 registers.
 
 """
 
@@ -93,8 +98,9 @@ class Kernel:
 
     def problems(self) -> list[str]:
         """What breaks a rule, in words."""
-        blocks = 4 if self.variant == 'K=9' else 3
-        ceiling = REGISTERS[2 if self.dtype == 'float64' or self.is_window else blocks]
+        blocks = 4 if self.variant == 'K=9' or self.direction == 'attention_forward' else 3
+        is_large = self.is_window or self.direction == 'attention_backward'  # 128 threads
+        ceiling = REGISTERS[2 if self.dtype == 'float64' or is_large else blocks]
         if (self.direction == 'window_grad_value' and 'reach 4' in self.variant
                 or self.direction != 'window_grad_value' and self.variant.startswith('D=64')):
             ceiling = 168  # one block, or blocks of 128 threads
@@ -106,7 +112,7 @@ class Kernel:
         if self.widest_load is not None and self.widest_load < self.vector_bytes:
             found.append(f'loads of {self.widest_load} bytes, expected {self.vector_bytes}')
         expected = 4 * min(self.vec, 4) if int(self.arch) >= 90 else 4
-        if self.direction in ('backward', 'window_grad_rest') and self.dtype != 'float64' and \
+        if self.direction in ADDING and self.dtype != 'float64' and \
                 self.widest_reduction != expected:
             found.append(f'reductions of {self.widest_reduction} bytes, expected {expected}')
         has_body = int(self.arch) >= 80  # of kernels on tensor cores
@@ -117,15 +123,20 @@ class Kernel:
 
 def parse_name(arch: str, mangled: str) -> Optional[Kernel]:
     """Template arguments from the mangled name of a kernel."""
-    match = re.search(r'dcnv4_(\w+?)_kernelI(?:NS0_\d+(Half|BFloat16)E|([df])|5uint4)'
+    match = re.search(r'(?:dcnv4_|(?=attention_))(\w+?)_kernelI'
+                      r'(?:NS0_\d+(Half|BFloat16)E|([df])|5uint4)'
                       r'((?:L[ib]\d+E)*)(?:NS0_8(Float|Fixed)Sum\w+?EE)?EEv', mangled)
-    if match is None or match[1] not in DIRECTIONS:
+    if match is None or match[1] not in DIRECTIONS | ATTENTION:
         return None
     if match[1] == 'window_clear':
         return Kernel(arch, match[1], 'float32', 1)  # reads nothing but a flag
     dtype = TYPES[match[2] or match[3]][0]
     if match[1] == 'window_grad_rest':
         return Kernel(arch, match[1], dtype, 8)
+    if match[1] in ATTENTION:
+        numbers = re.findall(r'\d+', match[4])
+        return Kernel(arch, match[1], dtype, int(numbers[0]) if numbers else 1,
+                      'fixed point' if match[5] == 'Fixed' else '')
     first, second = map(int, re.findall(r'\d+', match[4]))
     if match[1] in WINDOW_VECTORS:
         return Kernel(arch, match[1], dtype, WINDOW_VECTORS[match[1]], f'D={first} reach {second}')
@@ -233,6 +244,20 @@ def direct_turns(body: str, kernel: Kernel) -> float:
     return -(-27 // team) if 'STG' in body and 'LDS' in body else 0  # results; borders, padding
 
 
+def attention_turns(body: str, kernel: Kernel) -> float:
+    """How often a loop of a kernel of attention runs: 4 levels, 4 points, 32 channels."""
+    team, count = 32 // kernel.vec, {'attention_forward': 16}.get(kernel.direction, 32)
+    has_math = 'F2I' in body
+    if kernel.direction == 'attention_forward':
+        if 'LDG.E.128' in body:  # two samples a turn; the loops around it once
+            return 1 if has_math or 'STG' in body or 'SHFL' in body else count / 2
+        return -(-count // team) if has_math else math.log2(team) if 'SHFL' in body else 0
+    if 'RED' in body:  # samples; around them once, with the last additions
+        return count if body.count('RED') <= (kernel.vec if 'F32x4' in body else 4 * kernel.vec) \
+            else 1
+    return math.log2(team) if 'SHFL' in body else -(-count // team)
+
+
 def window_turns(body: str, kernel: Kernel) -> float:
     """How often a loop of a kernel on tensor cores runs: 16x8 pixels, 64 channels."""
     depth, reach = map(int, re.findall(r'\d+', kernel.variant))
@@ -274,11 +299,14 @@ def executed_instructions(lines: list[tuple[int, str]], kernel: Kernel) -> float
     last = max(i for i, (_, line) in enumerate(lines) if 'EXIT' in line)  # then: detours
     weights = [1.0] * (last + 1)
     for begin, end, body in loop_bodies(lines[:last]):
-        factor = (window_turns if kernel.is_window else direct_turns)(body, kernel)
+        turns = (attention_turns if kernel.direction in ATTENTION else
+                 window_turns if kernel.is_window else direct_turns)
+        factor = turns(body, kernel)
         for i in range(begin, end + 1):
             weights[i] *= factor
     if not kernel.is_window:
-        return sum(weights) * 256 / (32 * kernel.vec)
+        samples = 16 / 32 if kernel.direction == 'attention_backward' else 1  # of an output
+        return sum(weights) * 256 * samples / (32 * kernel.vec)
     depth = int(re.findall(r'\d+', kernel.variant)[0])
     rows = 16 if kernel.direction == 'window_grad_value' else 32
     return sum(weights) * 256 / (rows * depth * window_units(kernel))
@@ -363,7 +391,8 @@ def main() -> int:
     args = parser.parse_args()
     if shutil.which('nvcc') is None:
         raise SystemExit('check_ptxas: nvcc is not installed')
-    sources = sorted((ROOT / 'csrc' / 'cuda').rglob('dcnv4_*ward_*.cu'))
+    sources = sorted(path for path in (ROOT / 'csrc' / 'cuda').rglob('*.cu')
+                     if not path.name.endswith('_cuda.cu'))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         files = pool.map(lambda pair: compile_kernels(*pair, Path(folder), args.write is not None),
                          itertools.product(args.arch, sources))

@@ -7,12 +7,14 @@
     python dev/gpu/contact.py --steps smoke bench --out folder
 
 Steps: environment, build, smoke (every family of kernels against the reference), bench (two shapes
-alongside peers), profile (ncu: instructions, stalls, bytes), tests, sanitizers. Each runs in
-processes of its own, so that an illegal access in one leaves the others their evidence; each has a
-limit; a step for which no time is left is reported as not run. What a step prints goes to OUT as it
-comes, one log per step, and `summary.txt` is rewritten after each. An extension that is already in
-the folder (built elsewhere for this Python, torch and architecture) is used if it has CUDA kernels;
-otherwise it is built. Needs a CUDA build of torch, numpy and pytest; no OpenMMLab package.
+alongside peers), profile (ncu: instructions, stalls, bytes), tests, attention_smoke,
+attention_tests, attention_bench (the same for multi-scale deformable attention), sanitizers. Each
+runs in processes of its own, so that an illegal access in one leaves the others their evidence;
+each has a limit; a step for which no time is left is reported as not run. What a step prints goes
+to OUT as it comes, one log per step, and `summary.txt` is rewritten after each. An extension that
+is already in the folder (built elsewhere for this Python, torch and architecture) is used if it has
+CUDA kernels; otherwise it is built. Needs a CUDA build of torch, numpy and pytest; no OpenMMLab
+package.
 """
 
 from __future__ import annotations
@@ -182,6 +184,25 @@ class Contact:
             *arguments), 170, {} if fast is None else {'MMDCNV4_FAST': fast})
             for name, (arguments, fast) in TESTS.items()))
 
+    def step_attention_smoke(self) -> bool:
+        """Multi-scale deformable attention in every type against its form in PyTorch."""
+        return self.run(Command('attention smoke',
+                                self.module('-m', 'mmdcnv4.ops.attention_check'), 60))
+
+    def step_attention_tests(self) -> bool:
+        """Its tests on a GPU."""
+        return self.run(Command('attention tests', self.module(
+            '-m', 'pytest', '-q', '--tb=short', '--maxfail=20', '-p', 'no:cacheprovider',
+            'tests/cuda/test_ms_deform_attn_gpu.py'), 120))
+
+    def step_attention_bench(self) -> bool:
+        """Its time in DINO and BEVFormer; mmcv's kernel beside it where a library of it is here."""
+        library = BENCHMARK.with_name('libmmcv_attention.so')
+        peer = ['--mmcv-library', str(library)] if library.exists() else []
+        return self.run(Command('attention bench', self.module(
+            str(BENCHMARK.with_name('gpu_attention.py')), '--output',
+            str(self.out / 'attention.json'), *peer), 90))
+
     def step_sanitizers(self) -> bool:
         """Small calls of all kernels under memcheck, then racecheck; only our kernels."""
         sanitizer = shutil.which('compute-sanitizer', path=self.environment['PATH'])
@@ -199,7 +220,8 @@ class Contact:
 
 STEPS: dict[str, Callable[[Contact], bool]] = {
     name: getattr(Contact, f'step_{name}')
-    for name in ('environment', 'build', 'smoke', 'bench', 'profile', 'tests', 'sanitizers')}
+    for name in ('environment', 'build', 'smoke', 'bench', 'profile', 'tests',
+                  'attention_smoke', 'attention_tests', 'attention_bench', 'sanitizers')}
 # without these nothing else can run
 NEEDED = ('environment', 'build')
 

@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Multi-scale deformable attention: the function, its PyTorch form, and its compiled CPU kernels.
+"""Multi-scale deformable attention: the function, its PyTorch form, and its compiled kernels.
 
 Source:   "Deformable DETR", Zhu et al., ICLR 2021, arXiv:2010.04159, eq. (3).
 """
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import _extension
+from .contract import HALF_DTYPES
 from .functional import Backend, get_backend
 
 Sizes = Sequence[tuple[int, int]]
@@ -83,8 +84,24 @@ def multi_scale_deformable_attention_reference(value: Tensor, sizes: Sizes, loca
     return total.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2).contiguous()
 
 
-def _has_kernel(value: Tensor) -> bool:
-    return _IS_COMPILED and value.device.type in ('cpu', 'meta')
+def has_multi_scale_kernel(device_type: str) -> bool:
+    """Whether tensors on this kind of device ('cpu', 'cuda') take compiled kernels."""
+    return _IS_COMPILED and device_type in (*_extension.build_info, 'meta')
+
+
+def _of_kernels(value: Tensor, locations: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors in types that the kernels take, see the Numerics of the function.
+
+    On a GPU they read half values as they are, with locations and weights of the same type or of
+    float32; those of any other type become float32.
+    """
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    if value.is_cuda and value.dtype in HALF_DTYPES:
+        kept = (value.dtype, torch.float32)
+        locations, weights = (tensor if tensor.dtype in kept else tensor.to(dtype)
+                              for tensor in (locations, weights))
+        return value, locations, weights
+    return value.to(dtype), locations.to(dtype), weights.to(dtype)
 
 
 def multi_scale_deformable_attention(value: Tensor, sizes: Sizes, locations: Tensor,
@@ -105,7 +122,7 @@ def multi_scale_deformable_attention(value: Tensor, sizes: Sizes, locations: Ten
         sizes: (H_l, W_l) of the L levels.
         locations: x, y in widths and heights of the map. Shape (B, Q, heads, L, P, 2).
         weights: factors of the samples, used as they are. Shape (B, Q, heads, L, P).
-        backend: 'native' (compiled kernels; CPU tensors only), 'pytorch' or 'auto'; None follows
+        backend: 'native' (compiled kernels), 'pytorch' or 'auto'; None follows
             :func:`mmdcnv4.ops.use_backend`, then the environment variable MMDCNV4_BACKEND.
 
     Returns:
@@ -116,9 +133,12 @@ def multi_scale_deformable_attention(value: Tensor, sizes: Sizes, locations: Ten
         NotImplementedError: `backend='native'` and no kernel exists for the device.
 
     Numerics:
-        float64 in float64, all other types in float32. The CPU kernels keep nothing but the
-        arguments for the backward pass, and are bitwise repeatable for any number of threads.
-        There is no CUDA kernel: `mmcv.ops` has one.
+        float64 in float64, all other types in float32; gradients have the types of the arguments.
+        The kernels keep nothing but the arguments for the backward pass. Those of the CPU are
+        bitwise repeatable for any number of threads. On a GPU the gradient of `value` is not, but
+        under `torch.use_deterministic_algorithms(True)`, for any input. There, half values are
+        read as they are; float32 locations beside them keep their digits: on a map 200 pixels wide
+        those of float16 go in steps of a tenth of a pixel, those of bfloat16 of almost one.
 
     Example:
         >>> value = torch.randn(2, 8 * 8 + 4 * 4, 4, 16)
@@ -133,18 +153,20 @@ def multi_scale_deformable_attention(value: Tensor, sizes: Sizes, locations: Ten
                          f'{chosen!r}')
     sizes = [(int(height), int(width)) for height, width in sizes]
     _check(value, sizes, locations, weights)
-    if chosen == 'native' and not _has_kernel(value):
-        raise NotImplementedError(f"{_NAME}: backend='native' is not possible: "
-                                  'it has kernels for the CPU, if the package was built with '
-                                  'them (`python -m mmdcnv4.info`)')
-    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
-    wide = (value.to(dtype), locations.to(dtype), weights.to(dtype))
-    if chosen == 'pytorch' or not _has_kernel(value):
+    reason = None if has_multi_scale_kernel(value.device.type) else (
+        _extension.missing_reason or f'no kernel was compiled for {value.device.type} tensors')
+    if chosen == 'native' and reason is not None:
+        raise NotImplementedError(f"{_NAME}: backend='native' is not possible: {reason}")
+    if chosen == 'pytorch' or reason is not None:
+        if chosen != 'pytorch' and not torch.compiler.is_compiling():
+            _extension.warn_once(reason or '')
+        dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        wide = value.to(dtype), locations.to(dtype), weights.to(dtype)
         with torch.autocast(value.device.type, enabled=False):
             out = multi_scale_deformable_attention_reference(wide[0], sizes, *wide[1:])
     else:
         flat = [side for size in sizes for side in size]
-        out = torch.ops.mmdcnv4.ms_deform_attn(*wide, flat)
+        out = torch.ops.mmdcnv4.ms_deform_attn(*_of_kernels(value, locations, weights), flat)
     return out.to(value.dtype)
 
 

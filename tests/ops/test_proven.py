@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -80,3 +83,31 @@ def test_every_proof_is_written_down(monkeypatch):
     for proof in proven.PROVEN:
         text = (ROOT / 'benchmarks' / 'results' / proof.result).read_text()
         assert re.fullmatch('[0-9a-f]{16}', proof.kernels) and proof.kernels in text
+
+
+def kernel_hash(root):
+    """What setup.py computes of the sources in a folder; the program itself would build."""
+    tree = ast.parse((ROOT / 'setup.py').read_text())
+    function = next(node for node in tree.body
+                    if isinstance(node, ast.FunctionDef) and node.name == 'kernel_hash')
+    names = {'hashlib': hashlib, 're': re, 'ROOT': root}
+    exec(compile(ast.Module([function], []), 'setup.py', 'exec'), names)
+    return names['kernel_hash']()
+
+
+@pytest.mark.parametrize('changed, counts', [
+    ('cuda/sampling.cuh', True), ('cuda/window/dcnv4_window_forward.cuh', True),
+    ('launch_plan.cpp', True), ('bilinear.h', True), ('cuda/dcnv4_cuda.cu', False),
+    ('cuda/binding.h', False), ('cuda/attention/attention_forward.cuh', False),
+    ('ms_deform_attn_check.cpp', False)])
+def test_the_hash_names_the_kernels_of_dcnv4(tmp_path, changed, counts):
+    """What was proven on a GPU stays proven whatever becomes of bindings and of attention."""
+    shutil.copytree(ROOT / 'csrc', tmp_path / 'csrc')
+    before = kernel_hash(tmp_path)
+    assert before == kernel_hash(ROOT)
+    with (tmp_path / 'csrc' / changed).open('a') as file:
+        file.write('\n// a comment\n')
+    assert kernel_hash(tmp_path) == before
+    with (tmp_path / 'csrc' / changed).open('a') as file:
+        file.write('int added;\n')
+    assert (kernel_hash(tmp_path) != before) == counts

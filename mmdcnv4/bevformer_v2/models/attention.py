@@ -18,7 +18,7 @@ import torch
 from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
 from torch import Tensor, nn
 
-from ...ops import multi_scale_deformable_attention
+from ...ops import has_multi_scale_kernel, multi_scale_deformable_attention
 from ..geometry import constant
 
 Sizes = Sequence[tuple[int, int]]  # (height, width) of each level
@@ -26,9 +26,9 @@ Sizes = Sequence[tuple[int, int]]  # (height, width) of each level
 
 def deformable_attention(value: Tensor, sizes: Sizes, locations: Tensor,
                          weights: Tensor) -> Tensor:
-    """Multi-scale deformable attention in float32, also under autocast: mmcv's kernel on a GPU.
+    """Multi-scale deformable attention in float32, also under autocast.
 
-    In half precision a location on a map 200 cells wide would be off by a tenth of a cell.
+    In half precision locations on a map 200 cells wide would go in steps of a tenth of a cell.
 
     Args:
         value: shape (B, sum of H_l * W_l, heads, D).
@@ -41,8 +41,9 @@ def deformable_attention(value: Tensor, sizes: Sizes, locations: Tensor,
     """
     with torch.autocast(value.device.type, enabled=False):
         value, locations, weights = value.float(), locations.float(), weights.float()
-        if not value.is_cuda:
+        if not value.is_cuda or has_multi_scale_kernel('cuda'):
             return multi_scale_deformable_attention(value, sizes, locations, weights)
+        # built without CUDA: mmcv's kernel rather than the form in PyTorch
         shapes = constant(value, [side for size in sizes for side in size], torch.long).view(-1, 2)
         areas = shapes.prod(1)
         # the last argument must divide the batch: the batch itself always does

@@ -14,6 +14,7 @@
 #include <functional>
 
 #define __global__
+#define __grid_constant__
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
 #define MMDCNV4_DEVICE inline

@@ -7,6 +7,7 @@
 //     emulator fixed < calls   the same; the backward kernel with sums in fixed point alone
 //     emulator window < calls  the same; the forward kernel on tensor cores alone
 //     emulator window_backward < calls  the same; the backward kernels on tensor cores alone
+//     emulator attention < calls  multi-scale deformable attention: attention.h
 //     emulator cover < calls   <alignment> <dtype> <backward> <device> <sizes>
 //
 // One line is one call. <device>: multiprocessors, shared bytes without and with opting in, blocks
@@ -33,6 +34,8 @@
 #include "../../../csrc/cuda/dispatch.h"
 #include "../../../csrc/cuda/window/dense_window.cuh"
 #include "../../../csrc/cuda/launch.h"
+#include "attention.h"
+#include "buffer.h"
 
 namespace {
 
@@ -57,29 +60,6 @@ DeviceLimits read_device(std::istream& from) {
   from >> limits.blocks_per_launch;
   return limits;
 }
-
-// A tensor that ends where its memory ends, aligned to `alignment` bytes and to no more.
-template <typename T>
-class Buffer {
- public:
-  Buffer(int64_t count, int alignment, int fill)
-      : bytes_(count * sizeof(T)), skip_(alignment % kMaxVectorBytes),
-        memory_(static_cast<char*>(::operator new(skip_ + bytes_, kAlignment))) {
-    std::memset(memory_, fill, skip_ + bytes_);
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { ::operator delete(memory_, kAlignment); }
-
-  T* data() { return reinterpret_cast<T*>(memory_ + skip_); }
-  void read(std::istream& from) { from.read(memory_ + skip_, std::streamsize(bytes_)); }
-  void write(std::ostream& to) { to.write(memory_ + skip_, std::streamsize(bytes_)); }
-
- private:
-  static constexpr std::align_val_t kAlignment{kMaxVectorBytes};
-  size_t bytes_, skip_;
-  char* memory_;
-};
 
 // Bytes of a number of offset_mask: beside half types it may be float32.
 template <typename T>
@@ -315,17 +295,24 @@ void cover_call(std::istream& line) {
 int main(int count, char** arguments) {
   const std::string mode = count >= 2 ? arguments[1] : "";
   emulator::set_counting(count == 3 && std::string(arguments[2]) == "count");
-  const std::vector<std::string> modes = {"run", "fixed", "window", "window_backward", "cover"};
+  const std::vector<std::string> modes = {"run", "fixed", "window", "window_backward", "attention",
+                                          "cover"};
   if (std::find(modes.begin(), modes.end(), mode) == modes.end()) {
-    std::cerr << "emulator: the argument must be run, fixed, window, window_backward or cover, got '"
-              << mode << "'\n";
+    std::cerr << "emulator: the argument must be one of run, fixed, window, window_backward, "
+                 "attention, cover; got '" << mode << "'\n";
     return 2;
   }
   std::string text;
   while (std::getline(std::cin, text)) {
     try {
       std::istringstream line(text);
-      mode == "cover" ? cover_call(line) : run_call(line, mode);
+      if (mode == "cover") {
+        cover_call(line);
+      } else if (mode == "attention") {
+        run_attention(line);
+      } else {
+        run_call(line, mode);
+      }
     } catch (const std::exception& error) {
       std::cerr << error.what() << "\nin: " << text << "\n";
       return 1;
