@@ -21,7 +21,6 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.logging import print_log
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
-from torch import nn
 
 from ..errors import InvalidType, InvalidValue, MissingKey
 from ..models.checkpoint import find_state_dict, read_file
@@ -123,7 +122,7 @@ class BEVInferencer:
         >>> found.pred_instances_3d.bboxes_3d.gravity_center  # (n, 3), LiDAR frame, metres
     """
 
-    def __init__(self, model: nn.Module, pipeline: Sequence[dict], classes: Sequence[str],
+    def __init__(self, model: Any, pipeline: Sequence[dict], classes: Sequence[str],
                  interval: Optional[float] = 0.5, max_gap: Optional[float] = None) -> None:
         self.frames: tuple[int, ...] = tuple(model.frames)
         if self.frames[-1] > 0:
@@ -144,7 +143,7 @@ class BEVInferencer:
             raise InvalidValue('BEVInferencer: pipeline must contain LoadTemporalMultiViewImages, '
                                f'got {[step["type"] for step in pipeline]}')
         self.cameras = loaders[0].cameras
-        self.model: Any = model.eval()
+        self.model = model.eval()
         self._calls = 0  # tokens are never used again: maps are known by them
         self._scene: Hashable = None
         self._last: Optional[float] = None  # seconds

@@ -19,7 +19,7 @@ _CODEC = 'mp4v'
 
 def _opencv(path: str, fps: float, size: tuple[int, int]) -> Optional[Any]:
     """A writer of OpenCV, None where its build has no encoder."""
-    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*_CODEC), fps, size)
+    writer = cv2.VideoWriter(path, cv2.VideoWriter.fourcc(*_CODEC), fps, size)
     return writer if writer.isOpened() else None
 
 
@@ -56,7 +56,7 @@ def read_video(path: str) -> tuple[int, tuple[int, int]]:
         is_there, frame = capture.read()
         if not is_there:
             break
-        count, size = count + 1, frame.shape[:2]
+        count, size = count + 1, (frame.shape[0], frame.shape[1])
     capture.release()
     return count, size
 
@@ -81,7 +81,8 @@ def write_video(path: str, pictures: Iterable[np.ndarray], fps: float) -> int:
     part = str(Path(path).with_suffix('.part.mp4'))
     write: Optional[Callable[[np.ndarray], None]] = None
     close: Optional[Callable[[], None]] = None
-    count, shape = 0, (0, 0, 0)
+    count = 0
+    shape: tuple[int, ...] = ()
     try:
         for picture in pictures:
             if write is None:

@@ -44,7 +44,13 @@ MODELS = {
     'flash-intern-image-s_offline_16xb1-24e': (104_170_896, (-8, 0, 8), 11),
     'flash-intern-image-b_t8_16xb1-24e': (162_488_936, tuple(range(-7, 1)), 11),
     'flash-intern-image-b_offline_16xb1-24e': (150_692_456, (-8, 0, 8), 11),
+    # the backbones of configs/intern_image instead of 94,897,048, and the neck of XL
+    'intern-image-b_offline_16xb1-24e': (150_692_456 - 94_897_048 + 94_909_920, (-8, 0, 8), 11),
+    'intern-image-xl_offline_32xb1-24e': (
+        150_692_456 - 94_897_048 + 328_971_228
+        + 256 * (384 + 768 + 1536 - 224 - 448 - 896), (-8, 0, 8), 11),
 }
+TRAINVAL = {'s': 104_170_896, 'b': 150_692_456}
 
 
 def read(name):
@@ -57,13 +63,15 @@ def build(cfg):
         return REGISTRY.build(cfg.model)
 
 
-def size(module):
+def count(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def test_every_config_is_tested():
-    names = {path.stem for path in CONFIGS.glob('*_nus.py')}
-    assert names == {f'bevformer-v2_{name}_nus' for name in MODELS}
+    names = {path.stem for path in CONFIGS.glob('*_nus*.py')}
+    assert names == {f'bevformer-v2_{name}_nus' for name in MODELS} | {
+        f'bevformer-v2_flash-intern-image-{size}_offline_16xb1-24e_nus-trainval'
+        for size in TRAINVAL}
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -71,7 +79,7 @@ def test_size_frames_and_groups(name):
     parameters, frames, groups = MODELS[name]
     cfg = read(name)
     model = build(cfg)
-    assert size(model) == parameters
+    assert count(model) == parameters
     assert model.frames == frames and model.bev_head.num_groups == groups
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         assert tuple(loader.dataset.frames) == frames
@@ -79,12 +87,12 @@ def test_size_frames_and_groups(name):
 
 def test_size_part_by_part():
     model = build(read('flash-intern-image-s_t8_16xb1-24e'))
-    assert size(model.img_backbone) == 48_490_176 and size(model.img_neck) == 3_237_888
-    assert size(model.perspective_head) == 7_405_973
-    assert size(model.temporal_fusion) == 30_809_856
-    assert size(model.bev_encoder.layers) == 4_940_928
-    assert size(model.bev_head.layers) == 4_103_232
-    assert size(model.bev_encoder.bev_embedding) == 10_240_000
+    assert count(model.img_backbone) == 48_490_176 and count(model.img_neck) == 3_237_888
+    assert count(model.perspective_head) == 7_405_973
+    assert count(model.temporal_fusion) == 30_809_856
+    assert count(model.bev_encoder.layers) == 4_940_928
+    assert count(model.bev_head.layers) == 4_103_232
+    assert count(model.bev_encoder.bev_embedding) == 10_240_000
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -95,7 +103,11 @@ def test_recipe(name):
     warm_up, steps = cfg.param_scheduler
     assert (warm_up.end, warm_up.start_factor) == (2000, pytest.approx(1 / 3))
     assert (steps.milestones, steps.end) == ([epochs - 4], epochs)
-    assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=4e-4, weight_decay=0.01)
+    rate, batch = (5e-4, 32) if 'xl' in name else (4e-4, 16)
+    assert cfg.optim_wrapper.optimizer == dict(type='AdamW', lr=rate, weight_decay=0.01)
+    assert cfg.auto_scale_lr.base_batch_size == batch and f'_{batch}xb1' in name
+    if 'intern-image' in name:
+        assert cfg.optim_wrapper.paramwise_cfg.layer_decay_rate == (0.94 if 'xl' in name else 0.96)
     assert cfg.optim_wrapper.clip_grad.max_norm == 35
     train = cfg.train_dataloader.dataset.pipeline
     kinds = [step.type for step in train]
@@ -110,6 +122,25 @@ def test_recipe(name):
     assert test.pipeline[1].heights == (640,) and test.test_mode
     assert cfg.model.bev_encoder.pc_range == cfg.point_cloud_range
     assert cfg.val_evaluator.modality.use_camera and not cfg.val_evaluator.modality.use_lidar
+
+
+@pytest.mark.parametrize('size', TRAINVAL)
+def test_train_and_val_to_the_test_server(size):
+    """Both splits with annotations, nothing to validate on, and a file instead of a score."""
+    name = f'flash-intern-image-{size}_offline_16xb1-24e'
+    cfg = Config.fromfile(CONFIGS / f'bevformer-v2_{name}_nus-trainval.py')
+    plain = read(name)
+    assert count(build(cfg)) == TRAINVAL[size] and cfg.model == plain.model
+    assert cfg.optim_wrapper == plain.optim_wrapper and cfg.param_scheduler == plain.param_scheduler
+    train, val = cfg.train_dataloader.dataset.datasets
+    assert train == plain.train_dataloader.dataset
+    assert val == {**train, 'ann_file': 'nuscenes_infos_val.pkl'}
+    assert cfg.val_dataloader is cfg.val_evaluator is cfg.val_cfg is None
+    assert cfg.train_cfg == dict(type='EpochBasedTrainLoop', max_epochs=24)
+    test = cfg.test_dataloader.dataset
+    assert test.metainfo.version == 'v1.0-test' and test.load_eval_anns is False
+    assert cfg.test_evaluator.ann_file == test.data_root + test.ann_file
+    assert cfg.test_evaluator.format_only and cfg.test_evaluator.jsonfile_prefix
 
 
 def test_layer_decay(tiny):

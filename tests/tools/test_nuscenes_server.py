@@ -52,7 +52,7 @@ def test_steps_to_the_file_for_the_test_server(tmp_path: Path) -> None:
     config = tmp_path / f'{NAME}.py'
     small(root, tmp_path).dump(config)
     out = run_command('python', TOOLS / 'train.py', config, '--work-dir', tmp_path / 'work')
-    assert '[1][4/4]' in out.replace(' ', '').replace('Epoch(train)', '') or '4/4' in out
+    assert "4/4" in out
     run_command('python', TOOLS / 'test.py', config, tmp_path / 'work/epoch_1.pth',
                 '--work-dir', tmp_path / 'work')
     path = tmp_path / 'file' / 'pred_instances_3d' / 'results_nusc.json'
