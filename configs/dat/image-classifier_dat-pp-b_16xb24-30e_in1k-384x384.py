@@ -1,5 +1,5 @@
-# Fine-tuning of the classifier at 384 x 384. Its bias tables keep the size of 224 and are stretched,
-# as in the published settings.
+# Fine-tuning of the classifier at 384 x 384. Its bias tables keep the size of 224 and are
+# stretched, as in the published settings.
 _base_ = './image-classifier_dat-pp-b_16xb64-300e_in1k-224x224.py'
 
 # The classifier of the config above, or the published dat_pp_base_in1k_224.pth under the names of

@@ -54,7 +54,7 @@ def load_model(cfg: Config, checkpoint: Optional[str], device: str) -> Any:
         shapes = preflight.read_shapes(checkpoint)
         checkpoints.allow_mmengine_checkpoints()
         load_checkpoint(model, checkpoint, map_location='cpu')
-        preflight.check_weights(model, shapes, checkpoint)
+        preflight.check_weights(model, shapes, checkpoint, cfg)
     return model.to(device).eval()
 
 

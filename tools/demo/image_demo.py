@@ -126,7 +126,7 @@ def make_classifier(cfg: Config, args: argparse.Namespace) -> Draw:
     shapes = preflight.read_shapes(args.checkpoint)
     classify: Any = ImageClassificationInferencer(cfg, pretrained=args.checkpoint,
                                                   device=args.device)
-    preflight.check_weights(classify.model, shapes, args.checkpoint)
+    preflight.check_weights(classify.model, shapes, args.checkpoint, cfg, not args.allow_mismatch)
     visualizer: Any = UniversalVisualizer()
 
     def draw(image: np.ndarray, name: str, out_file: Path) -> None:
