@@ -40,7 +40,7 @@ step 'mmengine and mmcv (mmcv compiles for about 12 minutes unless a wheel is fo
 $pip mmengine
 MMCV_WITH_OPS=1 FORCE_CUDA=${FORCE_CUDA:-0} MAX_JOBS=${MAX_JOBS:-$(nproc)} \
   $pip --no-build-isolation mmcv
-step 'mmdet, mmsegmentation, mmdet3d and the test tools'
+step 'mmdet, mmsegmentation, mmpretrain, mmdet3d and the test tools'
 $pip -r requirements/mm.txt
 $pip --no-deps mmdet3d # its open3d dependency is for windows on a screen only
 $pip -r requirements/dev.txt
@@ -49,5 +49,15 @@ if ! "$venv/bin/python" -c 'import cv2' 2>/dev/null; then
   "$venv/bin/pip" uninstall --quiet --yes opencv-python opencv-python-headless
   $pip opencv-python-headless
   "$venv/bin/python" -c 'import cv2'
+fi
+# The torchvision of the package index is compiled for a CUDA build of torch: next to a CPU build its
+# import fails, and with it those of mmpretrain and of MMEngine's Runner. The last one that can be
+# imported without its operators, which nothing here uses, serves instead.
+if ! "$venv/bin/python" -c 'import torchvision' 2>/dev/null; then
+  step 'torchvision without its operators (torch is a CPU build)'
+  PIP_CONSTRAINT='' $pip --no-deps torchvision==0.15.2 || {
+    echo 'mmdcnv4: no torchvision fits this torch: mmpretrain is left out, classifiers are not tested' >&2
+    "$venv/bin/pip" uninstall --quiet --yes torchvision mmpretrain
+  }
 fi
 step 'done'

@@ -73,8 +73,11 @@ def register_all(on_demand: bool = False) -> None:
     Args:
         on_demand: also what needs a task library.
     """
-    for module, packages in {**_MODULES, **(_ON_DEMAND if on_demand else {})}.items():
-        _register(module, packages)
+    with warnings.catch_warnings():
+        # of setuptools, to the libraries that import it; nothing a user could do about it
+        warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
+        for module, packages in {**_MODULES, **(_ON_DEMAND if on_demand else {})}.items():
+            _register(module, packages)
 
 
 def on_demand() -> dict[str, str]:

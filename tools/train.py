@@ -7,14 +7,15 @@ python tools/train.py configs/quick_start/<name>.py
 
 import argparse
 from collections.abc import Sequence
-from typing import Optional
-
-from mmengine.runner import Runner
+from typing import TYPE_CHECKING, Optional
 
 from mmdcnv4.cli.arguments import add_common_arguments
 from mmdcnv4.cli.config import apply_amp, apply_auto_scale_lr, apply_resume, load_config
 from mmdcnv4.cli.explain import explain
 from mmdcnv4.cli.runner import build_runner
+
+if TYPE_CHECKING:
+    from mmengine.runner import Runner
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -31,7 +32,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> Runner:
+def main(argv: Optional[Sequence[str]] = None) -> 'Runner':
     """Trains; returns the runner, for programs that build on this one."""
     args = parse_args(argv)
     with explain(debug=args.debug):

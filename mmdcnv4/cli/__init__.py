@@ -7,3 +7,8 @@ with torch >= 2.6 (`checkpoints`), distributed runs need no GPU (`distributed`),
 the newest checkpoint that is whole, and faults in the user's files are found before the run
 (`preflight`) or end it in one clear line (`explain`).
 """
+
+import warnings
+
+# of setuptools, to each library that imports it; nothing a user could do about it
+warnings.filterwarnings('ignore', message='pkg_resources is deprecated')

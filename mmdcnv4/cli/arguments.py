@@ -46,6 +46,9 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that training and testing share, under their OpenMMLab names."""
     add_config_arguments(parser)
     add_checkpoint_arguments(parser)
+    parser.add_argument('--data-root', metavar='FOLDER',
+                        help='folder of the data in place of data_root of the config: of all '
+                        'datasets and of the annotation files of the metrics')
     parser.add_argument('--work-dir', help='folder of logs and checkpoints; '
                         'default: work_dir of the config, else work_dirs/<name of the config>')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'],

@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from mmengine.config import Config, ConfigDict
@@ -52,6 +52,7 @@ def load_config(args: argparse.Namespace) -> Config:
     """
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = read_config(args.config, args.cfg_options)
+    apply_data_root(cfg, getattr(args, 'data_root', None))
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
@@ -138,6 +139,52 @@ def apply_show(cfg: Config, show: bool, show_dir: Optional[str], wait_time: floa
         hook[folder] = show_dir
 
 
+def innermost(dataset: Any) -> Any:
+    """The dataset inside RepeatDataset and the like, where the pipeline is."""
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    return dataset
+
+
+def _replace_prefix(node: Any, old: str, new: str) -> Any:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            node[key] = _replace_prefix(value, old, new)
+    elif isinstance(node, (list, tuple)):
+        return type(node)(_replace_prefix(value, old, new) for value in node)
+    elif isinstance(node, str) and (node.rstrip('/') + '/').startswith(old):
+        rest = node[len(old):]
+        return f'{new}{rest}' if rest or node.endswith('/') else new.rstrip('/')
+    return node
+
+
+def apply_data_root(cfg: Config, folder: Optional[str]) -> None:
+    """Puts another folder in the place of the config's `data_root`, everywhere (`--data-root`).
+
+    Datasets, metrics with an `ann_file` and all else that begins with the old folder follow.
+
+    Raises:
+        UserError: the config names no `data_root`, or the folder does not exist.
+    """
+    if folder is None:
+        return
+    if not os.path.isdir(os.path.expanduser(folder)):
+        raise UserError(f'--data-root {folder}: the folder does not exist.')
+    loaders = (cfg.get(f'{split}_dataloader') for split in ('train', 'val', 'test'))
+    roots = [cfg.get('data_root')] + [innermost(loader.dataset).get('data_root')
+                                      for loader in loaders if loader and 'dataset' in loader]
+    olds = sorted({root.rstrip('/') + '/' for root in roots if root}, key=len, reverse=True)
+    if not olds:
+        raise UserError('--data-root needs a data_root in the config, at its top or in a dataset.')
+    if len(olds) > 1:
+        raise UserError(f'--data-root replaces one folder, and the config has {", ".join(olds)}: '
+                        'set them with --cfg-options.')
+    new = os.path.join(os.path.expanduser(folder), '')
+    for key in list(cfg.keys()):
+        if key not in ('work_dir', 'load_from'):
+            cfg[key] = _replace_prefix(cfg[key], olds[0], new)
+
+
 def apply_tta(cfg: Config) -> None:
     """Test-time augmentation as the config defines it.
 
@@ -147,10 +194,7 @@ def apply_tta(cfg: Config) -> None:
     missing = [name for name in ('tta_model', 'tta_pipeline') if name not in cfg]
     if missing:
         raise UserError(f'--tta needs {" and ".join(missing)} in the config.')
-    dataset = cfg.test_dataloader.dataset
-    while 'dataset' in dataset:
-        dataset = dataset.dataset
-    dataset.pipeline = cfg.tta_pipeline
+    innermost(cfg.test_dataloader.dataset).pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 
 

@@ -4,8 +4,12 @@
 
 from __future__ import annotations
 
+import logging
+import re
+from typing import Any
+
 from mmengine.config import Config
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
@@ -14,6 +18,29 @@ from ..checks.config import run_all, type_name
 from . import preflight
 from .checkpoints import allow_mmengine_checkpoints
 from .distributed import prepare_distributed
+
+# What MMEngine says of every run before its first iteration, hundreds of lines long.
+_ONLY_IN_THE_FILE = re.compile(
+    r'\s*(-{8,}\s*System environment:|Config:\n|Hooks will be executed|paramwise_options -- )')
+
+
+def _is_for_the_screen(record: logging.LogRecord) -> bool:
+    return _ONLY_IN_THE_FILE.match(record.getMessage()) is None
+
+
+class QuietRunner(Runner):
+    """MMEngine's Runner whose system table, config and table of hooks go to the log file alone.
+
+    Registered nowhere: a config that names a `runner_type` gets that one.
+    """
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """The logger of the run; see the class."""
+        logger: MMLogger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.addFilter(_is_for_the_screen)
+        return logger
 
 
 def _add_hooks(cfg: Config, allow_mismatch: bool) -> None:
@@ -50,7 +77,7 @@ def build_runner(cfg: Config, splits: tuple[str, ...], allow_mismatch: bool = Fa
     allow_mmengine_checkpoints()
     prepare_distributed(cfg)
     _add_hooks(cfg, allow_mismatch)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else QuietRunner.from_cfg(cfg)
     file = cfg.get('load_from')
     if file is not None and isinstance(runner.model, nn.Module):  # some runners build it later
         must_match = ('train' not in splits or cfg.get('resume', False)) and not allow_mismatch

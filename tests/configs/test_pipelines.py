@@ -12,6 +12,8 @@ from mmengine.dataset import Compose
 from mmengine.registry import TRANSFORMS, DefaultScope
 
 from helpers.zoo import LEAVES, leaf, read
+from mmdcnv4.cli.config import apply_data_root
+from mmdcnv4.errors import UserError
 
 # Height and width of a test image of 512 x 683 as the network sees it: the short side becomes 512
 # or 640, and both sides multiples of 32 (512 x 682.67 and 640 x 853.75 before).
@@ -82,3 +84,38 @@ def test_no_training_fills_a_disk(name):
     """A classifier that keeps all of its 300 checkpoints leaves 144 GB behind."""
     hook = read(name).default_hooks.checkpoint
     assert 1 <= hook.get('max_keep_ckpts', -1) <= 3
+
+
+def paths_below(node, root):
+    """All texts of a config that begin with a folder."""
+    if isinstance(node, dict):
+        return [path for value in node.values() for path in paths_below(value, root)]
+    if isinstance(node, (list, tuple)):
+        return [path for value in node for path in paths_below(value, root)]
+    return [node] if isinstance(node, str) and node.startswith(root) else []
+
+
+@pytest.mark.parametrize('start', [
+    'flash_intern_image/mask-rcnn_flash-intern-image-t_fpn_8xb2-1x', 'dat/upernet_dat-pp-t',
+    'flash_intern_image/image-classifier_flash-intern-image-t', 'bccd/retinanet_r18',
+    'quick_start/upernet_flash', 'bevformer_v2/bevformer-v2_r50_t1-base_16xb1-24e'])
+def test_one_option_moves_the_data(start, tmp_path):
+    (name,) = [name for name in LEAVES if name.startswith(start)]
+    cfg = read(name)
+    before = paths_below(cfg._cfg_dict, 'data/')
+    assert len(before) >= 3  # three datasets, and the metrics of detection
+    apply_data_root(cfg, str(tmp_path))
+    assert paths_below(cfg._cfg_dict, 'data/') == []
+    after = paths_below(cfg._cfg_dict, str(tmp_path))
+    assert [path.rstrip('/').split('/')[-1] for path in before if 'json' in path or 'pkl' in path
+            ] == [path.split('/')[-1] for path in after if 'json' in path or 'pkl' in path]
+    assert len(after) == len(before)
+
+
+def test_a_folder_that_cannot_be_the_data_is_named(tmp_path):
+    cfg = read('bccd/retinanet_r18_fpn_1xb4-36e_bccd-320x240.py')
+    with pytest.raises(UserError, match='--data-root /no/such: the folder does not exist'):
+        apply_data_root(cfg, '/no/such')
+    cfg.val_dataloader.dataset.data_root = 'elsewhere/'
+    with pytest.raises(UserError, match='replaces one folder, and the config has'):
+        apply_data_root(cfg, str(tmp_path))

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from mmengine.config import Config
@@ -11,7 +14,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from helpers.tool_runner import REPOSITORY, load_tool
-from mmdcnv4.models.backbones import FlashInternImage, InternImage
+from mmdcnv4.models.backbones import DAT, FlashInternImage, InternImage
 from mmdcnv4.models.backbones.flash_intern_image import ARCH_SETTINGS, INTERN_IMAGE_SETTINGS
 from mmdcnv4.models.layers import ConvHeadNeck
 
@@ -183,6 +186,71 @@ def test_classifier(tool, tmp_path, capsys):
     z = nn.functional.gelu(z * channel('weight') + channel('bias'))
     torch.testing.assert_close(pooled, z.mean((2, 3)), rtol=1e-4, atol=1e-4)
     assert torch.equal(model.head.fc.weight, old['head.weight'])
+
+
+def test_rows_of_the_head(tool, tmp_path, capsys):
+    """22 rows become 5; one class has none. All else is that of the plain kind."""
+    model = Classifier()
+    old = old_classifier(model.backbone)
+    old['head.weight'], old['head.bias'] = torch.randn(22, 96), torch.randn(22)
+    source, target = tmp_path / 'old.pth', tmp_path / 'new.pth'
+    torch.save(dict(model=old), source)
+    command = ['classifier-22kto1k', str(source), str(target)]
+    (tmp_path / 'rows.txt').write_text('3\n21\n0\n')
+    tool.main([*command, '--rows', str(tmp_path / 'rows.txt')])
+    new = torch.load(target)['state_dict']
+    assert torch.equal(new['head.fc.weight'], old['head.weight'][[3, 21, 0]])
+    assert torch.equal(new['head.fc.bias'], old['head.bias'][[3, 21, 0]])
+    assert torch.equal(new['neck.conv_head.0.weight'], old['conv_head.0.weight'])
+
+    names = [f'n{number:08d}' for number in range(22)]
+    few = [names[3], 'n99999999', *names[4:22], *names[:3]] * 5  # 1 of 22, and then 1 in 110
+    (tmp_path / '22k.txt').write_text('\n'.join(names))
+    lists = ['--classes', str(tmp_path / '22k.txt'), str(tmp_path / '1k.txt')]
+    (tmp_path / '1k.txt').write_text('\n'.join(few))
+    with pytest.raises(SystemExit, match='5 of 115 are not in it'):
+        tool.main([*command, *lists])
+    (tmp_path / '1k.txt').write_text('\n'.join(
+        [names[3], 'n99999999', *names * 5]))
+    tool.main([*command, *lists])
+    assert 'n99999999 not in' in capsys.readouterr().out
+    head = torch.load(target)['state_dict']['head.fc.weight']
+    torch.testing.assert_close(head[0], old['head.weight'][3])
+    torch.testing.assert_close(head[2:24], old['head.weight'])
+    torch.testing.assert_close(
+        head[1], torch.cat([old['head.weight'][3:4], *[old['head.weight']] * 5]).mean(0))
+
+
+@pytest.mark.parametrize('options, message', [
+    ([], 'needs --rows or --classes'),
+    (['--rows', 'bad.txt'], 'one number per line'), (['--rows', 'high.txt'], 'rows must be 0 to 9'),
+    (['--classes', 'short.txt', 'short.txt'], 'each of the 10 rows')])
+def test_wrong_rows_are_named(tool, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(model=old_classifier(Classifier().backbone)), 'old.pth')
+    Path('bad.txt').write_text('1\nn02\n')
+    Path('high.txt').write_text('1\n10\n')
+    Path('short.txt').write_text('n1\nn2\n')
+    with pytest.raises(SystemExit) as caught:
+        tool.main(['classifier-22kto1k', 'old.pth', 'new.pth', *options])
+    assert message in str(caught.value) + capsys.readouterr().err
+
+
+def test_classifier_of_dat(tool, tmp_path):
+    size = dict(channels=16, blocks=('ND', 'D', 'D', 'LD'), heads=(1, 1, 2, 2),
+                groups=(1, 1, 1, 1), out_indices=(3,))
+    backbone = DAT(**size)
+    own = {key: torch.randn(value.shape) for key, value in backbone.state_dict().items()}
+    old = {re.sub(r'^norms\.3\.', 'cls_norm.', key): value for key, value in own.items()}
+    old.update({'cls_head.weight': torch.randn(10, 128), 'cls_head.bias': torch.randn(10),
+                'stages.3.attns.0.relative_position_index': torch.zeros(49, 49)})
+    torch.save(dict(model=old), tmp_path / 'old.pth')
+    tool.main(['classifier', str(tmp_path / 'old.pth'), str(tmp_path / 'new.pth')])
+    new = torch.load(tmp_path / 'new.pth')['state_dict']
+    backbone.load_state_dict({key[len('backbone.'):]: value for key, value in new.items()
+                              if key.startswith('backbone.')})
+    assert {key for key in new if not key.startswith('backbone.')} == {
+        'head.fc.weight', 'head.fc.bias'}
 
 
 @pytest.mark.parametrize('arch', ['t', 'b'])

@@ -13,9 +13,11 @@ import subprocess
 from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from PIL import Image
 from torch import Tensor, nn
 
 from helpers.tool_runner import TINY, TOOLS, data_options, load_tool, run_command, start_tool
@@ -220,6 +222,10 @@ def test_segmentation(scenes: Path, tmp_path: Path) -> None:
     output = run_command('python', TOOLS / 'train.py', config, '--work-dir', tmp_path / 'work',
                          *options)
     assert re.search(r'Iter\(train\) +\[2/2\]', output) and 'mIoU' in output
+    (log,) = (tmp_path / 'work').glob('*/*.log')
+    for text in ('System environment:', 'Config:\n', 'Hooks will be executed', 'paramwise_options'):
+        assert text in log.read_text() and text not in output
+    assert output.count('\n') < 60, output  # 577 before
     checkpoint = tmp_path / 'work/iter_2.pth'
     # in this process, so the visualizer needs a name that no other run of it has used
     metrics = load_tool('test').main([
@@ -232,6 +238,14 @@ def test_segmentation(scenes: Path, tmp_path: Path) -> None:
         str(image), str(config), str(checkpoint), '--out-dir', str(tmp_path / 'demo'),
         '--device', 'cpu', *options])
     assert cv2.imread(str(tmp_path / 'demo/000001.jpg')).shape[:2] == (64, 64)
+    (tmp_path / 'small').mkdir()
+    cv2.imwrite(str(tmp_path / 'small/one.png'), np.full((1, 1, 3), 99, np.uint8))
+    Image.new('P', (9, 9)).save(tmp_path / 'small/two.gif')
+    with pytest.raises(SystemExit, match='two.gif: it is a GIF file, which OpenCV does not read'):
+        load_tool('demo/image_demo').main([
+            str(tmp_path / 'small'), str(config), str(checkpoint), '--out-dir',
+            str(tmp_path / 'demo'), '--device', 'cpu', *options])
+    assert cv2.imread(str(tmp_path / 'demo/one.png')).shape[:2] == (32, 32)
 
 
 def test_a_config_of_mmdet3d_is_checked(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the predictions of a detector or segmentor (mmdet, mmseg) on images.
+"""Draws the predictions of a model of mmdet, mmseg or mmpretrain on images.
 
 python tools/demo/image_demo.py image.jpg configs/<...>.py checkpoint.pth --out-dir pictures
 """
@@ -8,6 +8,7 @@ python tools/demo/image_demo.py image.jpg configs/<...>.py checkpoint.pth --out-
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Optional
 
@@ -15,12 +16,15 @@ import mmcv
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.structures import PixelData
 
+from mmdcnv4.checks.samples import check_image
 from mmdcnv4.cli import arguments, checkpoints, config, preflight
 from mmdcnv4.cli.explain import explain
 from mmdcnv4.errors import UserError
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.gif')
+SMALLEST = 32  # side of a picture; the visualizers of the libraries cannot draw on one pixel
 Draw = Callable[[np.ndarray, str, Path], None]
 
 
@@ -61,6 +65,15 @@ def find_images(path: Path) -> list[Path]:
     return [path]
 
 
+def why_unreadable(file: Path) -> str:
+    """What is the matter with an image that OpenCV does not read: absent, corrupt, a GIF, ..."""
+    try:
+        check_image(str(file))
+    except UserError as error:
+        return str(error)
+    return f'cannot read the image {file}: OpenCV reads it, mmcv does not.'
+
+
 def make_detector(cfg: Config, args: argparse.Namespace) -> Draw:
     """A function that draws detections."""
     from mmdet.apis import inference_detector, init_detector
@@ -83,8 +96,8 @@ def make_segmentor(cfg: Config, args: argparse.Namespace) -> Draw:
     """A function that draws segmentation maps."""
     from mmseg.apis import inference_model, init_model
     from mmseg.registry import VISUALIZERS
-    if 'test_pipeline' not in cfg:  # where mmseg looks for it
-        cfg.test_pipeline = cfg.test_dataloader.dataset.pipeline
+    # mmseg looks for it there; copied, because it removes steps
+    cfg.test_pipeline = deepcopy(config.innermost(cfg.test_dataloader.dataset).pipeline)
     shapes = preflight.read_shapes(args.checkpoint)
     model = init_model(cfg, args.checkpoint, device=args.device)
     preflight.check_weights(model, shapes, args.checkpoint, cfg, not args.allow_mismatch)
@@ -93,13 +106,43 @@ def make_segmentor(cfg: Config, args: argparse.Namespace) -> Draw:
     visualizer.alpha = args.opacity
 
     def draw(image: np.ndarray, name: str, out_file: Path) -> None:
-        visualizer.add_datasample(name, mmcv.bgr2rgb(image), inference_model(model, image),
-                                  draw_gt=False, out_file=str(out_file))
+        result = inference_model(model, image)
+        factor = -(-SMALLEST // min(image.shape[:2]))
+        if factor > 1:
+            image = image.repeat(factor, 0).repeat(factor, 1)
+            labels = result.pred_sem_seg.data
+            result.set_data(dict(pred_sem_seg=PixelData(data=labels.repeat_interleave(
+                factor, -1).repeat_interleave(factor, -2))))
+        visualizer.add_datasample(name, mmcv.bgr2rgb(image), result, draw_gt=False,
+                                  out_file=str(out_file))
 
     return draw
 
 
-MAKERS = {'mmdet': make_detector, 'mmseg': make_segmentor}
+def make_classifier(cfg: Config, args: argparse.Namespace) -> Draw:
+    """A function that writes the likeliest class and its probability on the image."""
+    from mmpretrain.apis import ImageClassificationInferencer
+    from mmpretrain.visualization import UniversalVisualizer
+    shapes = preflight.read_shapes(args.checkpoint)
+    classify: Any = ImageClassificationInferencer(cfg, pretrained=args.checkpoint,
+                                                  device=args.device)
+    preflight.check_weights(classify.model, shapes, args.checkpoint, cfg, not args.allow_mismatch)
+    visualizer: Any = UniversalVisualizer()
+
+    def draw(image: np.ndarray, name: str, out_file: Path) -> None:
+        (result,) = classify(image, return_datasamples=True)
+        label = int(result.pred_label)
+        title = classify.classes[label] if classify.classes else f'class {label}'
+        print(f'{name}: {title}, {float(result.pred_score[label]):.3f}')
+        factor = -(-SMALLEST // min(image.shape[:2]))
+        visualizer.visualize_cls(
+            mmcv.bgr2rgb(image.repeat(factor, 0).repeat(factor, 1)), result,
+            classes=classify.classes, draw_gt=False, out_file=str(out_file))
+
+    return draw
+
+
+MAKERS = {'mmdet': make_detector, 'mmseg': make_segmentor, 'mmpretrain': make_classifier}
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -113,7 +156,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         preflight.check_folder(args.out_dir, '--out-dir')
         scope = cfg.get('default_scope')
         if scope not in MAKERS:
-            raise UserError(f'image_demo.py draws for default_scope {" or ".join(MAKERS)}, '
+            raise UserError(f'image_demo.py draws for default_scope {", ".join(MAKERS)}, '
                             f'got {scope}.')
     cfg.load_from = args.checkpoint
     with explain(cfg, args.debug):
@@ -123,14 +166,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         for file in files:
             image = mmcv.imread(str(file))
             if image is None:
-                unreadable.append(file)
+                unreadable.append(why_unreadable(file))
                 continue
             draw(image, file.name, Path(args.out_dir) / file.name)
         print(f'{len(files) - len(unreadable)} picture(s) are in {args.out_dir}')
         if unreadable:
             sys.stdout.flush()
-            raise UserError('cannot read ' + ', '.join(map(str, unreadable))
-                            + ': empty or corrupt.')
+            raise UserError('\n'.join(unreadable))
 
 
 if __name__ == '__main__':

@@ -7,7 +7,15 @@ python tools/model_converters/convert_checkpoint.py KIND SOURCE TARGET [--config
 KIND is one of
   whole-model  a detector or segmentor of mmdet 2 / mmseg 0.x: DINO and Mask2Former are renamed;
                Mask R-CNN, Cascade R-CNN and UperNet keep their names, and lose what is no weight.
-  classifier   a published ImageNet classifier, for mmpretrain.
+  classifier   a published ImageNet classifier of FlashInternImage, InternImage or DAT, for
+               mmpretrain.
+  classifier-22kto1k
+               the same of ImageNet-22K, with the rows of its head that ImageNet-1K has: what the
+               fine-tuning at 384 x 384 starts from. Which rows they are must be given:
+               --rows FILE, one number per class, from 0 (the released programs have such a file);
+               or --classes FILE_22K FILE_1K, one WordNet id per line, in the order of the head and
+               of the new one. timm has both: timm/data/_info/imagenet22k_synsets.txt and
+               imagenet_synsets.txt; n04399382, which the former lacks, starts at the mean.
   flash-init   an InternImage (DCNv3) file as an initialisation of FlashInternImage (DCNv4). The
                function changes: the result must be trained again.
 
@@ -80,11 +88,75 @@ def convert_whole_model(weights: Mapping[str, Tensor]) -> StateDict:
             if not key.startswith('ema_')}
 
 
+_CLASSIFIER = ((r'conv_head\.', 'neck.conv_head.'), (r'head\.', 'head.fc.'),
+               (r'(patch_embed|levels)\.', r'backbone.\1.'))
+_DAT_CLASSIFIER = ((r'cls_norm\.', 'backbone.norms.3.'), (r'cls_head\.', 'head.fc.'),
+                   (r'(patch_proj|stages|down_projs)\.', r'backbone.\1.'))
+_DAT_DERIVED = ('relative_position_index', 'attn_mask')  # buffers; made by the model
+
+
 def convert_classifier(weights: Mapping[str, Tensor]) -> StateDict:
-    """Names of mmpretrain's `ImageClassifier` with the neck `ConvHeadNeck`."""
-    rules = ((r'conv_head\.', 'neck.conv_head.'), (r'head\.', 'head.fc.'),
-             (r'(patch_embed|levels)\.', r'backbone.\1.'))
-    return {_rename(key, rules): value for key, value in weights.items()}
+    """Names of mmpretrain's `ImageClassifier`, with the neck `ConvHeadNeck` but for DAT."""
+    is_dat = any(key.startswith('patch_proj.') for key in weights)
+    return {_rename(key, _DAT_CLASSIFIER if is_dat else _CLASSIFIER): value
+            for key, value in weights.items() if not key.endswith(_DAT_DERIVED)}
+
+
+def select_rows(weights: StateDict, rows: Sequence[Optional[int]]) -> StateDict:
+    """The classifier with other classes: row `rows[i]` of its head becomes row i.
+
+    None, a class that the head does not have, starts at the mean of the rows that are taken.
+
+    Raises:
+        ValueError: a row that the head does not have.
+    """
+    known = [row for row in rows if row is not None]
+    count = weights['head.fc.weight'].shape[0]
+    if not known or min(known) < 0 or max(known) >= count:
+        raise ValueError(f'classifier-22kto1k: rows must be 0 to {count - 1}, the rows of the head '
+                         f'in SOURCE, got {min(known, default=None)} to {max(known, default=None)}')
+    result = dict(weights)
+    for key in ('head.fc.weight', 'head.fc.bias'):
+        mean = weights[key][known].mean(0)
+        result[key] = torch.stack([mean if row is None else weights[key][row] for row in rows])
+    return result
+
+
+def read_rows(file: str) -> list[Optional[int]]:
+    """Row numbers, one per line.
+
+    Raises:
+        ValueError: a line is not a number.
+    """
+    lines = Path(file).read_text().split()
+    wrong = [line for line in lines if not line.isdecimal()]
+    if wrong or not lines:
+        raise ValueError(f'--rows {file}: must hold one number per line, got {wrong[:3]}')
+    return [int(line) for line in lines]
+
+
+def match_classes(old_file: str, new_file: str, rows: int) -> list[Optional[int]]:
+    """Where each class of `new_file` is in `old_file`; None where it is not.
+
+    Args:
+        old_file, new_file: WordNet ids, one per line.
+        rows: of the head; as many as `old_file` has lines.
+
+    Raises:
+        ValueError: another number of lines, or more than one class in a hundred is missing.
+    """
+    old, new = (Path(file).read_text().split() for file in (old_file, new_file))
+    if len(old) != rows:
+        raise ValueError(f'--classes {old_file}: must have a line for each of the {rows} rows of '
+                         f'the head in SOURCE, got {len(old)}')
+    position = {name: row for row, name in enumerate(old)}
+    missing = [name for name in new if name not in position]
+    if len(missing) * 100 > len(new) or not new:
+        raise ValueError(f'--classes {new_file}: must hold classes of {old_file}, '
+                         f'{len(missing)} of {len(new)} are not in it: {missing[:3]}')
+    if missing:
+        print(f'WARNING: {", ".join(missing)} not in {old_file}: starts at the mean of the others')
+    return [position.get(name) for name in new]
 
 
 def pack_offset_mask(offset: Tensor, mask: Tensor, group: int, rows: int) -> Tensor:
@@ -162,8 +234,14 @@ def check_fit(weights: Mapping[str, Tensor], config: str) -> str:
     return f'{len(own)} of {len(own)} tensors fit {config}'
 
 
-# beginnings of keys, each of which a source must have
-_NEEDED = {'classifier': ('patch_embed.', 'conv_head.', 'head.'), 'whole-model': ('backbone.',)}
+# beginnings of keys; a source must have all of one of the lists
+_INTERN_IMAGE = ('patch_embed.', 'conv_head.', 'head.')
+_DAT = ('patch_proj.', 'cls_norm.', 'cls_head.')
+_NEEDED = {'classifier': (_INTERN_IMAGE, _DAT), 'classifier-22kto1k': (_INTERN_IMAGE, _DAT),
+           'whole-model': (('backbone.',),)}
+
+
+_CLASSIFIERS = ('classifier', 'classifier-22kto1k')
 
 
 def check_source(weights: Mapping[str, Tensor], kind: str) -> None:
@@ -172,9 +250,10 @@ def check_source(weights: Mapping[str, Tensor], kind: str) -> None:
     Raises:
         ValueError: names what is missing.
     """
-    missing = [start for start in _NEEDED.get(kind, ())
-               if not any(key.startswith(start) for key in weights)]
-    if missing:
+    lacks = [[start for start in starts if not any(key.startswith(start) for key in weights)]
+             for starts in _NEEDED.get(kind, ())]
+    if lacks and all(lacks):
+        missing = min(lacks, key=len)
         raise ValueError(f'{kind}: SOURCE must have keys that begin with {", ".join(missing)}, got '
                          f'{sorted({key.split(".")[0] for key in weights})[:8]}')
 
@@ -183,13 +262,18 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('kind', choices=('whole-model', 'classifier', 'flash-init'))
+    parser.add_argument('kind', choices=('whole-model', *_CLASSIFIERS, 'flash-init'))
     parser.add_argument('source', help='published .pth or .safetensors file, or its URL')
     parser.add_argument('target', help='.pth file to write')
     parser.add_argument('--config', help='config that the result must fit')
     parser.add_argument('--arch', choices=tuple(ARCH_SETTINGS),
                         help='size of the model, for flash-init')
+    parser.add_argument('--rows', metavar='FILE', help='for classifier-22kto1k')
+    parser.add_argument('--classes', nargs=2, metavar=('FILE_22K', 'FILE_1K'),
+                        help='for classifier-22kto1k')
     args = parser.parse_args(argv)
+    if (args.kind == 'classifier-22kto1k') != ((args.rows is None) != (args.classes is None)):
+        parser.error('classifier-22kto1k needs --rows or --classes; other kinds take neither')
     if (args.kind == 'flash-init') != (args.arch is not None):
         parser.error('--arch belongs to flash-init')
     if args.kind == 'flash-init' and args.config:
@@ -220,8 +304,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             if args.arch == 'b':
                 print('WARNING: InternImage-B samples with offset_scale 1.0, FlashInternImage-B '
                       'with 0.5; pass offset_scale=1.0 to keep the reach of the offsets.')
-        elif args.kind == 'classifier':
+        elif args.kind in _CLASSIFIERS:
             result = convert_classifier(weights)
+            if args.kind != 'classifier':
+                rows = (read_rows(args.rows) if args.rows else
+                        match_classes(*args.classes, rows=result['head.fc.weight'].shape[0]))
+                result = select_rows(result, rows)
         else:
             result = convert_whole_model(weights)
         if args.config:

@@ -34,16 +34,17 @@ _REFERENCE = ('sampling_offsets', 'reference_points')
 
 @dataclass(frozen=True)
 class GroupKey:
-    """What the parameters of one optimiser group share."""
+    """What the parameters of one optimiser group share; no layer where all learn alike."""
 
-    layer: int
+    layer: Optional[int]
     has_decay: bool
     is_offset: bool
     is_dino_reference: bool
     custom_key: Optional[str]
 
     def __str__(self) -> str:
-        parts = [f'layer_{self.layer}', 'decay' if self.has_decay else 'no_decay']
+        parts = [] if self.layer is None else [f'layer_{self.layer}']
+        parts += ['decay' if self.has_decay else 'no_decay']
         parts += ['offset'] if self.is_offset else []
         parts += ['dino_reference'] if self.is_dino_reference else []
         return '_'.join(parts + ([self.custom_key] if self.custom_key else []))
@@ -118,7 +119,7 @@ class CustomLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         has_backbone = False
         for name, parameter in module.named_parameters():
             key = self._group_key(_strip(name), parameter.dim(), depths, is_segmentor)
-            has_backbone |= key.layer <= sum(depths)
+            has_backbone |= layer_id(_strip(name), depths, False) <= sum(depths)
             if not parameter.requires_grad:
                 continue
             group = groups.setdefault(key, self._new_group(key, sum(depths)))
@@ -150,7 +151,8 @@ class CustomLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
 
     def _group_key(self, name: str, dim: int, depths: Sequence[int],
                    is_segmentor: bool) -> GroupKey:
-        layer = layer_id(name, depths, self.paramwise_cfg['head_embed_decay'])
+        layer = (layer_id(name, depths, self.paramwise_cfg['head_embed_decay'])
+                 if self.paramwise_cfg['layer_decay_rate'] < 1 else None)
         is_reference = any(part in name for part in _REFERENCE)
         in_backbone = _in_backbone(name) is not None
         is_offset = ('offset_mask' in name and 'offset_mask_dw' not in name
@@ -162,13 +164,14 @@ class CustomLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
         # mmengine's order: the longest key first, then by alphabet
         matches = [key for key in sorted(sorted(custom_keys), key=len, reverse=True)
                    if key in name]
-        return GroupKey(layer, has_decay, is_offset,
+        return GroupKey(layer, has_decay, is_offset and self.paramwise_cfg['offset_lr_scale'] != 1,
                         self.paramwise_cfg['dino_head'] and is_reference and not in_backbone,
                         matches[0] if matches else None)
 
     def _new_group(self, key: GroupKey, num_layers: int) -> dict:
         cfg = self.paramwise_cfg
-        scale = cfg['layer_decay_rate']**(num_layers + 1 - key.layer)
+        scale = (1.0 if key.layer is None
+                 else cfg['layer_decay_rate']**(num_layers + 1 - key.layer))
         if cfg['backbone_small_lr'] and scale < 1:
             scale *= 0.1
         if key.is_offset:

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Optional, Union
 
 import torch
+from mmengine.logging import MMLogger
 from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -92,6 +94,12 @@ class Backbone(BaseModule):
                  pretrained: Optional[str] = None) -> None:
         super().__init__(init_cfg=init_cfg)
         self._refuse_pretrained(pretrained)
+
+    def _dump_init_info(self) -> None:
+        """To the log file alone: MMEngine prints two lines per parameter where there is none."""
+        handlers = MMLogger.get_current_instance().handlers
+        if any(isinstance(handler, logging.FileHandler) for handler in handlers):
+            super()._dump_init_info()
 
     def _refuse_pretrained(self, pretrained: Optional[str]) -> None:
         if pretrained is None:

@@ -243,3 +243,15 @@ def test_a_step_and_a_saved_state():
     wrapper.step()
     assert not torch.equal(before, model.backbone.patch_embed.conv1.weight)
     wrapper.load_state_dict(wrapper.state_dict())
+
+
+def test_a_rate_of_one_makes_two_groups():
+    """Of a model whose parameters all learn alike; 124 for FlashInternImage-T before."""
+    groups = make_groups(make_model(), layer_decay_rate=1.0)
+    assert sorted((group['group_name'], group['lr']) for group in groups) == [
+        ('decay', LR), ('no_decay', LR)]
+    groups = make_groups(make_model(), layer_decay_rate=1.0, offset_lr_scale=0.1)
+    assert {group['group_name'] for group in groups} == {
+        'decay', 'no_decay', 'decay_offset', 'no_decay_offset'}
+    with pytest.raises(ValueError, match='must have parameters named'):
+        make_groups(nn.Sequential(nn.Linear(2, 2)), depths=(1, 1, 1, 1), layer_decay_rate=1.0)
