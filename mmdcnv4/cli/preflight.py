@@ -19,13 +19,13 @@ from typing import Any, Optional
 import torch
 from mmengine.config import Config
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Size, Tensor, nn
 
 from ..checks.config import is_local, type_name, walk
 from ..errors import InvalidValue, MissingFile
 
-OUR_TYPES = ('ChannelLN', 'DCNv4', 'FlashInternImage', 'InternImage')
 PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg', '.pdf', '.svg')  # that matplotlib writes
 
 
@@ -148,6 +148,12 @@ def check_device(name: str) -> None:
                         f'{torch.cuda.device_count()} GPU(s).')
 
 
+def _is_ours(name: str) -> bool:
+    """Whether a class of this package has this name in the root registry."""
+    kind = MODELS.module_dict.get(name)
+    return str(getattr(kind, '__module__', '')).split('.')[0] == __name__.split('.')[0]
+
+
 def missing_import(cfg: Config) -> Optional[str]:
     """A hint when the config uses a class of this package without importing the package."""
     imports = (cfg.get('custom_imports') or {}).get('imports', [])
@@ -155,7 +161,7 @@ def missing_import(cfg: Config) -> Optional[str]:
     if any(name.split('.')[0] == 'mmdcnv4' for name in imports):
         return None
     used = sorted({type_name(node) for _, node in walk(cfg.get('model', {}), 'model')
-                   if isinstance(node.get('type'), str)} & set(OUR_TYPES))
+                   if isinstance(node.get('type'), str) and _is_ours(type_name(node))})
     if not used:
         return None
     return (f'the config uses {", ".join(used)} but does not import mmdcnv4. The tools of this '

@@ -51,7 +51,8 @@ def test_without_a_labelled_pixel_it_is_zero():
 
 def test_a_half_type_does_not_overflow():
     """The sum of the weights of 90,000 pixels is beyond float16."""
-    logits, labels = torch.zeros(1, 2, 300, 300, dtype=torch.float16), torch.ones(1, 300, 300).long()
+    logits = torch.zeros(1, 2, 300, 300, dtype=torch.float16)
+    labels = torch.ones(1, 300, 300, dtype=torch.int64)
     loss = WeightedCrossEntropy([1.0, 1.0])(logits, labels)
     assert loss.item() == pytest.approx(0.693147, abs=1e-5)
 
