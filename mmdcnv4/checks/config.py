@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from mmengine.config import Config
+from mmengine.config.lazy import LazyAttr, LazyObject
 from mmengine.dataset import BaseDataset
-from mmengine.registry import DATASETS, METRICS, Registry
+from mmengine.registry import DATASETS, METRICS, MODELS, Registry
 
 from ..errors import InvalidValue, MissingFile
 from .coco import check_coco_dataset, check_coco_metric
 
+LIBRARIES = ('mmdet', 'mmdet3d', 'mmpretrain', 'mmseg')
 SPLITS = ('train', 'val', 'test')
 _READERS = {  # entry of data_prefix: beginning of the names of the transforms that read from it
     'img': 'LoadImage', 'img_path': 'LoadImage', 'seg_map_path': 'LoadAnnotations',
@@ -35,27 +37,39 @@ def walk(node: Any, path: str = '') -> Iterator[tuple[str, dict]]:
             yield from walk(value, f'{path}.{index}')
 
 
-def type_name(node: Any) -> str:
-    """The name of the type in a dict of a config, without a scope; '' where there is none.
-
-    In a pure-Python config the type is a class, else a string.
-    """
+def type_of(node: Any) -> Any:
+    """The type in a dict of a config: a string, or the class in a pure-Python config; or None."""
     kind = node.get('type') if isinstance(node, dict) else None
+    return kind.build() if isinstance(kind, (LazyAttr, LazyObject)) else kind
+
+
+def type_name(node: Any) -> str:
+    """The name of the type in a dict of a config, without a scope; '' where there is none."""
+    kind = type_of(node)
     return str(getattr(kind, '__name__', kind or '')).split('.')[-1]
 
 
 def default_scope(cfg: Config) -> Optional[str]:
-    """The library of a config: its `default_scope`, else that of the model's class."""
+    """The library of a config: its `default_scope`, else that of the class of the model.
+
+    A class of another package belongs to the library of the first base that has one.
+    """
     scope = cfg.get('default_scope')
-    kind = (cfg.get('model') or {}).get('type')
+    model = cfg.get('model') or {}
+    kind = type_of(model)
+    if scope is None and isinstance(kind, str) and kind.split('.')[0] in LIBRARIES:
+        return kind.split('.')[0]
     if scope is None and isinstance(kind, str):
-        return kind.split('.')[0] if '.' in kind else None
-    return scope if scope is not None else getattr(kind, '__module__', '').split('.')[0] or None
+        kind = resolve(model, MODELS, None)
+    if scope is not None or not isinstance(kind, type):
+        return scope
+    packages = (base.__module__.split('.')[0] for base in kind.__mro__)
+    return next((package for package in packages if package in LIBRARIES), None)
 
 
 def resolve(node: dict, registry: Registry, scope: Optional[str]) -> Optional[type]:
     """The class that a dict of a config names; None where the host library finds none."""
-    kind = node.get('type')
+    kind = type_of(node)
     if not isinstance(kind, str):
         return kind if isinstance(kind, type) else None
     try:

@@ -16,6 +16,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
+from ..checks.config import LIBRARIES, default_scope
 from ..errors import InvalidValue, UserError
 
 PARTS = ('backbone', 'features', 'model')
@@ -64,20 +65,23 @@ def build_model(cfg: Config) -> nn.Module:
     """The model of a config of any OpenMMLab library, its backbone without weights.
 
     Args:
-        cfg: its `default_scope` names the library.
+        cfg: its `default_scope`, or the class of its model, names the library.
 
     Raises:
-        UserError: the library is not installed.
+        UserError: the library is not installed, or is not known.
     """
-    if importlib.util.find_spec(cfg.default_scope) is None:
-        raise UserError(f'the config needs {cfg.default_scope}, which is not installed')
-    importlib.import_module(f'{cfg.default_scope}.models')
+    scope = default_scope(cfg)
+    if scope is None:
+        raise UserError(f'the config must have a default_scope, one of {LIBRARIES}.')
+    if importlib.util.find_spec(scope) is None:
+        raise UserError(f'the config needs {scope}, which is not installed')
+    importlib.import_module(f'{scope}.models')
     if 'data_preprocessor' in cfg:  # as mmengine's runner does
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     for name in ('backbone', 'img_backbone'):
         if name in cfg.model:
             cfg.model[name].init_cfg = None  # weights do not change the cost
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+    with DefaultScope.overwrite_default_scope(scope):
         return MODELS.build(cfg.model)
 
 
@@ -96,11 +100,12 @@ class ModelPart(nn.Module):
         super().__init__()
         if part not in PARTS:
             raise InvalidValue(f'analysis: part must be one of {PARTS}, got {part!r}')
-        if cfg.default_scope not in _SAMPLES:
+        scope = default_scope(cfg)
+        if scope is None or scope not in _SAMPLES:
             raise InvalidValue(f'analysis: default_scope must be one of {tuple(_SAMPLES)}, '
-                               f'got {cfg.default_scope!r}')
+                               f'got {scope!r}')
+        self.scope, self.part = scope, part
         self.model: Any = build_model(cfg)
-        self.scope, self.part = cfg.default_scope, part
 
     def forward(self, images: Tensor) -> Any:
         """Runs the part on normalised images (N, 3, H, W)."""

@@ -13,6 +13,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
+from ..checks.config import default_scope, type_name
 from ..errors import UserError
 from . import preflight
 from .checkpoints import find_resumable_checkpoint
@@ -68,7 +69,7 @@ def apply_amp(cfg: Config) -> None:
         UserError: another optimizer wrapper is in use, or there is no accelerator.
     """
     wrapper = cfg.get('optim_wrapper') or {}
-    kind = wrapper.get('type', 'OptimWrapper')
+    kind = type_name(wrapper) or 'OptimWrapper'
     if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
         raise UserError(f'--amp works with optim_wrapper.type=OptimWrapper, got {kind}.')
     if not torch.cuda.is_available():
@@ -116,13 +117,13 @@ def apply_show(cfg: Config, show: bool, show_dir: Optional[str], wait_time: floa
     if not show and show_dir is None:
         return
     hook = (cfg.get('default_hooks') or {}).get('visualization')
-    scope = cfg.get('default_scope')
+    scope = default_scope(cfg)
     if hook is None or scope not in _VISUALIZATION_OPTIONS:
         raise UserError('--show and --show-dir need a visualization hook in default_hooks and a '
                         f'default_scope of {sorted(_VISUALIZATION_OPTIONS)}, got {scope}.')
-    if str(cfg.model.get('type')).endswith('BEVFormerV2'):
+    if type_name(cfg.model).endswith('BEVFormerV2'):
         raise UserError('--show and --show-dir: the hook of mmdet3d draws one camera, '
-                        f'{cfg.model.type} has several; use tools/demo/bev_demo.py.')
+                        f'{type_name(cfg.model)} has several; use tools/demo/bev_demo.py.')
     switch, folder = _VISUALIZATION_OPTIONS[scope]
     hook[switch] = True
     hook.interval = 1
@@ -205,5 +206,5 @@ def dump_metric(cfg: Config, out: str) -> dict:
         UserError: the file has another ending, or cannot be written.
     """
     preflight.check_file(out, '--out', ('.pkl', '.pickle'))
-    kind = 'DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
+    kind = 'mmdet.DumpDetResults' if default_scope(cfg) == 'mmdet' else 'DumpResults'
     return dict(type=kind, out_file_path=out)

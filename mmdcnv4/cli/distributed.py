@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from torch import distributed as dist
 
-from ..checks.config import walk
+from ..checks.config import type_name, walk
 from ..errors import UserError
 
 
@@ -87,7 +87,7 @@ def _replace_sync_bn(cfg: Config) -> None:
     """Synchronised batch normalisation exists on GPUs only."""
     replaced = 0
     for _, node in walk(cfg.model, 'model'):
-        if node.get('type') == 'SyncBN':
+        if type_name(node) in ('SyncBN', 'SyncBatchNorm'):
             node['type'] = 'BN'
             replaced += 1
     if replaced:

@@ -26,11 +26,9 @@ from mmengine.logging import MMLogger
 from mmengine.registry.build_functions import build_from_cfg
 
 from .. import registration
-from ..checks.config import walk
+from ..checks.config import LIBRARIES, walk
 from ..engine.hooks.progress import close_bar
 from ..errors import chain, find_user_error, message_of
-
-_LIBRARIES = ('mmcv', 'mmdet', 'mmdet3d', 'mmpretrain', 'mmseg')
 
 
 def _entries_with(cfg: Config, file: str) -> str:
@@ -90,7 +88,7 @@ def hint(error: BaseException, cfg: Optional[Config] = None) -> Optional[str]:
             found = _hint_broken_json(cfg)
         elif isinstance(link, ModuleNotFoundError):
             library = str(link.name).split('.')[0]
-            found = f'{library} is not installed' if library in _LIBRARIES else None
+            found = f'{library} is not installed' if library in ('mmcv', *LIBRARIES) else None
         elif isinstance(link, KeyError):
             found = _hint_registry(link)
         if found:

@@ -17,6 +17,7 @@ from typing import Optional
 
 import torch
 from mmengine.config import Config
+from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from ..checks.config import is_local, type_name, walk
@@ -24,7 +25,6 @@ from ..checks.weights import Shapes
 from ..checks.weights import check_match as check_weights  # noqa: F401  beside read_shapes
 from ..errors import InvalidValue, MissingFile
 
-OUR_TYPES = ('ChannelLN', 'DCNv4', 'FlashInternImage', 'InternImage')
 PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg', '.pdf', '.svg')  # that matplotlib writes
 
 
@@ -122,6 +122,12 @@ def check_device(name: str) -> None:
                         f'{torch.cuda.device_count()} GPU(s).')
 
 
+def _is_ours(name: str) -> bool:
+    """Whether a class of this package has this name in the root registry."""
+    kind = MODELS.module_dict.get(name)
+    return str(getattr(kind, '__module__', '')).split('.')[0] == __name__.split('.')[0]
+
+
 def missing_import(cfg: Config) -> Optional[str]:
     """A hint when the config uses a class of this package without importing the package."""
     imports = (cfg.get('custom_imports') or {}).get('imports', [])
@@ -129,7 +135,7 @@ def missing_import(cfg: Config) -> Optional[str]:
     if any(name.split('.')[0] == 'mmdcnv4' for name in imports):
         return None
     used = sorted({type_name(node) for _, node in walk(cfg.get('model', {}), 'model')
-                   if isinstance(node.get('type'), str)} & set(OUR_TYPES))
+                   if isinstance(node.get('type'), str) and _is_ours(type_name(node))})
     if not used:
         return None
     return (f'the config uses {", ".join(used)} but does not import mmdcnv4. The tools of this '

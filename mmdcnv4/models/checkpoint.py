@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads published weights into a backbone, without running code from the file.
 
-A file may be a bare state dict or hold one under `state_dict`, `model_ema` or `model`; its keys
-may begin with `module.` and `backbone.`. mmengine's own `Pretrained` knows `state_dict` alone and
+A file may be a bare state dict or hold one under `state_dict`, `model_ema`, `model` and so on; its
+keys may begin with what wrappers, detectors and teachers put before them. mmengine's own `Pretrained` knows `state_dict` alone and
 loads nothing, without an error, from the others.
 """
 
@@ -27,7 +27,12 @@ from torch import Tensor, nn
 
 from ..errors import user_errors
 
-_CONTAINERS = ('state_dict', 'model_ema', 'model')
+_CONTAINERS = ('state_dict', 'model_ema', 'model', 'ema_state_dict', 'teacher')
+# Where the backbone stands in a whole model, the first that is there: a detector, one of mmdet3d,
+# and semi-supervised or distilled ones, whose teacher is the average of the student.
+_PLACES = ('backbone.', 'img_backbone.', 'teacher.backbone.', 'teacher.', 'student.backbone.')
+# torch.compile, DistributedDataParallel and the averaged model of mmengine
+_WRAPPERS = re.compile(r'(?:^|(?<=\.))_orig_mod\.|^(?:(?:module|_orig_mod)\.)+')
 # Names in training checkpoints that say nothing about weights: the settings of the published
 # classifiers, and the logs of mmengine. None becomes the object it names.
 _INERT_MAPPINGS = ('yacs.config.CfgNode', 'argparse.Namespace')  # read as an OrderedDict
@@ -97,8 +102,10 @@ def load_pretrained(model: nn.Module, checkpoint: str, prefix: Optional[str] = N
     Args:
         model: the backbone; its keys are those of the published files.
         checkpoint: path or http(s) URL of a .pth or .safetensors file.
-        prefix: take only keys that begin with it, and cut it off; None cuts `module.` and, in the
-            file of a whole detector, keeps what is below `backbone.`.
+        prefix: take only keys that begin with it, and cut it off; None cuts `module.` and
+            `_orig_mod.` and, in the file of a whole model, keeps what is below `backbone.`,
+            `img_backbone.`, `teacher.backbone.`, `teacher.` or `student.backbone.`, the first of
+            these that is there.
         map_location: where the tensors are read to.
         rules: of the family.
 
@@ -158,10 +165,12 @@ def select_backbone(weights: Mapping[str, Tensor], prefix: Optional[str]) -> dic
         prefix = prefix if prefix.endswith('.') else prefix + '.'
         return {key[len(prefix):]: value for key, value in weights.items()
                 if key.startswith(prefix)}
-    bare = {re.sub(r'^(module\.)+', '', key): value for key, value in weights.items()}
-    inside = {key[len('backbone.'):]: value for key, value in bare.items()
-              if key.startswith('backbone.')}
-    return inside or bare
+    bare = {_WRAPPERS.sub('', key): value for key, value in weights.items()}
+    for place in _PLACES:
+        inside = {key[len(place):]: value for key, value in bare.items() if key.startswith(place)}
+        if inside:
+            return inside
+    return bare
 
 
 @user_errors

@@ -259,7 +259,7 @@ def test_tta() -> None:
 
 def test_dump_metric() -> None:
     cfg = base_config()
-    assert config.dump_metric(cfg, 'a.pkl')['type'] == 'DumpDetResults'
+    assert config.dump_metric(cfg, 'a.pkl')['type'] == 'mmdet.DumpDetResults'
     cfg.default_scope = 'mmseg'
     assert config.dump_metric(cfg, 'a.pkl')['type'] == 'DumpResults'
     with pytest.raises(UserError, match='must end in .pkl'):

@@ -60,6 +60,20 @@ LAYOUTS = {
     'detector': lambda w: dict(state_dict={
         **with_prefix(w, 'module.backbone.'), 'module.neck.conv.weight': torch.zeros(3),
         'module.bbox_head.fc.weight': torch.zeros(3)}),
+    'compiled': lambda w: with_prefix(w, '_orig_mod.'),
+    'compiled inside': lambda w: dict(state_dict=with_prefix(w, 'module.backbone._orig_mod.')),
+    'mmdet3d': lambda w: dict(state_dict={
+        **with_prefix(w, 'img_backbone.'), 'img_neck.conv.weight': torch.zeros(3)}),
+    'average alone': lambda w: dict(ema_state_dict={
+        **with_prefix(w, 'module.backbone.'), 'steps': torch.zeros(())}),
+    'state_dict before average': lambda w: dict(  # which mmengine swaps when it saves
+        state_dict=with_prefix(w, 'backbone.'), ema_state_dict=with_prefix(
+            {key: value + 1 for key, value in w.items()}, 'module.backbone.')),
+    'semi-supervised': lambda w: dict(state_dict={
+        **with_prefix({key: value + 1 for key, value in w.items()}, 'student.backbone.'),
+        **with_prefix(w, 'teacher.backbone.'), 'teacher.neck.weight': torch.zeros(3)}),
+    'distilled': lambda w: dict(teacher=with_prefix(w, 'backbone.'), student={}),
+    'teacher': lambda w: with_prefix(w, 'teacher.'),
 }
 
 

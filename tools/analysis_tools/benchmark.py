@@ -30,7 +30,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 import mmdcnv4  # noqa: F401  registers the classes
-from mmdcnv4.checks.config import check_datasets
+from mmdcnv4.checks.config import check_datasets, default_scope
 from mmdcnv4.cli import preflight
 from mmdcnv4.cli.analysis import PARTS, ModelPart, build_model
 from mmdcnv4.cli.arguments import add_config_arguments
@@ -122,13 +122,14 @@ def make_loss_run(model: Any, cfg: Config, device: torch.device, amp_dtype: Opti
     Returns:
         The run, and the shape of the images (N, 3, H, W), N of all cameras and frames.
     """
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+    scope = default_scope(cfg)
+    with DefaultScope.overwrite_default_scope(scope):
         loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
         data = model.data_preprocessor(next(iter(loader)), True)
 
     def run() -> None:
         model.zero_grad(set_to_none=True)
-        with DefaultScope.overwrite_default_scope(cfg.default_scope), autocast(device, amp_dtype):
+        with DefaultScope.overwrite_default_scope(scope), autocast(device, amp_dtype):
             loss, _ = model.parse_losses(model(**data, mode='loss'))
         loss.backward()
 

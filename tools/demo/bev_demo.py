@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 
+from mmdcnv4.checks.config import default_scope
 from mmdcnv4.cli import arguments, checkpoints, config, preflight, video
 from mmdcnv4.cli.explain import explain
 from mmdcnv4.errors import UserError
@@ -217,9 +218,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         cfg = config.load_config(args)
         cfg.load_from = args.checkpoint
         preflight.check_checkpoint(args.checkpoint, 'checkpoint')
-        if cfg.get('default_scope') != 'mmdet3d':
-            raise UserError('bev_demo.py draws for default_scope mmdet3d, '
-                            f'got {cfg.get("default_scope")}.')
+        scope = default_scope(cfg)
+        if scope != 'mmdet3d':
+            raise UserError(f'bev_demo.py draws for default_scope mmdet3d, got {scope}.')
     with explain(cfg, args.debug):
         from mmdet3d.utils import register_all_modules
         register_all_modules()

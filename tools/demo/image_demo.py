@@ -18,6 +18,7 @@ import torch
 from mmengine.config import Config
 from mmengine.structures import PixelData
 
+from mmdcnv4.checks.config import default_scope
 from mmdcnv4.checks.samples import check_image
 from mmdcnv4.cli import arguments, checkpoints, config, preflight
 from mmdcnv4.cli.explain import explain
@@ -154,11 +155,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         preflight.check_checkpoint(args.checkpoint, 'checkpoint')
         preflight.check_device(args.device)
         preflight.check_folder(args.out_dir, '--out-dir')
-        scope = cfg.get('default_scope')
+        scope = default_scope(cfg)
         if scope not in MAKERS:
             raise UserError(f'image_demo.py draws for default_scope {", ".join(MAKERS)}, '
                             f'got {scope}.')
     cfg.load_from = args.checkpoint
+    cfg.visualizer.setdefault('name', 'image_demo')  # as the Runner gives it one
     with explain(cfg, args.debug):
         checkpoints.allow_mmengine_checkpoints()
         draw = MAKERS[scope](cfg, args)

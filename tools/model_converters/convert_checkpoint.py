@@ -37,6 +37,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor
 
+from mmdcnv4.checks.config import default_scope
 from mmdcnv4.models.backbones.flash_intern_image import ARCH_SETTINGS, FlashInternImage
 from mmdcnv4.models.checkpoint import find_state_dict, read_file
 
@@ -220,8 +221,9 @@ def check_fit(weights: Mapping[str, Tensor], config: str) -> str:
         ValueError: says what is missing, left over, or of another shape.
     """
     cfg = Config.fromfile(config)
-    importlib.import_module(f'{cfg.default_scope}.models')
-    with DefaultScope.overwrite_default_scope(cfg.default_scope), torch.device('meta'):
+    scope = default_scope(cfg)
+    importlib.import_module(f'{scope}.models')
+    with DefaultScope.overwrite_default_scope(scope), torch.device('meta'):
         own = MODELS.build(cfg.model).state_dict()
     missing = [key for key in own if key not in weights]
     unexpected = [key for key in weights if key not in own]

@@ -221,7 +221,7 @@ class BEVFormerV2Head(BaseModule):
         self.query_embedding.reset_parameters()
         nn.init.zeros_(self.reference.bias)
         for module in self.modules():
-            if isinstance(module, MultiScaleAttention):
+            if isinstance(module, MultiScaleDeformableAttention):
                 module.init_weights()
         branch: Any
         for branch in self.cls_branches:
