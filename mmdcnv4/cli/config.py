@@ -14,6 +14,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
 from ..errors import UserError
+from ..safe_files import read_safely
 from . import preflight
 from .checkpoints import find_resumable_checkpoint
 
@@ -33,6 +34,7 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
     """
     if not os.path.isfile(path):
         raise UserError(f'the config {path} does not exist.')
+    read_safely()
     try:
         cfg = Config.fromfile(path)
         cfg.merge_from_dict(options or {})

@@ -2,7 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training parts that know no model: optimiser constructors and hooks."""
 
-from .hooks import ProgressBarHook, TemperatureAnnealingHook
+from .hooks import (
+    InvalidLossHook,
+    ProgressBarHook,
+    ResumableRandomnessHook,
+    SafeCheckpointHook,
+    TemperatureAnnealingHook,
+)
 from .optimizers import CustomLayerDecayOptimizerConstructor
 
-__all__ = ['CustomLayerDecayOptimizerConstructor', 'ProgressBarHook', 'TemperatureAnnealingHook']
+__all__ = ['CustomLayerDecayOptimizerConstructor', 'InvalidLossHook', 'ProgressBarHook',
+           'ResumableRandomnessHook', 'SafeCheckpointHook', 'TemperatureAnnealingHook']

@@ -2,8 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hooks of a run."""
 
+from .checkpoint import SafeCheckpointHook
+from .invalid_loss import InvalidLossHook
 from .progress import ProgressBarHook
+from .randomness import ResumableRandomnessHook
 from .run_checks import RunChecksHook
 from .temperature import TemperatureAnnealingHook
 
-__all__ = ['ProgressBarHook', 'RunChecksHook', 'TemperatureAnnealingHook']
+__all__ = ['InvalidLossHook', 'ProgressBarHook', 'ResumableRandomnessHook', 'RunChecksHook',
+           'SafeCheckpointHook', 'TemperatureAnnealingHook']
