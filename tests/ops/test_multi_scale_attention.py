@@ -231,12 +231,28 @@ def test_nothing_to_do(batch, queries, native):
         assert out.shape == (batch, queries, 8) and not grad.any()
 
 
+@pytest.mark.parametrize('backend', ['native', 'pytorch'])
+def test_an_infinite_weight_outside_the_map_counts_nothing(backend, native):
+    locations = torch.tensor([[0.5, 0.5], [3.0, 0.5], [0.5, -2.0]], dtype=F64)
+    weights = torch.tensor([1.0, math.inf, math.nan], dtype=F64)
+    out = multi_scale_deformable_attention(
+        torch.ones(1, 6, 1, 1, dtype=F64), [(2, 3)], locations.view(1, 1, 1, 1, 3, 2),
+        weights.view(1, 1, 1, 1, 3), backend=backend)
+    assert out.item() == 1
+
+
 @pytest.mark.parametrize('change, error, message', [
     (dict(value=torch.randn(2, 9, 3, 5)), ValueError, r'value must have shape \(B, 95'),
     (dict(value=torch.randn(95, 3, 5)), ValueError, 'value must have shape'),
     (dict(value=torch.ones(2, 95, 3, 5, dtype=torch.int64)), TypeError, 'value must be a tensor'),
     (dict(sizes=[]), ValueError, 'sizes must be'),
     (dict(sizes=[(8, 9), (4, 5), (0, 3)]), ValueError, 'sizes must be'),
+    (dict(sizes=[(8, 9), (4, 5), (3.9, 1)]), TypeError, 'sizes must be .* in ints'),
+    (dict(sizes=[(8, 9), (4, 5), ('3', 1)]), TypeError, 'sizes must be .* in ints'),
+    (dict(sizes=[(8, 9), (4, 5), (3, True)]), TypeError, 'sizes must be .* in ints'),
+    (dict(sizes=[(8, 9, 1)]), TypeError, 'sizes must be .* in ints'),
+    (dict(sizes=None), TypeError, 'sizes must be .* in ints, got None'),
+    (dict(value=torch.zeros(2, 95, 3, 5).to_sparse()), TypeError, 'value must be a dense tensor'),
     (dict(sizes=[(2**30 + 1, 1)]), ValueError, 'sizes must have sides <= 1073741824'),
     (dict(sizes=[(2**15, 2**16)]), ValueError, 'at most 2147483647 pixels together'),
     (dict(locations=torch.rand(2, 7, 3, 3, 4, 3)), ValueError, 'locations must have shape'),
