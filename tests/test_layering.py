@@ -38,6 +38,8 @@ TABLE = {
     'mmdcnv4.models.backbones': (
         ('mmdcnv4.errors', 'mmdcnv4.ops', 'mmdcnv4.models.layers', 'mmdcnv4.models.checkpoint'),
         ('mmengine', 'mmcv')),
+    'mmdcnv4.models.replacement': (
+        ('mmdcnv4.errors', 'mmdcnv4.ops', 'mmdcnv4.models.layers'), ('mmengine', 'mmcv')),
     # backbones only through the registry
     'mmdcnv4.bevformer_v2': (('mmdcnv4.errors', 'mmdcnv4.bevformer_v2', 'mmdcnv4.ops',
                               'mmdcnv4.models.checkpoint'),
