@@ -40,6 +40,7 @@ TABLE = {
         ('mmengine', 'mmcv')),
     'mmdcnv4.models.replacement': (
         ('mmdcnv4.errors', 'mmdcnv4.ops', 'mmdcnv4.models.layers'), ('mmengine', 'mmcv')),
+    'mmdcnv4.models.diffusion': (('mmdcnv4.models.replacement',), ()),
     # backbones only through the registry
     'mmdcnv4.bevformer_v2': (('mmdcnv4.errors', 'mmdcnv4.bevformer_v2', 'mmdcnv4.ops',
                               'mmdcnv4.models.checkpoint'),

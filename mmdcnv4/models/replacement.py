@@ -30,8 +30,9 @@ from .layers.dcnv4_conv import DCNv4Conv2d
 TARGETS = ('depthwise', 'conv3x3', 'attention')
 Match = Union[str, re.Pattern, Callable[[str, nn.Module], bool]]
 _OPTIONS: dict[str, Any] = dict(
-    group_channels=16, kernel_size=None, with_pointwise=None, offset_scale=1.0, dw_kernel_size=None,
-    remove_center=False, softmax=False, center_feature_scale=False, mask_init=None)
+    group_channels=16, kernel_size=None, with_pointwise=None, value_width='in', offset_scale=1.0,
+    dw_kernel_size=None, remove_center=False, softmax=False, center_feature_scale=False,
+    mask_init=None)
 _ATTENTION = re.compile(r'(Attention|MSA)(Block)?$')
 _MIN_WIDTH = 8  # of a group, unless fewer are asked for
 
@@ -122,6 +123,8 @@ def replace_with_dcnv4(model: nn.Module, *, match: Union[Match, Sequence[Match]]
         cfg: options of DCNv4: `group_channels` (16; where it does not divide the width, the
             largest smaller divisor that is a multiple of 8), `kernel_size` (that of the layer; 3
             makes a 7x7 a 3x3 one), `with_pointwise` (projections; False for depthwise, else True),
+            `value_width` ('in' samples at the width of the input, 'out' at that of the output,
+            which is smaller where a layer narrows),
             `offset_scale`, `dw_kernel_size`, `remove_center`, `softmax`, `center_feature_scale`,
             `mask_init` ('box' for convolutions, 'zero' for attention).
         init_from: 'conv' takes the kernels over as far as DCNv4 can represent them, 'center' their
@@ -225,6 +228,9 @@ def _check(targets: Sequence[str], cfg: Optional[Mapping[str, Any]],
         raise ValueError(f'replace_with_dcnv4: init_from must be None or one of {STARTS}, got '
                          f'{init_from!r}')
     options = {**_OPTIONS, **given}
+    if options['value_width'] not in ('in', 'out'):
+        raise ValueError("replace_with_dcnv4: value_width must be 'in' or 'out', got "
+                         f'{options["value_width"]!r}')
     for name in ('group_channels', 'kernel_size'):
         value = options[name]
         if value is None and name == 'kernel_size':
@@ -371,17 +377,18 @@ def _make_conv(conv: nn.Conv2d, kind: str, task: _Task) -> tuple[nn.Module, str]
     if not with_pointwise and conv.in_channels != conv.out_channels:
         raise _Refusal('without projections it cannot change its width')
     kernel = conv.kernel_size if size is None else (size, size)
-    width = _width(conv.in_channels, wanted)
+    # by default the change of width rides on the last projection, as in the U-Net of the paper
+    channels = conv.in_channels if options.pop('value_width') == 'in' else conv.out_channels
+    width = _width(channels, wanted)
     notes = [] if width == wanted else [f'{width} channels per group']
     notes += [] if kernel == conv.kernel_size else [
         f'{"x".join(map(str, conv.kernel_size))} to {size}x{size}']
     notes += [f'stride {max(conv.stride)}'] if max(conv.stride) > 1 else []
     with torch.device(conv.weight.device):
-        # the change of width rides on the last projection, as in the U-Net of the paper
         layer = DCNv4Conv2d(
             conv.in_channels, conv.out_channels, kernel, conv.stride, _padding(conv, kernel),
-            conv.dilation, bias=conv.bias is not None, group=conv.in_channels // width,
-            value_channels=conv.in_channels, without_pointwise=not with_pointwise, **options)
+            conv.dilation, bias=conv.bias is not None, group=channels // width,
+            value_channels=channels, without_pointwise=not with_pointwise, **options)
     if task.init_from is not None:
         notes.append(start_from_conv(layer, conv, task.init_from))
     return layer, ', '.join(filter(None, notes))
@@ -395,7 +402,8 @@ def _make_attention(module: Any, task: _Task) -> tuple[nn.Module, str]:
         getattr(module, 'w_msa', None), 'embed_dims', None))
     if channels is None:
         raise _Refusal('has no embed_dims')
-    options = {key: value for key, value in task.options.items() if value is not None}
+    options = {key: value for key, value in task.options.items()
+               if value is not None and key != 'value_width'}
     if options.pop('with_pointwise', True) is False:
         raise _Refusal('attention is replaced by DCNv4 with its projections')
     width = _width(channels, options.pop('group_channels'))

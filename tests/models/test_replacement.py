@@ -211,6 +211,7 @@ def test_shared_modules():
     (dict(match='*', cfg=dict(group=4)), r"cfg must have keys among .*got \['group'\]"),
     (dict(match='*', cfg=dict(group_channels=0)), 'group_channels must be a number >= 1, got 0'),
     (dict(match='*', cfg=dict(kernel_size=4)), 'kernel_size must be an odd number, got 4'),
+    (dict(match='*', cfg=dict(value_width=16)), "value_width must be 'in' or 'out', got 16"),
     (dict(match='*', init_from='kernel'), 'init_from must be None or one of')])
 def test_wrong_use(options, text):
     model = Network()
@@ -314,6 +315,17 @@ def test_a_random_regular_kernel_is_kept_in_part():
         replace_with_dcnv4(model, match='*', init_from=init_from)
         errors[init_from] = (model['conv'](x) - conv(x)).square().mean() / conv(x).square().mean()
     assert errors['conv'] < errors['center'] < 1
+
+
+def test_width_of_the_value():
+    for value_width, expected in (('in', dcnv4_parameters(64, 16, 16)),
+                                  ('out', 64 * 16 + 16 + 32 * 65 + 16 * 17)):
+        model = host(conv=nn.Conv2d(64, 16, 3, padding=1))
+        (entry,) = replace_with_dcnv4(model, match='*', init_from='center',
+                                      cfg=dict(value_width=value_width)).replaced
+        assert entry.new == parameters(model) == expected
+        assert ('not taken over' in entry.note) == (value_width == 'out')
+        assert model['conv'](torch.randn(1, 64, 4, 5)).shape == (1, 16, 4, 5)
 
 
 def test_a_start_that_is_not_possible_is_told():

@@ -39,7 +39,8 @@ def start_from_conv(layer: DCNv4Conv2d, conv: nn.Conv2d, kind: str) -> str:
     is_depthwise = conv.groups > 1
     if kind == 'conv' and geometry.kernel_size != tuple(conv.kernel_size):
         return 'start not taken over: another kernel'
-    if not has_masks or not is_depthwise and layer.output_proj is None:
+    if not has_masks or not is_depthwise and (layer.output_proj is None
+                                              or layer.channels != conv.in_channels):
         return 'start not taken over: its masks or projections cannot represent a kernel'
     weight = conv.weight.detach()
     if is_depthwise:
