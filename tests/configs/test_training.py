@@ -40,15 +40,10 @@ HOSTS = ('convnext_dcnv4', 'dcnv4', 'vit_dcnv4')  # of DCNv4 in other networks
 def cases():
     """All configs; slow are those whose parts other ones train.
 
-<<<<<<< HEAD
     The default run has each method with each family of backbones, in the smallest size; of small
-    recipes, which differ in the backbone alone, each method. Other tests build every config, count
-    its parameters and compare its settings with the published ones.
-=======
-    Mask R-CNN, the cheapest whole model, stays in the default run with every size; with other
-    networks only it and the classifiers do. Other tests
-    build every config, count its parameters and compare its settings with the published ones.
->>>>>>> b9531ec (Recipes of ConvNeXt and ViT with DCNv4, presets of with_dcnv4, and the U-Net of latent diffusion from diffusers)
+    recipes, which differ in the backbone alone, each method; with other networks only Mask R-CNN
+    and the classifiers. Other tests build every config, count its parameters and compare its
+    settings with the published ones.
     """
     first = {}
     ranked = []
@@ -56,13 +51,9 @@ def cases():
         folder, file = name.split('/')
         algorithm, backbone = file.split('_')[:2]
         family, _, size = backbone.rpartition('-')
-<<<<<<< HEAD
         group = (folder, algorithm, '' if size == 'mini' or family == 'r18' else family)
-=======
-        group = (folder, algorithm, family, size if algorithm == 'mask-rcnn' else '')
         if folder in HOSTS and algorithm not in ('mask-rcnn', 'image-classifier'):
             continue
->>>>>>> b9531ec (Recipes of ConvNeXt and ViT with DCNv4, presets of with_dcnv4, and the U-Net of latent diffusion from diffusers)
         ranked.append((ORDER.index(size) if size in ORDER else 0, name, group))
     for _, name, group in sorted(ranked):
         first.setdefault(group, name)
