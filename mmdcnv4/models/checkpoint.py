@@ -3,8 +3,8 @@
 """Reads published weights into a backbone, without running code from the file.
 
 A file may be a bare state dict or hold one under `state_dict`, `model_ema`, `model` and so on; its
-keys may begin with what wrappers, detectors and teachers put before them. mmengine's own `Pretrained` knows `state_dict` alone and
-loads nothing, without an error, from the others.
+keys may begin with what wrappers, detectors and teachers put before them. mmengine's own
+`Pretrained` knows `state_dict` alone and loads nothing, without an error, from the others.
 """
 
 from __future__ import annotations
