@@ -77,13 +77,18 @@ bool has_kernels(const at::Device& device) {
   return device.is_cpu();
 }
 
+// Other layouts have no kernel; the long way says so in words.
+bool is_dense(const at::Tensor& tensor) {
+  return tensor.layout() == at::kStrided && !tensor.is_nested() && !tensor.is_quantized();
+}
+
 // What the operator takes as it is: the dtypes of its contract, no forward-mode derivative.
 bool is_plain_call(const at::Tensor& value, const at::Tensor& offset_mask) {
   const auto type = value.scalar_type(), mask_type = offset_mask.scalar_type();
   const bool is_half = type == at::kHalf || type == at::kBFloat16;
   const bool has_legal_types = type == mask_type || (is_half && mask_type == at::kFloat);
   const auto device = value.device();
-  return has_kernels(device) &&
+  return has_kernels(device) && is_dense(value) && is_dense(offset_mask) &&
          (has_legal_types ||
           (type != at::kDouble && at::autocast::is_autocast_enabled(device.type()))) &&
          !value._fw_grad(/*level=*/0).defined() && !offset_mask._fw_grad(/*level=*/0).defined();

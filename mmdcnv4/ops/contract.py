@@ -93,6 +93,28 @@ def pair(value: IntOrPair, name: str, minimum: int) -> Pair:
     return height, width
 
 
+def _is_int(value: object) -> bool:
+    """Whether it is an integer, of NumPy as well; True and False are not."""
+    try:
+        operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
+
+
+def flag(value: bool, name: str) -> bool:
+    """Checks a switch: True or False, of NumPy as well, 1 or 0; the text 'False' would be true.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(value, bool):
+        return value
+    if type(value).__name__ not in ('bool', 'bool_', 'int') or value not in (0, 1):
+        raise TypeError(f'dcnv4: {name} must be True or False, got {value!r}')
+    return bool(value)
+
+
 def make_geometry(*, kernel_size: IntOrPair, groups: int, stride: IntOrPair = 1,
                   padding: IntOrPair = 0, dilation: IntOrPair = 1, offset_scale: float = 1.0,
                   remove_center: bool = False, softmax: bool = False) -> Geometry:
@@ -104,20 +126,25 @@ def make_geometry(*, kernel_size: IntOrPair, groups: int, stride: IntOrPair = 1,
     kernel_size = pair(kernel_size, 'kernel_size', 1)
     if max(kernel_size) > MAX_KERNEL:
         raise ValueError(f'dcnv4: kernel_size must be <= {MAX_KERNEL}, got {kernel_size}')
-    if isinstance(groups, bool) or not isinstance(groups, int):
+    if not _is_int(groups):
         raise TypeError(f'dcnv4: groups must be an int, got {groups!r}')
+    groups = operator.index(groups)
     if groups < 1:
         raise ValueError(f'dcnv4: groups must be >= 1, got {groups}')
     if groups > MAX_SIDE:
         raise ValueError(f'dcnv4: groups must be <= {MAX_SIDE}, got {groups}')
     stride, padding = pair(stride, 'stride', 1), pair(padding, 'padding', 0)
     dilation = pair(dilation, 'dilation', 1)
+    is_number, is_finite = not isinstance(offset_scale, (bool, Tensor)), False
     try:  # not math.isfinite, which torch.compile cannot trace with a symbolic float
-        is_finite = -math.inf < offset_scale < math.inf
-    except TypeError:
-        raise TypeError(f'dcnv4: offset_scale must be a number, got {offset_scale!r}') from None
+        is_finite = is_number and -math.inf < offset_scale < math.inf
+    except (TypeError, ValueError):  # an array of several numbers has no order
+        is_number = False
+    if not is_number:
+        raise TypeError(f'dcnv4: offset_scale must be a number, got {offset_scale!r}')
     if not is_finite:
         raise ValueError(f'dcnv4: offset_scale must be finite, got {offset_scale}')
+    remove_center, softmax = flag(remove_center, 'remove_center'), flag(softmax, 'softmax')
     if remove_center and (kernel_size[0] % 2 == 0 or kernel_size[1] % 2 == 0):
         raise ValueError('dcnv4: remove_center must be False for a kernel_size with an even side, '
                          f'which has no centre, got kernel_size {kernel_size}')
@@ -125,7 +152,7 @@ def make_geometry(*, kernel_size: IntOrPair, groups: int, stride: IntOrPair = 1,
         raise ValueError('dcnv4: remove_center must be False for kernel_size (1, 1), '
                          'which would keep no tap')
     return Geometry(kernel_size, groups, stride, padding, dilation, float(offset_scale),
-                    bool(remove_center), bool(softmax))
+                    remove_center, softmax)
 
 
 def offset_mask_channels(groups: int, points: int) -> int:
@@ -151,14 +178,18 @@ def output_size(height: int, width: int, geometry: Geometry) -> Pair:
 
 
 def check_types(value: Tensor, offset_mask: Tensor) -> None:
-    """Both are tensors.
+    """Both are dense tensors.
 
     Raises:
-        TypeError: one is something else, a NumPy array for instance.
+        TypeError: one is something else, a NumPy array or a sparse tensor for instance.
     """
     for name, tensor in (('value', value), ('offset_mask', offset_mask)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f'dcnv4: {name} must be a torch.Tensor, got {type(tensor).__name__}')
+        if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized:
+            kind = ('a nested' if tensor.is_nested else 'a quantized' if tensor.is_quantized
+                    else f'a {tensor.layout}')
+            raise TypeError(f'dcnv4: {name} must be a dense tensor, got {kind} one')
 
 
 def check_dtypes(value: Tensor, offset_mask: Tensor) -> None:

@@ -10,6 +10,7 @@ Differs:  (N, H, W, C) input instead of tokens; `in_channels`, `softmax`, `mask_
 
 from __future__ import annotations
 
+import math
 from numbers import Integral, Real
 from typing import Optional
 
@@ -105,6 +106,8 @@ class DCNv4(nn.Module):
         self.in_channels = channels if in_channels is None else in_channels
         _check_integers(channels=channels, in_channels=self.in_channels, group=group)
         _check_type('mask_init', mask_init, Real, 'a number')
+        if not math.isfinite(mask_init):
+            raise ValueError(f'DCNv4: mask_init must be finite, got {mask_init}')
         self.geometry = make_geometry(
             kernel_size=kernel_size, groups=int(group), stride=stride, padding=pad,
             dilation=dilation, offset_scale=offset_scale, remove_center=remove_center,

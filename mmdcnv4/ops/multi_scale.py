@@ -7,6 +7,7 @@ Source:   "Deformable DETR", Zhu et al., ICLR 2021, arXiv:2010.04159, eq. (3).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any, Optional
 
@@ -31,6 +32,9 @@ def _check_tensors(value: Tensor, locations: Tensor, weights: Tensor) -> None:
         if not isinstance(tensor, Tensor) or tensor.dtype not in _FLOATS:
             raise TypeError(f'{_NAME}: {name} must be a tensor of float64, float32, float16 or '
                             f'bfloat16, got {getattr(tensor, "dtype", type(tensor).__name__)}')
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise TypeError(f'{_NAME}: {name} must be a dense tensor, got '
+                            f'{"a nested" if tensor.is_nested else f"a {tensor.layout}"} one')
         if tensor.device != value.device:
             raise ValueError(f'{_NAME}: {name} must be on the device of value ({value.device}), '
                              f'got {tensor.device}')
@@ -59,6 +63,20 @@ def _check(value: Tensor, sizes: Sizes, locations: Tensor, weights: Tensor) -> N
     if weights.shape != locations.shape[:-1]:
         raise ValueError(f'{_NAME}: weights must have shape {tuple(locations.shape[:-1])}, that '
                          f'of locations without the last dimension, got {tuple(weights.shape)}')
+
+
+def _pairs(sizes: Sizes) -> list[tuple[int, int]]:
+    """The sizes as integers; a tensor of them, as other libraries pass it, included."""
+    try:
+        pairs = [(height, width) for height, width in sizes]
+        sides = [(operator.index(height), operator.index(width)) for height, width in pairs]
+        is_legal = not any(isinstance(side, bool) for size in pairs for side in size)
+    except (TypeError, ValueError):
+        is_legal = False
+    if not is_legal:
+        raise TypeError(f'{_NAME}: sizes must be (height, width) of every level in ints, got '
+                        f'{sizes!r}')
+    return sides
 
 
 def multi_scale_deformable_attention_reference(value: Tensor, sizes: Sizes, locations: Tensor,
@@ -151,7 +169,7 @@ def multi_scale_deformable_attention(value: Tensor, sizes: Sizes, locations: Ten
     if chosen not in ('auto', 'native', 'pytorch'):
         raise ValueError(f"{_NAME}: backend must be 'auto', 'native' or 'pytorch', got "
                          f'{chosen!r}')
-    sizes = [(int(height), int(width)) for height, width in sizes]
+    sizes = _pairs(sizes)
     _check(value, sizes, locations, weights)
     reason = None if has_multi_scale_kernel(value.device.type) else (
         _extension.missing_reason or f'no kernel was compiled for {value.device.type} tensors')

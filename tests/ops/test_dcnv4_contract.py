@@ -36,7 +36,9 @@ ONLY_PYTHON = {('TypeError', '* must be an int or a pair (height, width)'),
                ('TypeError', '* must be an int or a pair (height, width) of ints'),
                ('TypeError', 'groups must be an int'),
                ('TypeError', 'offset_scale must be a number'),
-               ('TypeError', '* must be a torch.Tensor')}
+               ('TypeError', '* must be True or False'),
+               ('TypeError', '* must be a torch.Tensor'),
+               ('TypeError', '* must be a dense tensor')}
 # … and lets a list of another length pass.
 ONLY_CPP = {('ValueError', '* must be a pair (height, width)')}
 

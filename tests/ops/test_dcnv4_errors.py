@@ -35,12 +35,30 @@ PYTHON_ONLY = [
     ('groups', dict(groups=2.0), TypeError, 'must be an int, got 2.0'),
     ('groups', dict(groups=True), TypeError, 'must be an int, got True'),
     ('offset_scale', dict(offset_scale='1'), TypeError, "must be a number, got '1'"),
+    ('offset_scale', dict(offset_scale=True), TypeError, 'must be a number, got True'),
+    ('offset_scale', dict(offset_scale=np.ones(2)), TypeError, 'must be a number, got array'),
+    ('offset_scale', dict(offset_scale=torch.ones(1)), TypeError, 'must be a number, got tensor'),
+    ('softmax', dict(softmax='False'), TypeError, "must be True or False, got 'False'"),
+    ('softmax', dict(softmax=2), TypeError, 'must be True or False, got 2'),
+    ('remove_center', dict(remove_center=None), TypeError, 'must be True or False, got None'),
+    ('value', dict(value=torch.zeros(2, 5, 7, 6).to_sparse()), TypeError,
+     'must be a dense tensor, got a torch.sparse_coo one'),
+    ('offset_mask', dict(offset_mask=torch.nested.nested_tensor(
+        [torch.zeros(5, 7, 56)] * 2, layout=torch.jagged)), TypeError,
+     'must be a dense tensor, got a nested one'),
     ('backend', dict(backend='cuda'), ValueError, "must be one of .*, got 'cuda'"),
 ]
 
 
 def test_the_good_call():
     assert dcnv4(**arguments({})).shape == (2, 5, 7, 6)
+
+
+@pytest.mark.parametrize('changes', [
+    dict(groups=np.int64(2)), dict(kernel_size=np.int64(3)), dict(softmax=np.bool_(False)),
+    dict(remove_center=0), dict(offset_scale=np.float32(1))], ids=str)
+def test_numbers_of_numpy_are_numbers(changes):
+    assert dcnv4(**arguments(changes)).shape == (2, 5, 7, 6)
 
 
 def test_the_good_call_natively(native):
@@ -104,6 +122,8 @@ def test_unknown_arguments():
     (dict(group=0), ValueError, 'DCNv4: group must be >= 1, got 0'),
     (dict(group=2.0), TypeError, 'DCNv4: group must be an int, got 2.0'),
     (dict(mask_init=None), TypeError, 'DCNv4: mask_init must be a number, got None'),
+    (dict(mask_init=math.inf), ValueError, 'DCNv4: mask_init must be finite, got inf'),
+    (dict(softmax='False'), TypeError, "softmax must be True or False, got 'False'"),
     (dict(dw_kernel_size=3.0), TypeError, 'DCNv4: dw_kernel_size must be an int, got 3.0'),
     (dict(dw_kernel_size=True), TypeError, 'DCNv4: dw_kernel_size must be an int, got True'),
     (dict(in_channels=-1), ValueError, 'in_channels must be >= 1'),

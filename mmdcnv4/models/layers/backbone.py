@@ -82,7 +82,7 @@ class Backbone(BaseModule):
             of another backbone is ignored with a warning.
 
     Raises:
-        ValueError: `pretrained` is anything else.
+        ValueError: `init_cfg` or `pretrained` is anything else.
     """
 
     init_cfg: Any
@@ -92,6 +92,7 @@ class Backbone(BaseModule):
 
     def __init__(self, init_cfg: Union[dict, list, None] = None,
                  pretrained: Optional[str] = None) -> None:
+        self._check_init_cfg(init_cfg)
         super().__init__(init_cfg=init_cfg)
         self._refuse_pretrained(pretrained)
 
@@ -100,6 +101,14 @@ class Backbone(BaseModule):
         handlers = MMLogger.get_current_instance().handlers
         if any(isinstance(handler, logging.FileHandler) for handler in handlers):
             super()._dump_init_info()
+
+    def _check_init_cfg(self, init_cfg: Any) -> None:
+        configs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg or {'type': ''}]
+        for cfg in configs:
+            if not isinstance(cfg, Mapping) or 'type' not in cfg:
+                raise Arguments(type(self).__name__).refuse(
+                    'init_cfg', "None, dict(type='Pretrained', checkpoint=...), or initialisers "
+                    'of mmengine, each a dict with a type', init_cfg)
 
     def _refuse_pretrained(self, pretrained: Optional[str]) -> None:
         if pretrained is None:

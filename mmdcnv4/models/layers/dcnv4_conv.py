@@ -9,6 +9,7 @@ Differs:  different numbers of input and output channels, stride, any kernel; an
 
 from __future__ import annotations
 
+from numbers import Integral
 from types import SimpleNamespace
 from typing import Any, Optional
 
@@ -24,7 +25,13 @@ MIN_GROUP_WIDTH = 16
 
 
 def default_group(channels: int) -> int:
-    """Largest number of equal groups of at least 16 channels; 1 for narrower layers."""
+    """Largest number of equal groups of at least 16 channels; 1 for narrower layers.
+
+    Raises:
+        TypeError: `channels` is not an int.
+    """
+    if not isinstance(channels, Integral) or isinstance(channels, bool):
+        raise TypeError(f'DCNv4: out_channels must be an int, got {channels!r}')
     for width in range(MIN_GROUP_WIDTH, channels + 1):
         if channels % width == 0:
             return channels // width
