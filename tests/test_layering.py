@@ -27,6 +27,7 @@ TABLE = {
     'mmdcnv4.registration': (EVERYTHING, ()),
     'mmdcnv4.registry': ((), ('mmengine',)),
     'mmdcnv4.utils': (('mmdcnv4.registration',), ()),
+    'mmdcnv4.safe_files': (('mmdcnv4.errors',), ('mmengine',)),
     'mmdcnv4.info': (EVERYTHING, ('mmengine', 'mmcv')),
     'mmdcnv4.testing': (('mmdcnv4.ops',), ()),
     'mmdcnv4.ops': (('mmdcnv4.ops', 'mmdcnv4._C'), ()),
@@ -39,8 +40,8 @@ TABLE = {
         ('mmdcnv4.errors', 'mmdcnv4.ops', 'mmdcnv4.models.layers', 'mmdcnv4.models.checkpoint'),
         ('mmengine', 'mmcv')),
     # backbones only through the registry
-    'mmdcnv4.bevformer_v2': (('mmdcnv4.errors', 'mmdcnv4.bevformer_v2', 'mmdcnv4.ops',
-                              'mmdcnv4.models.checkpoint'),
+    'mmdcnv4.bevformer_v2': (('mmdcnv4.errors', 'mmdcnv4.safe_files', 'mmdcnv4.bevformer_v2',
+                              'mmdcnv4.ops', 'mmdcnv4.models.checkpoint'),
                              ('mmengine', 'mmcv', 'mmdet', 'mmdet3d')),
     'mmdcnv4.datasets': (('mmdcnv4.datasets', 'mmdcnv4.errors'),
                          ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmdet3d')),
@@ -51,7 +52,7 @@ TABLE = {
         ('mmdcnv4.models.layers.multi_scale_attention',), ('mmengine',)),
     # the tools' start-up; it may say which registrations were skipped
     'mmdcnv4.cli': (('mmdcnv4.cli', 'mmdcnv4.engine', 'mmdcnv4.checks', 'mmdcnv4.errors',
-                     'mmdcnv4.registration'), ('mmengine',)),
+                     'mmdcnv4.registration', 'mmdcnv4.safe_files'), ('mmengine',)),
 }
 TORCH_FREE_HEADERS = ('bilinear.h', 'dcnv4_params.h', 'launch_plan.h', 'ms_deform_attn_params.h')
 

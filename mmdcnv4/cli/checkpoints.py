@@ -8,16 +8,20 @@ The few types that MMEngine stores beside weights are allow-listed, and nothing 
 from __future__ import annotations
 
 import importlib
+import logging
 import pickle
 import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer, print_log
+
+from ..checks.config import is_local
 
 _HISTORY_METHODS = ('min', 'max', 'current', 'mean')
 
@@ -56,18 +60,72 @@ def allow_mmengine_checkpoints() -> None:
     torch.serialization.add_safe_globals(allowed)
 
 
+def damage(file: Union[str, Path]) -> Optional[str]:
+    """What is wrong with a checkpoint; None where it is whole.
+
+    The check sums of all entries are compared, which torch does not do when it loads. A file of
+    the format before torch 1.6 has none, and passes.
+    """
+    with open(file, 'rb') as stream:
+        start = stream.read(4)
+    if start != b'PK\x03\x04':
+        return None if start[:1] == b'\x80' else 'it is not a checkpoint'
+    if not zipfile.is_zipfile(file):
+        return 'it is truncated; its end is missing'
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entry = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, ValueError, NotImplementedError) as error:
+        return f'it is damaged ({error})'
+    return None if entry is None else f'the entry {entry} is damaged: its check sum is another one'
+
+
 def find_resumable_checkpoint(work_dir: str) -> Optional[str]:
     """The checkpoint to continue from: the one named last if it is whole, else the newest whole.
 
-    A process that is killed while it writes leaves a truncated file behind, and a file
-    `last_checkpoint` that may name one which has been deleted to make room.
+    A process that is killed while it writes may leave a truncated file behind, and a file
+    `last_checkpoint` that names one which has been deleted to make room. What is passed over is
+    named in the log.
     """
     named = Path(work_dir) / 'last_checkpoint'
     candidates = [Path(named.read_text().strip())] if named.is_file() else []
     numbered = [(int(match[1]), file) for file in Path(work_dir).glob('*.pth')
                 if (match := re.fullmatch(r'(?:epoch|iter)_(\d+)', file.stem))]
     candidates += [file for _, file in sorted(numbered, reverse=True)]
+    damaged: dict[str, str] = {}
     for file in candidates:
-        if file.is_file() and zipfile.is_zipfile(file):
+        if not file.is_file() or str(file) in damaged:
+            continue
+        fault = damage(file)
+        if fault is None:
+            if damaged:
+                _warn_of(damaged, f'Training goes on from {file}, which is older')
             return str(file)
+        damaged[str(file)] = fault
+    if damaged:
+        _warn_of(damaged, f'{work_dir} holds no other checkpoint')
     return None
+
+
+def _warn_of(damaged: dict[str, str], consequence: str) -> None:
+    faults = '; '.join(f'{file}: {fault}' for file, fault in damaged.items())
+    print_log(f'--resume: DAMAGED CHECKPOINT, passed over: {faults}. {consequence}.',
+              logger='current', level=logging.ERROR)
+
+
+def adopt_saved_seed(cfg: Config) -> None:
+    """Gives a run that is resumed the seed of the checkpoint, where the config names none.
+
+    MMEngine reads it too, but has made the order of the data by then.
+    """
+    file = cfg.get('load_from')
+    randomness = dict(cfg.get('randomness') or {})
+    if not cfg.get('resume') or not file or not is_local(file) or \
+            randomness.get('seed') is not None:
+        return
+    file = str(Path(file).expanduser())
+    content = torch.load(file, map_location='cpu', weights_only=True,
+                         mmap=zipfile.is_zipfile(file) or None)
+    seed = (content.get('meta') or {}).get('seed') if isinstance(content, dict) else None
+    if seed is not None:
+        cfg.randomness = dict(randomness, seed=seed)

@@ -15,6 +15,7 @@ from mmengine.logging import print_log
 
 from ..checks.config import default_scope, type_name
 from ..errors import UserError
+from ..safe_files import read_safely
 from . import preflight
 from .checkpoints import find_resumable_checkpoint
 
@@ -34,6 +35,7 @@ def read_config(path: str, options: Optional[dict] = None) -> Config:
     """
     if not os.path.isfile(path):
         raise UserError(f'the config {path} does not exist.')
+    read_safely()
     try:
         cfg = Config.fromfile(path)
         cfg.merge_from_dict(options or {})

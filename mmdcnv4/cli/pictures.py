@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -19,6 +18,8 @@ import numpy as np
 from matplotlib.patches import Patch, Rectangle
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+
+from ..safe_files import load_pickle
 
 SCORE_THRESHOLD = 0.5  # of the predictions that are drawn
 _CURVE_COLORS = ('tab:green', 'tab:orange', 'tab:purple')
@@ -167,7 +168,7 @@ def draw_panel(axes: Any, image: np.ndarray, objects: Sequence[dict], title: str
 def read_predictions(file: Path) -> dict[str, list[dict]]:
     """What `tools/test.py --out` wrote: for each image name the objects above the threshold."""
     with open(file, 'rb') as stream:
-        results = pickle.load(stream)
+        results = load_pickle(stream, str(file))
     predictions: dict[str, list[dict]] = {}
     for result in results:
         found = result['pred_instances']

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import pickle
 import tempfile
-import zipfile
 from collections.abc import Iterable
 from typing import Optional
 
@@ -24,6 +23,7 @@ from ..checks.config import is_local, type_name, walk
 from ..checks.weights import Shapes
 from ..checks.weights import check_match as check_weights  # noqa: F401  beside read_shapes
 from ..errors import InvalidValue, MissingFile
+from .checkpoints import damage
 
 PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg', '.pdf', '.svg')  # that matplotlib writes
 
@@ -61,24 +61,23 @@ def check_file(file: str, option: str, endings: Iterable[str]) -> None:
 
 
 def check_checkpoint(path: Optional[str], source: str) -> None:
-    """Refuses a local file that is absent or was not written to its end.
+    """Refuses a local file that is absent, was not written to its end, or is damaged.
 
     Args:
         path: of a checkpoint; None and addresses of other machines pass.
         source: where the path comes from, for the message.
 
     Raises:
-        UserError: no such file, or not the whole file.
+        UserError: no such file, not the whole file, or a check sum that does not fit.
     """
     if path is None or not is_local(path):
         return
     file = os.path.expanduser(path)  # as mmengine's loader does
     if not os.path.isfile(file):
         raise MissingFile(f'{source}: the checkpoint {file} does not exist or is no file.')
-    with open(file, 'rb') as stream:
-        is_zip = stream.read(4) == b'PK\x03\x04'
-    if is_zip and not zipfile.is_zipfile(file):
-        raise InvalidValue(f'{source}: the checkpoint {file} is truncated; its end is missing.')
+    fault = damage(file)
+    if fault is not None:
+        raise InvalidValue(f'{source}: the checkpoint {file} cannot be used: {fault}.')
 
 
 def read_shapes(path: str) -> Shapes:
@@ -93,7 +92,7 @@ def read_shapes(path: str) -> Shapes:
     try:
         content = CheckpointLoader.load_checkpoint(path, map_location='cpu')
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        if is_local(path) and not zipfile.is_zipfile(os.path.expanduser(path)):
+        if is_local(path) and damage(os.path.expanduser(path)) is not None:
             raise InvalidValue(f'the checkpoint {path} is no checkpoint.') from error
         if isinstance(error, pickle.UnpicklingError):
             raise InvalidValue(

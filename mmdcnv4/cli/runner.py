@@ -16,7 +16,7 @@ from torch import nn
 
 from ..checks.config import run_all, type_name
 from . import preflight
-from .checkpoints import allow_mmengine_checkpoints
+from .checkpoints import adopt_saved_seed, allow_mmengine_checkpoints
 from .distributed import prepare_distributed
 
 # What MMEngine says of every run before its first iteration, hundreds of lines long.
@@ -44,17 +44,26 @@ class QuietRunner(Runner):
 
 
 def _add_hooks(cfg: Config, allow_mismatch: bool) -> None:
-    """Adds the progress bar and the checks of the samples, unless the config has its own."""
+    """Adds the hooks of a safe run and the progress bar, unless the config has its own.
+
+    MMEngine's own checkpoint hook gives its place to the one that never deletes first.
+    """
     hooks = list(cfg.get('custom_hooks') or [])
     present = set(map(type_name, hooks))
     for hook in hooks:
         if type_name(hook) == 'RunChecksHook' and allow_mismatch:
             hook['allow_mismatch'] = True
-    for hook in (dict(type='ProgressBarHook'),
+    for hook in (dict(type='ProgressBarHook'), dict(type='InvalidLossHook'),
+                 dict(type='ResumableRandomnessHook'),
                  dict(type='RunChecksHook', check_config=False, allow_mismatch=allow_mismatch)):
         if hook['type'] not in present:
             hooks.append(hook)
     cfg.custom_hooks = hooks
+    defaults = dict(cfg.get('default_hooks') or {})
+    defaults.setdefault('checkpoint', dict(type='CheckpointHook', interval=1))  # as MMEngine does
+    if type_name(defaults['checkpoint']) == 'CheckpointHook':  # None: no checkpoints are wanted
+        defaults['checkpoint'] = dict(defaults['checkpoint'], type='SafeCheckpointHook')
+    cfg.default_hooks = defaults
 
 
 def build_runner(cfg: Config, splits: tuple[str, ...], allow_mismatch: bool = False) -> Runner:
@@ -75,6 +84,7 @@ def build_runner(cfg: Config, splits: tuple[str, ...], allow_mismatch: bool = Fa
     preflight.check_checkpoint(cfg.get('load_from'), 'load_from')
     run_all(cfg, splits)
     allow_mmengine_checkpoints()
+    adopt_saved_seed(cfg)
     prepare_distributed(cfg)
     _add_hooks(cfg, allow_mismatch)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else QuietRunner.from_cfg(cfg)

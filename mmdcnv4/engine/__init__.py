@@ -2,8 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training parts that know no model: optimiser constructors and hooks."""
 
-from .hooks import MultiScaleAttentionHook, ProgressBarHook, TemperatureAnnealingHook
+from .hooks import (
+    InvalidLossHook,
+    MultiScaleAttentionHook,
+    ProgressBarHook,
+    ResumableRandomnessHook,
+    SafeCheckpointHook,
+    TemperatureAnnealingHook,
+)
 from .optimizers import CustomLayerDecayOptimizerConstructor
 
-__all__ = ['CustomLayerDecayOptimizerConstructor', 'MultiScaleAttentionHook', 'ProgressBarHook',
+__all__ = ['CustomLayerDecayOptimizerConstructor', 'InvalidLossHook', 'MultiScaleAttentionHook',
+           'ProgressBarHook', 'ResumableRandomnessHook', 'SafeCheckpointHook',
            'TemperatureAnnealingHook']

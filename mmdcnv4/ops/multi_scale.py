@@ -98,6 +98,11 @@ def multi_scale_deformable_attention_reference(value: Tensor, sizes: Sizes, loca
         grid = 2 * locations[:, :, :, level].transpose(1, 2).flatten(0, 1) - 1  # (B*M, Q, P, 2)
         samples = F.grid_sample(pixels, grid, align_corners=False)  # (B*M, D, Q, P)
         factors = weights[:, :, :, level].transpose(1, 2).flatten(0, 1)[:, None]
+        sides = grid.new_tensor([width, height])
+        pixel = ((grid.detach() + 1) * sides - 1) / 2
+        # an infinite weight counts nothing where its sample is outside: inf * 0 is NaN
+        inside = ((pixel > -1) & (pixel < sides)).all(-1)[:, None]
+        factors = torch.where(inside, factors, factors.new_zeros(()))
         total = total + (samples * factors).sum(-1)  # (B*M, D, Q)
     return total.unflatten(0, (-1, heads)).flatten(1, 2).transpose(1, 2).contiguous()
 

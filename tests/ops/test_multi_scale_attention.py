@@ -231,6 +231,16 @@ def test_nothing_to_do(batch, queries, native):
         assert out.shape == (batch, queries, 8) and not grad.any()
 
 
+@pytest.mark.parametrize('backend', ['native', 'pytorch'])
+def test_an_infinite_weight_outside_the_map_counts_nothing(backend, native):
+    locations = torch.tensor([[0.5, 0.5], [3.0, 0.5], [0.5, -2.0]], dtype=F64)
+    weights = torch.tensor([1.0, math.inf, math.nan], dtype=F64)
+    out = multi_scale_deformable_attention(
+        torch.ones(1, 6, 1, 1, dtype=F64), [(2, 3)], locations.view(1, 1, 1, 1, 3, 2),
+        weights.view(1, 1, 1, 1, 3), backend=backend)
+    assert out.item() == 1
+
+
 @pytest.mark.parametrize('change, error, message', [
     (dict(value=torch.randn(2, 9, 3, 5)), ValueError, r'value must have shape \(B, 95'),
     (dict(value=torch.randn(95, 3, 5)), ValueError, 'value must have shape'),

@@ -43,7 +43,9 @@ def converters() -> tuple[Any, Any]:
 def add_links(path: Path, samples: dict[str, dict]) -> int:
     """Puts the links of the sample table into an info file; returns the number of its samples."""
     import mmengine
-    infos = mmengine.load(path)
+
+    from mmdcnv4.safe_files import load_infos
+    infos = load_infos(str(path))
     for info in infos['data_list']:
         info.update({key: samples[info['token']][key] for key in LINKS})
     mmengine.dump(infos, path)

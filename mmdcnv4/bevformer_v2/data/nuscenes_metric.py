@@ -8,12 +8,12 @@ import json
 from pathlib import Path
 from typing import Any, Optional
 
-import mmengine
 from mmdet3d.evaluation.metrics import NuScenesMetric
 from mmdet3d.registry import METRICS
 from mmengine.evaluator import BaseMetric
 
 from ...errors import InvalidValue, MissingFile
+from ...safe_files import load_infos
 
 SPLITS = {'v1.0-mini': 'mini_val', 'v1.0-trainval': 'val'}  # what the devkit evaluates
 
@@ -65,7 +65,7 @@ class NuScenesSplitMetric(NuScenesMetric):
         scenes = {row['token'] for row in self._rows(version, 'scene') if row['name'] in names}
         wanted = {row['token'] for row in self._rows(version, 'sample')
                   if row['scene_token'] in scenes}
-        infos = mmengine.load(self.ann_file, backend_args=self.backend_args)['data_list']
+        infos = load_infos(self.ann_file, self.backend_args)['data_list']
         given = {info['token'] for info in infos}
         if given != wanted:
             raise InvalidValue(

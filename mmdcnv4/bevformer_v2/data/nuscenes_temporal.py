@@ -14,6 +14,7 @@ from mmdet3d.datasets import NuScenesDataset
 from mmdet3d.registry import DATASETS
 
 from ...errors import InvalidValue, MissingFile, MissingKey
+from ...safe_files import load_infos
 
 _INFO_VERSION = '1.1'
 _CREATE = 'tools/dataset_converters/nuscenes.py'
@@ -83,14 +84,19 @@ class NuScenesTemporalDataset(NuScenesDataset):
                                'names of your own set info_classes, the names of the info file')
 
     def load_data_list(self) -> list[dict]:
-        """Reads the info file and checks its version."""
-        try:
-            data_list = super().load_data_list()
-        except (TypeError, ValueError) as error:
+        """Reads the info file, without running what a pickle may hold, and checks its version."""
+        infos = load_infos(self.ann_file)
+        if not isinstance(infos, dict) or not isinstance(infos.get('data_list'), list) or \
+                not isinstance(infos.get('metainfo'), dict):
             raise InvalidValue(
                 f'NuScenesTemporalDataset: ann_file {self.ann_file} must hold data_list and '
                 f'metainfo (version {_INFO_VERSION}); infos of mmdetection3d 0.x use other box '
-                f'conventions, make new ones with {_CREATE}') from error
+                f'conventions, make new ones with {_CREATE}')
+        for key, value in infos['metainfo'].items():  # what the config gives counts
+            self._metainfo.setdefault(key, value)
+        parsed = map(self.parse_data_info, infos['data_list'])
+        data_list = [item for items in parsed
+                     for item in (items if isinstance(items, list) else [items])]
         version = self.metainfo.get('info_version')
         if version != _INFO_VERSION:
             raise InvalidValue('NuScenesTemporalDataset: ann_file must have info_version '

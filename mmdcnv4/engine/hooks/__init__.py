@@ -2,10 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hooks of a run."""
 
+from .checkpoint import SafeCheckpointHook
+from .invalid_loss import InvalidLossHook
 from .multi_scale_attention import MultiScaleAttentionHook
 from .progress import ProgressBarHook
+from .randomness import ResumableRandomnessHook
 from .run_checks import RunChecksHook
 from .temperature import TemperatureAnnealingHook
 
-__all__ = ['MultiScaleAttentionHook', 'ProgressBarHook', 'RunChecksHook',
+__all__ = ['InvalidLossHook', 'MultiScaleAttentionHook', 'ProgressBarHook',
+           'ResumableRandomnessHook', 'RunChecksHook', 'SafeCheckpointHook',
            'TemperatureAnnealingHook']
