@@ -31,6 +31,9 @@ _NUMPY = {'ndarray', 'dtype', '_reconstruct', 'scalar', '_frombuffer', 'bool_', 
 _NUMPY_MODULES = ('numpy', 'numpy.core.multiarray', 'numpy._core.multiarray', 'numpy.core.numeric',
                   'numpy._core.numeric')
 _TORCH = {'torch._utils': ('_rebuild_tensor_v2',), 'torch': ('Size', 'device')}
+_BOXES = {f'mmdet3d.structures.bbox_3d.{module}': name for module, name in (
+    ('lidar_box3d', 'LiDARInstance3DBoxes'), ('cam_box3d', 'CameraInstance3DBoxes'),
+    ('depth_box3d', 'DepthInstance3DBoxes'))}  # in the results of tools/test.py --out
 
 
 def _load_storage(content: bytes) -> Any:
@@ -39,7 +42,7 @@ def _load_storage(content: bytes) -> Any:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows numbers, texts, containers, arrays and tensors."""
+    """Knows numbers, texts, containers, arrays, tensors, and boxes of mmdet3d."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ('builtins', '__builtin__') and name in _BUILTINS:
@@ -55,7 +58,7 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(
                 module.replace('numpy._core', core).replace('numpy.core', core)
                 if module.startswith(('numpy.core', 'numpy._core')) else module, name)
-        if name in _TORCH.get(module, ()):
+        if name in _TORCH.get(module, ()) or _BOXES.get(module) == name:
             return super().find_class(module, name)
         if (module, name) == ('torch.storage', '_load_from_bytes'):
             return _load_storage

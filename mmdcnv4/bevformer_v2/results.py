@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mmengine
 import numpy as np
 import torch
 from mmdet3d.structures import LiDARInstance3DBoxes
 from torch import Tensor
 
 from ..errors import InvalidValue, MissingFile
+from ..safe_files import load_infos
 from .geometry import quaternion_to_matrix
 
 _BOX_KEYS = ('translation', 'size', 'rotation', 'velocity', 'detection_name', 'detection_score')
@@ -51,7 +51,7 @@ def read_results(path: str) -> Mapping[str, Any]:
         raise InvalidValue(f'results must be a .pkl of tools/test.py --out or a .json in the '
                            f'format of the nuScenes server, got {path}')
     try:
-        content = mmengine.load(path)
+        content = load_infos(str(path))
         if suffix == '.json':
             return {str(token): list(boxes) for token, boxes in content['results'].items()}
         return {entry['token']: entry['pred_instances_3d'] for entry in content}

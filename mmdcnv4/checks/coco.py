@@ -9,6 +9,7 @@ that they do not read for an entry may be absent from it.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from numbers import Real
 from pathlib import Path
@@ -57,8 +58,47 @@ def _chosen(content: dict, classes: Optional[Sequence[str]]) -> set:
 
 
 def _is_box(box: Any) -> bool:
-    return isinstance(box, (list, tuple)) and len(box) == 4 and all(
-        isinstance(value, Real) and not isinstance(value, bool) for value in box)
+    return isinstance(box, (list, tuple)) and len(box) == 4 and all(map(_is_finite, box))
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number; JSON files of Python may hold NaN and Infinity."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_images(file: str, images: Sequence[dict]) -> None:
+    for index, image in enumerate(images):
+        for field in ('width', 'height'):
+            if not _is_finite(image[field]) or image[field] <= 0:
+                raise _fault(file, 'images', index, image, field,
+                             'It must be the size of the image in pixels.')
+
+
+def _check_unique(file: str, what: str, entries: Sequence[dict]) -> None:
+    """mmdet and pycocotools keep one of several entries of the same id."""
+    seen: dict[Any, int] = {}
+    for index, entry in enumerate(entries):
+        if entry['id'] in seen:
+            raise _fault(file, what, index, entry, 'id', 'It must be unique, but '
+                         f'{what}[{seen[entry["id"]]}] has it as well; number them anew.')
+        seen[entry['id']] = index
+
+
+def _check_some_are_used(file: str, annotations: Sequence[dict], by_id: dict, chosen: set) -> None:
+    """Refuses a file whose boxes mmdet drops, all of them, to train on background alone."""
+    candidates = [annotation for annotation in annotations
+                  if annotation['category_id'] in chosen and annotation['image_id'] in by_id
+                  and not annotation.get('ignore')]
+    if not candidates or any(_is_used(annotation, by_id[annotation['image_id']])
+                             for annotation in candidates):
+        return
+    image = by_id[candidates[0]['image_id']]
+    raise InvalidValue(
+        f'the annotation file {file}: none of its {len(candidates)} objects would be used, mmdet '
+        'drops boxes that are smaller than a pixel or lie outside their image. The first, id '
+        f'{candidates[0]["id"]}, is {candidates[0]["bbox"]} ([x, y, width, height] in pixels) in '
+        f'the image {image["file_name"]} of width {image["width"]} and height {image["height"]}; '
+        'boxes relative to the image, or a wrong size of the images, are the usual causes.')
 
 
 def _is_used(annotation: dict, image: dict) -> bool:
@@ -92,6 +132,15 @@ def check_coco_dataset(file: str, classes: Optional[Sequence[str]], needs_mask: 
                   'Every category needs both.')
     _check_fields(file, 'annotations', annotations, ('id', 'image_id', 'category_id'),
                   'Every object needs its own id and those of its image and of its category.')
+    _check_images(file, images)
+    for what, entries in (('images', images), ('categories', content['categories']),
+                          ('annotations', annotations)):
+        _check_unique(file, what, entries)
+    if drops_empty and not annotations:
+        raise InvalidValue(
+            f"the annotation file {file} holds no objects: its list 'annotations' is empty or "
+            'missing. To train one needs images with objects; a file of image names alone serves '
+            'for the test split.')
     chosen = _chosen(content, classes)
     by_id = {image['id']: image for image in images}
     for index, annotation in enumerate(annotations):
@@ -113,6 +162,7 @@ def check_coco_dataset(file: str, classes: Optional[Sequence[str]], needs_mask: 
                          'mask; for boxes alone take a model without a mask head.')
     if not images:
         raise InvalidValue(f'the annotation file {file} holds no image.')
+    _check_some_are_used(file, annotations, by_id, chosen)
     if drops_empty and not any(annotation['category_id'] in chosen for annotation in annotations):
         known = [category['name'] for category in content['categories']]
         raise InvalidValue(
