@@ -117,7 +117,7 @@ class DCNv4(nn.Module):
             zip(self.geometry.padding, self.geometry.dilation, self.geometry.kernel_size))
         # the centre of every window is the pixel itself
         self._sees_input = self._keeps_size and dw_kernel_size is None
-        self.mask_init = mask_init
+        self.mask_init = float(mask_init)
         self._check_options(group, dw_kernel_size, center_feature_scale, without_pointwise)
 
         if without_pointwise:
