@@ -36,8 +36,14 @@ BASES: dict[str, dict] = {
     'DCNv4': dict(in_channels=8, out_channels=16, kernel_size=3, padding=1),
     'ChannelLN': dict(num_features=16),
     'FlashInternImage': dict(channels=16, groups=(1, 2, 4, 8), **SMALL),
-    'InternImage': dict(channels=16, groups=(1, 2, 4, 8), **SMALL),
-    'DAT': dict(arch='mini'), 'DynamicMobileFormer': dict(arch='xxs'),
+    'InternImage': dict(channels=16, groups=(1, 2, 4, 8), dw_kernel_size=3, **SMALL),
+    'DAT': dict(channels=16, heads=(1, 2, 4, 8), groups=(1, 1, 2, 4), img_size=64,
+                blocks=('D', 'N', 'ND', 'D'), drop_path_rate=0.0),
+    'DynamicMobileFormer': dict(
+        stem_channels=(8, 12, 8), stages=(((16, 12, 2),), ((20, 16, 2),), ((32, 20, 4),
+                                                                           (24, 20, 2)),
+                                          ((40, 24, 4),)),
+        groups=2, num_tokens=3, token_channels=32, num_kernels=3, drop_path_rate=0.0),
 }
 
 
@@ -70,10 +76,9 @@ def case(draw: random.Random) -> str:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             module = kind(**options)
-    except RuntimeError as error:
-        assert 'allocate memory' in str(error), error
-        return f'{name} larger than memory'
     except Exception as error:
+        if 'allocate memory' in str(error):
+            return f'{name} larger than memory'
         names = changed + ['group', 'kernel_size', 'channels', 'stride', 'pad', 'image', 'arch']
         assert is_in_words(error, kind, names), \
             f'{name}({ {key: options[key] for key in changed} }): {type(error).__name__}: {error}'

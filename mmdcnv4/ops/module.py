@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import IntOrPair, make_geometry, offset_mask_channels, output_size
+from .contract import IntOrPair, flag, make_geometry, offset_mask_channels, output_size
 from .functional import apply_geometry
 
 
@@ -105,6 +105,9 @@ class DCNv4(nn.Module):
         self.channels = channels
         self.in_channels = channels if in_channels is None else in_channels
         _check_integers(channels=channels, in_channels=self.in_channels, group=group)
+        flag(output_bias, 'output_bias')
+        flag(without_pointwise, 'without_pointwise')
+        flag(center_feature_scale, 'center_feature_scale')
         _check_type('mask_init', mask_init, Real, 'a number')
         if not math.isfinite(mask_init):
             raise ValueError(f'DCNv4: mask_init must be finite, got {mask_init}')

@@ -97,7 +97,8 @@ def write_config(file: Path, *, by_epoch: bool = True, length: int = 3, workers:
         loop=f'by_epoch=True, max_epochs={length}' if by_epoch else
         f"type='IterBasedTrainLoop', max_iters={length}",
         sampler='DefaultSampler' if by_epoch else 'InfiniteSampler', by_epoch=by_epoch,
-        length=length, workers=workers, interval=interval, keep=keep, seed=seed, seconds=seconds, extra=extra))
+        length=length, workers=workers, interval=interval, keep=keep, seed=seed, seconds=seconds,
+        extra=extra))
     return file
 
 

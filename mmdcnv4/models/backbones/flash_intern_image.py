@@ -292,7 +292,8 @@ def _resolve_arch(check: Arguments, arch: Union[str, dict, None],
         own = table[arch]
     nullable = ('layer_scale', 'dw_kernel_size')  # None means none; 'arch' means not given
     explicit = {key: value for key, value in given.items()
-                if (value != 'arch' if key in nullable else value is not None)}
+                if (not isinstance(value, str) or value != 'arch' if key in nullable
+                    else value is not None)}
     size = {**_DEFAULTS, **own, **explicit}
     missing = [key for key in ('channels', 'depths', 'groups') if key not in size]
     if missing:
