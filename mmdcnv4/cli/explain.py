@@ -14,13 +14,15 @@ import errno
 import json
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Optional
 
+import torch.distributed as dist
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry.build_functions import build_from_cfg
@@ -71,6 +73,43 @@ def _hint_registry(error: BaseException) -> Optional[str]:
     return f'mmdcnv4 did not register all of its classes: {reasons}'
 
 
+@contextmanager
+def _workers_silent() -> Iterator[None]:
+    """Keeps torch's signal handler from raising in the middle of an explanation.
+
+    It does so wherever a program stands when a worker of a data loader dies, and the program
+    often hears of that by a broken pipe first.
+    """
+    before: Any = None
+    for _ in range(2):  # what the first one raises is what was waiting
+        with suppress(AttributeError, RuntimeError, ValueError):  # no SIGCHLD; not the main thread
+            before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) or before
+    try:
+        yield
+    finally:
+        if callable(before):
+            signal.signal(signal.SIGCHLD, before)
+
+
+def _hint_process(error: BaseException) -> Optional[str]:
+    """Where torch waited for another process: a worker of a data loader, or one of a run."""
+    places = [frame.f_globals.get('__name__', '') for frame, _ in
+              traceback.walk_tb(error.__traceback__)]
+    place = places[-1] if places else ''
+    is_cut = isinstance(error, (EOFError, ConnectionError)) and any(
+        name.startswith('torch.utils.data.') for name in places)
+    if is_cut or place.startswith('torch.utils.data.'):
+        return ('a worker of the data loader ended or hangs. The kernel kills one when memory is '
+                'short (`dmesg`): try fewer num_workers or a smaller batch, and continue with '
+                '--resume')
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and \
+            place.startswith(('torch.distributed.', 'torch.nn.parallel.', 'torch.autograd.')):
+        return (f'this is process {dist.get_rank()} of {dist.get_world_size()}. If another one '
+                'was killed, failed or hangs, this one cannot go on: the first error in the '
+                'output of the others is the cause. Continue with --resume')
+    return None
+
+
 def hint(error: BaseException, cfg: Optional[Config] = None) -> Optional[str]:
     """What may help with an exception that is not known to be the user's fault.
 
@@ -91,6 +130,8 @@ def hint(error: BaseException, cfg: Optional[Config] = None) -> Optional[str]:
             found = f'{library} is not installed' if library in ('mmcv', *LIBRARIES) else None
         elif isinstance(link, KeyError):
             found = _hint_registry(link)
+        elif isinstance(link, (RuntimeError, EOFError, ConnectionError)):
+            found = _hint_process(link)
         if found:
             return found
     return None
@@ -140,7 +181,8 @@ def explain(cfg: Optional[Config] = None, debug: bool = False) -> Iterator[None]
         yield
     except Exception as error:
         close_bar()  # it would stand in the middle of the text
-        _log_traceback(error, cfg)
+        with _workers_silent():
+            _log_traceback(error, cfg)
         fault = find_user_error(error)
         if fault is not None and not debug:
             raise SystemExit(f'error: {message_of(fault)}') from error

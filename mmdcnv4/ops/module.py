@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .contract import IntOrPair, make_geometry, offset_mask_channels, output_size
+from .contract import IntOrPair, flag, make_geometry, offset_mask_channels, output_size
 from .functional import apply_geometry
 
 MASK_INITS = ('zero', 'center', 'box')
@@ -115,6 +115,9 @@ class DCNv4(nn.Module):
         self.out_channels = channels if out_channels is None else out_channels
         _check_integers(channels=channels, in_channels=self.in_channels,
                         out_channels=self.out_channels, group=group)
+        flag(output_bias, 'output_bias')
+        flag(without_pointwise, 'without_pointwise')
+        flag(center_feature_scale, 'center_feature_scale')
         if isinstance(mask_init, Real) and not math.isfinite(mask_init):
             raise ValueError(f'DCNv4: mask_init must be finite, got {mask_init}')
         self.geometry = make_geometry(

@@ -26,7 +26,7 @@ from mmdcnv4.models.layers import DCNv4Conv2d
 _CONFIG = """
 custom_imports = dict(imports=['mmdcnv4', 'helpers.tiny_run'], allow_failed_imports=False)
 default_scope = 'mmengine'
-model = dict(type='TinyModel', seconds={seconds})
+model = dict(type='TinyModel', seconds={seconds}, extra={extra})
 train_dataloader = dict(
     batch_size=4, num_workers={workers}, persistent_workers={workers} > 0,
     dataset=dict(type='NoisyPictures'), sampler=dict(type='{sampler}', shuffle=True))
@@ -63,13 +63,15 @@ class TinyModel(BaseModel):
     Args:
         seconds: that a step takes in addition, so that a kill meets it.
         nan_at: number of the training step whose loss is NaN.
+        extra: numbers that make a checkpoint larger.
     """
 
-    def __init__(self, seconds: float = 0.0, nan_at: int = -1) -> None:
+    def __init__(self, seconds: float = 0.0, nan_at: int = -1, extra: int = 1) -> None:
         super().__init__()
         self.conv = DCNv4Conv2d(3, 16, 3, padding=1)
         self.norm = nn.BatchNorm2d(16)
         self.head = nn.Linear(16, 1)
+        self.extra = nn.Parameter(torch.zeros(extra))
         self.seconds, self.nan_at, self.step = seconds, nan_at, 0
 
     def forward(self, inputs: Any, data_samples: Any = None, mode: str = 'tensor') -> Any:
@@ -82,19 +84,21 @@ class TinyModel(BaseModel):
         time.sleep(self.seconds)
         self.step += 1
         target = images.mean((1, 2, 3))[:, None]
+        out = out + self.extra[:1]
         return dict(loss_fit=F.mse_loss(out, target) * (
             float('nan') if self.step == self.nan_at else 1.0))
 
 
 def write_config(file: Path, *, by_epoch: bool = True, length: int = 3, workers: int = 0,
                  interval: int = 1, keep: int = 2, seed: object = 1,
-                 seconds: float = 0.0) -> Path:
+                 seconds: float = 0.0, extra: int = 1) -> Path:
     """Writes a config; `length` and `interval` in epochs of six iterations, or in iterations."""
     file.write_text(_CONFIG.format(
         loop=f'by_epoch=True, max_epochs={length}' if by_epoch else
         f"type='IterBasedTrainLoop', max_iters={length}",
         sampler='DefaultSampler' if by_epoch else 'InfiniteSampler', by_epoch=by_epoch,
-        length=length, workers=workers, interval=interval, keep=keep, seed=seed, seconds=seconds))
+        length=length, workers=workers, interval=interval, keep=keep, seed=seed, seconds=seconds,
+        extra=extra))
     return file
 
 

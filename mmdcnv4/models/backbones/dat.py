@@ -181,6 +181,7 @@ class DAT(Backbone):
                  pretrained: Optional[str] = None,
                  init_cfg: Union[dict, list, None] = None) -> None:
         super().__init__(init_cfg=init_cfg, pretrained=pretrained)
+        _CHECK.flag('with_cp', with_cp)
         size = _resolve_arch(arch, dict(
             channels=channels, blocks=blocks, heads=heads, groups=groups, strides=strides,
             offset_kernels=offset_kernels, kernel_size=kernel_size, window_size=window_size,

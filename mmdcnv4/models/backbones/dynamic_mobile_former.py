@@ -141,7 +141,8 @@ class DynamicMobileFormer(Backbone):
         if token_channels % former_heads:
             raise _CHECK.refuse('former_heads', f'a divisor of token_channels ({token_channels})',
                                 former_heads)
-        for name, value in dict(class_features=class_features, norm_eval=norm_eval).items():
+        for name, value in dict(class_features=class_features, norm_eval=norm_eval,
+                                with_cp=with_cp).items():
             _CHECK.flag(name, value)
         if not class_features or len(out_indices) > 0:
             out_indices = _CHECK.out_indices(out_indices)
@@ -153,7 +154,7 @@ class DynamicMobileFormer(Backbone):
         options = MobileFormerOptions(
             groups=size['groups'], ffn_ratio=size['ffn_ratio'], token_channels=token_channels,
             former_heads=former_heads, num_kernels=num_kernels, grn_mode=grn_mode,
-            norm_cfg=dict(type='BN') if norm_cfg is None else norm_cfg, with_cp=with_cp)
+            norm_cfg=_checked_norm(norm_cfg), with_cp=with_cp)
 
         stem, hidden, width = size['stem_channels']
         self.tokens = nn.Parameter(torch.empty(1, num_tokens, token_channels))
@@ -262,6 +263,16 @@ def _resolve_arch(arch: Optional[str], given: Mapping[str, Any]) -> dict[str, An
         raise ValueError(f'DynamicMobileFormer: {", ".join(missing)} must be given without arch, '
                          'got None')
     return size
+
+
+def _checked_norm(norm_cfg: Optional[dict[str, Any]]) -> dict[str, Any]:
+    if norm_cfg is None:
+        return dict(type='BN')
+    kind = norm_cfg.get('type') if isinstance(norm_cfg, Mapping) else None
+    if not isinstance(kind, (str, type)) or isinstance(kind, str) and not (
+            isinstance(MODELS.get(kind), type)):
+        raise _CHECK.refuse('norm_cfg', "the dict of a norm, e.g. dict(type='BN')", norm_cfg)
+    return norm_cfg
 
 
 def _is_triple(values: Any) -> bool:

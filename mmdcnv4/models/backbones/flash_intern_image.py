@@ -142,6 +142,11 @@ class FlashInternImage(Backbone):
         if size['layer_scale'] is not None and not is_number(size['layer_scale']):
             raise check.refuse('layer_scale', "a number, None or 'arch'", size['layer_scale'])
         check.rate('drop_rate', drop_rate)
+        for name, value in dict(
+                res_post_norm=res_post_norm, center_feature_scale=center_feature_scale,
+                with_cp=with_cp, **{key: size[key] for key in (
+                    'post_norm', 'mlp_fc2_bias', 'dcn_output_bias')}).items():
+            check.flag(name, value)
         for name in ('mlp_ratio', 'offset_scale'):
             check.positive(name, size[name])
         check.positive('in_channels', in_channels, Integral)
@@ -287,7 +292,8 @@ def _resolve_arch(check: Arguments, arch: Union[str, dict, None],
         own = table[arch]
     nullable = ('layer_scale', 'dw_kernel_size')  # None means none; 'arch' means not given
     explicit = {key: value for key, value in given.items()
-                if (value != 'arch' if key in nullable else value is not None)}
+                if (not isinstance(value, str) or value != 'arch' if key in nullable
+                    else value is not None)}
     size = {**_DEFAULTS, **own, **explicit}
     missing = [key for key in ('channels', 'depths', 'groups') if key not in size]
     if missing:

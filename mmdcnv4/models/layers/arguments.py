@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
@@ -24,8 +25,8 @@ class Arguments(NamedTuple):
             raise self.refuse(name, f'one of {tuple(choices)}', value)
 
     def positive(self, name: str, value: Any, kind: type = Real) -> None:
-        """`value` is a number of that kind above 0."""
-        if not (is_number(value, kind) and value > 0):
+        """`value` is a finite number of that kind above 0."""
+        if not (is_number(value, kind) and 0 < value < math.inf):
             raise self.refuse(
                 name, f'{"an integer" if kind is Integral else "a number"} > 0', value)
 

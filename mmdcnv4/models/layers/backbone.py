@@ -103,8 +103,9 @@ class Backbone(BaseModule):
             super()._dump_init_info()
 
     def _check_init_cfg(self, init_cfg: Any) -> None:
-        configs = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg or {'type': ''}]
-        for cfg in configs:
+        if init_cfg is None or isinstance(init_cfg, Mapping) and not init_cfg:
+            return
+        for cfg in init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]:
             if not isinstance(cfg, Mapping) or 'type' not in cfg:
                 raise Arguments(type(self).__name__).refuse(
                     'init_cfg', "None, dict(type='Pretrained', checkpoint=...), or initialisers "

@@ -121,7 +121,7 @@ class DCNv4Conv2d(DCNv4):
             raise TypeError('DCNv4: deform_groups must not be given, DCNv4 has `group`; to replace '
                             "the dcn of an inherited config write dcn=dict(_delete_=True, "
                             f"type='DCNv4', ...), got deform_groups={deform_groups!r}")
-        if groups != 1:
+        if not isinstance(groups, Integral) or groups != 1:
             raise ValueError('DCNv4: groups must be 1: a grouped convolution (ResNeXt, RegNet, '
                              'ResNeSt) cannot be replaced, and the channel groups of DCNv4 are '
                              f'set by `group`, got groups={groups}')

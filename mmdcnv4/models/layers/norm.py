@@ -5,9 +5,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from numbers import Integral
 
 from mmengine.registry import MODELS
 from torch import Tensor, nn
+
+from ...errors import user_arguments
+from .arguments import Arguments
 
 
 class ToChannelsLast(nn.Module):
@@ -49,10 +53,18 @@ class ChannelLayerNorm(nn.LayerNorm):
         num_features: C.
         eps: added to the variance.
         elementwise_affine: whether there are a weight and a bias per channel.
+
+    Raises:
+        ValueError: the message names the argument, the rule and the value.
     """
 
+    @user_arguments('ChannelLN')
     def __init__(self, num_features: int, eps: float = 1e-5,
                  elementwise_affine: bool = True) -> None:
+        check = Arguments('ChannelLN')
+        check.positive('num_features', num_features, Integral)
+        check.positive('eps', eps)
+        check.flag('elementwise_affine', elementwise_affine)
         super().__init__(num_features, eps=eps, elementwise_affine=elementwise_affine)
 
     def forward(self, x: Tensor) -> Tensor:
