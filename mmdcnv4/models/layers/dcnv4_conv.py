@@ -132,7 +132,7 @@ class DCNv4Conv2d(DCNv4):
             dw_kernel_size, center_feature_scale, remove_center, output_bias=bias,
             without_pointwise=without_pointwise, softmax=softmax, in_channels=in_channels,
             out_channels=out_channels, mask_init='box' if mask_init is None else mask_init)
-        self.output_bias = (nn.Parameter(torch.zeros(out_channels))
+        self.output_bias: Optional[nn.Parameter] = (nn.Parameter(torch.zeros(out_channels))
                             if bias and without_pointwise else None)
         # what mmcv reads from a convolution layer
         self.kernel_size = self.geometry.kernel_size
