@@ -33,7 +33,8 @@ _NUMPY_MODULES = ('numpy', 'numpy.core.multiarray', 'numpy._core.multiarray', 'n
 _TORCH = {'torch._utils': ('_rebuild_tensor_v2',), 'torch': ('Size', 'device')}
 _BOXES = {f'mmdet3d.structures.bbox_3d.{module}': name for module, name in (
     ('lidar_box3d', 'LiDARInstance3DBoxes'), ('cam_box3d', 'CameraInstance3DBoxes'),
-    ('depth_box3d', 'DepthInstance3DBoxes'))}  # in the results of tools/test.py --out
+    ('depth_box3d', 'DepthInstance3DBoxes'),
+    ('box_3d_mode', 'Box3DMode'))}  # in the results of tools/test.py --out
 
 
 def _load_storage(content: bytes) -> Any:
@@ -95,9 +96,12 @@ def load_infos(path: str, backend_args: Optional[dict] = None) -> Any:
         InvalidValue: see :func:`load_pickle`.
     """
     import mmengine
-    if not str(path).endswith(('.pkl', '.pickle')) or os.environ.get(VARIABLE) == '1':
+    if not str(path).endswith(('.pkl', '.pickle')):
         return mmengine.load(path, backend_args=backend_args)
-    return load_pickle(io.BytesIO(get(path, backend_args=backend_args)), str(path))
+    content = io.BytesIO(get(path, backend_args=backend_args))
+    if os.environ.get(VARIABLE) == '1':  # MMEngine may read as this module does by now
+        return pickle.load(content)
+    return load_pickle(content, str(path))
 
 
 def _name(file: Any) -> str:
