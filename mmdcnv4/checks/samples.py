@@ -22,27 +22,52 @@ _FILES = ('img_path', 'seg_map_path', 'lidar_path')
 
 
 class LabelRange(NamedTuple):
-    """The labels of a segmentor: 0 ... `num_classes` - 1 and `ignore_index`."""
+    """The labels of a segmentor: 0 ... `num_classes` - 1 and `ignore_index`.
+
+    Attributes:
+        num_classes, ignore_index: of its heads.
+        must_label_all: whether a loss fails on pixels of `ignore_index`.
+        size, divisor: to which the data preprocessor pads label maps, with `ignore_index`; None
+            and 1 where it does not.
+    """
 
     num_classes: int
     ignore_index: int
+    must_label_all: bool = False
+    size: Optional[tuple[int, int]] = None
+    divisor: int = 1
+
+    def is_padded(self, height: int, width: int) -> bool:
+        """Whether the data preprocessor pads a map of this size."""
+        return bool(height % self.divisor or width % self.divisor) or self.size is not None and (
+            height < self.size[0] or width < self.size[1])
 
 
 def label_range(model: nn.Module) -> Optional[LabelRange]:
     """The labels that every head of the model takes whose loss fails on others.
 
-    That are heads with a cross entropy over all classes; other losses do without.
+    That are heads with a cross entropy over all classes; other losses do without. The one of
+    mmsegmentation fails on ignored pixels, too, where it has weights of classes and its value is
+    the mean.
     """
-    ranges = []
+    ranges, must_label_all = [], False
     module: Any
     for module in model.modules():
         losses = getattr(module, 'loss_decode', None)
-        losses = list(losses) if isinstance(losses, nn.ModuleList) else [losses]
-        if any(type(loss).__name__ == 'CrossEntropyLoss' and not (
+        for loss in list(losses) if isinstance(losses, nn.ModuleList) else [losses]:
+            is_of_host = type(loss).__name__ == 'CrossEntropyLoss' and not (
                 loss.use_sigmoid or loss.use_mask)
-               for loss in losses):
-            ranges.append(LabelRange(module.num_classes, module.ignore_index))
-    return min(ranges) if ranges else None
+            if is_of_host or type(loss).__name__ == 'WeightedCrossEntropy':
+                ranges.append((module.num_classes, module.ignore_index))
+            must_label_all |= (is_of_host and loss.class_weight is not None
+                               and loss.reduction == 'mean')
+    if not ranges:
+        return None
+    labels = LabelRange(*min(ranges), must_label_all)
+    preprocessor: Any = getattr(model, 'data_preprocessor', None)
+    if getattr(preprocessor, 'seg_pad_val', None) != labels.ignore_index:
+        return labels
+    return labels._replace(size=preprocessor.size, divisor=preprocessor.size_divisor or 1)
 
 
 def sample_files(data: Any) -> Iterator[str]:
@@ -134,7 +159,7 @@ class CheckedPipeline(Compose):
                 f'the label map {name} must have one channel that holds the number of the class, '
                 f'got the shape {tuple(labels.shape)}; write coloured maps anew with one number '
                 'per pixel.')
-        count, ignored = self.labels
+        count, ignored = self.labels[:2]
         wrong = labels[((labels < 0) | (labels >= count)) & (labels != ignored)]
         if wrong.numel():
             raise InvalidValue(
@@ -142,6 +167,12 @@ class CheckedPipeline(Compose):
                 f'{count - 1} and {ignored} (ignored), after reduce_zero_label and label_map of '
                 'the dataset; set num_classes of every head and metainfo.classes alike, or mend '
                 'the map.')
+        if self.labels.must_label_all and (bool((labels == ignored).any())
+                                           or self.labels.is_padded(*labels.shape[1:])):
+            raise InvalidValue(
+                f'the label map {name} has ignored pixels ({ignored}), of its own or by padding, '
+                'on which the CrossEntropyLoss of mmsegmentation fails with class_weight; take '
+                "loss_decode=dict(_delete_=True, type='WeightedCrossEntropy', class_weight=...).")
 
 
 def check_samples_of(dataset: Any, labels: Optional[LabelRange] = None) -> None:
