@@ -52,6 +52,7 @@ def label_range(model: nn.Module) -> Optional[LabelRange]:
     """
     ranges, must_label_all = [], False
     module: Any
+    loss: Any
     for module in model.modules():
         losses = getattr(module, 'loss_decode', None)
         for loss in list(losses) if isinstance(losses, nn.ModuleList) else [losses]:
