@@ -7,3 +7,5 @@ model = dict(
         type='with_dcnv4',
         module=_base_.model.backbone,
         replace=dict(match='*.attn', targets=('attention', ), cfg=dict(group_channels=32))))
+
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=2, save_best='auto'))  # mmdet: keeps all

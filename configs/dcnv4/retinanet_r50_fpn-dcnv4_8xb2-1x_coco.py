@@ -10,3 +10,5 @@ model = dict(
             match='fpn_convs.*.conv',
             targets=('conv3x3', ),
             cfg=dict(value_width='out'))))  # the fourth one narrows from 2048 channels to 256
+
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=2, save_best='auto'))  # mmdet: keeps all

@@ -12,19 +12,23 @@ model = dict(
     # twice the anchors, for cells of twice the size
     bbox_head=dict(in_channels=width, feat_channels=width,
                    anchor_generator=dict(octave_base_scale=4)))
+resize = dict(type='Resize', scale=(640, 480), keep_ratio=True)
 train_dataloader = dict(num_workers=4, dataset=dict(pipeline=[
     dict(type='LoadImageFromFile'),
     dict(type='LoadAnnotations', with_bbox=True),
+    resize,
     dict(type='RandomFlip', prob=[0.25, 0.25, 0.25],
          direction=['horizontal', 'vertical', 'diagonal']),
     dict(type='PhotoMetricDistortion'),
     dict(type='PackDetInputs'),
 ]))
-val_dataloader = dict(dataset=dict(pipeline=[
+test_pipeline = [
     dict(type='LoadImageFromFile'),
+    resize,
     dict(type='LoadAnnotations', with_bbox=True),
     dict(type='PackDetInputs',
-         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape')),
-]))
-test_dataloader = dict(dataset=dict(pipeline=val_dataloader['dataset']['pipeline']))
+         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+]
+val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 optim_wrapper = dict(optimizer=dict(lr=2e-4))

@@ -268,7 +268,7 @@ def test_image_as_the_config_prepares_it(tmp_path):
 def test_errors_of_every_tool(tmp_path, monkeypatch, name, options):
     monkeypatch.chdir(tmp_path)
     tool = load_tool(f'analysis_tools/{name}')
-    (tmp_path / 'a.pth').touch()
+    torch.save(dict(state_dict=dict(a=torch.zeros(1))), tmp_path / 'a.pth')
     (tmp_path / 'broken.py').write_text('a = 1 / 0')
     (tmp_path / 'other.py').write_text("model, default_scope = dict(type='A'), 'mmpretrain'")
     monkeypatch.setitem(sys.modules, 'mmpretrain', None)
