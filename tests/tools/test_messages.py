@@ -198,7 +198,7 @@ def test_missing_checkpoint(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(('content', 'expected'), [
-    (b'no zip file', 'is no checkpoint'),
+    (b'no zip file', 'is not a checkpoint'),
     ('half', 'is truncated'),
     ('code', 'could run code, so it is refused'),
     ('list', 'must hold a dict of weights, got a list'),

@@ -100,7 +100,7 @@ def test_the_first_example_of_the_readme_learns(tmp_path: Path) -> None:
         'default_hooks.checkpoint.interval': 4}), cwd=tmp_path)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-4000:]
-    assert 'AdamW' in output and ' tensors matched; ' in output, output[:4000]
+    assert 'layer decay: ' in output and ' tensors matched; ' in output, output[:4000]
     losses = losses_of(output)
     assert len(losses) == 6 and np.isfinite(losses).all()
     assert sum(losses[-2:]) < 0.8 * sum(losses[:2]), losses  # both images each
