@@ -69,7 +69,7 @@ def damage(file: Union[str, Path]) -> Optional[str]:
     with open(file, 'rb') as stream:
         start = stream.read(4)
     if start != b'PK\x03\x04':
-        return None if start[:1] == b'\x80' else 'it is not a checkpoint'
+        return None if start[:1] == b'\x80' else 'it is no checkpoint'
     if not zipfile.is_zipfile(file):
         return 'it is truncated; its end is missing'
     try:
