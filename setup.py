@@ -10,13 +10,16 @@ Environment variables:
     MMDCNV4_SANITIZE=1    AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`).
     TORCH_CUDA_ARCH_LIST, MAX_JOBS: as for every torch extension.
 
-Without torch or a working C++ compiler the package installs without kernels and says so. Under
-build isolation the torch of the environment that asked for the build is used, not a fresh download:
-kernels work only with the torch they were built against.
+Without a working C++ compiler the package installs without kernels and says so. Without torch it
+does not install, unless MMDCNV4_NATIVE=0 says that this is meant: uv shows no warning of a build.
+Under pip's build isolation the torch of the environment that asked for the build is used, not a
+fresh download: kernels work only with the torch they were built against. uv's isolated builds do
+not say which environment asked; there, --no-build-isolation is needed.
 """
 
 import hashlib
 import importlib.util
+import inspect
 import os
 import platform
 import re
@@ -26,11 +29,13 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+NEEDS_TORCH: list = []  # why nothing can be built; source archives can
 # 'undefined' alone does not look at conversions of NaN and large floats to integers
 SANITIZERS = '-fsanitize=address,undefined,float-cast-overflow'
 
@@ -51,23 +56,33 @@ def torch_problem() -> str:
     return ''
 
 
+def cpp_standard() -> str:
+    """The C++ standard of torch's headers: what its BuildExtension adds to flags without one."""
+    from torch.utils.cpp_extension import BuildExtension
+    return max(re.findall(r"'c\+\+(\d\d)'", inspect.getsource(BuildExtension.build_extensions)),
+               default='17')
+
+
 def compiler_problem() -> str:
-    """Compiles a three-line C++17 program; returns why that failed, or an empty string."""
+    """Compiles a short program with the flags of the build; returns why that failed, or ''."""
     if os.name == 'nt':
         return ''  # setuptools finds MSVC by itself
     compiler = os.environ.get('CXX', 'c++').split()
     if shutil.which(compiler[0]) is None:
         return f'no C++ compiler was found ({compiler[0]})'
+    flags = [*cpu_flags(), f'-std=c++{cpp_standard()}']
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, 'probe.cpp')
         source.write_text('#include <Python.h>\n#include <vector>\n'
+                          '#if __cplusplus > 201703L\n#include <concepts>\n#endif\n'
                           'template <class T> int f() { if constexpr (sizeof(T) > 1) return 1; '
                           'else return 0; }\nint main() { return f<std::vector<int>>(); }\n')
-        command = [*compiler, '-std=c++17', '-I', sysconfig.get_paths()['include'], '-c',
+        command = [*compiler, *flags, '-I', sysconfig.get_paths()['include'], '-c',
                    str(source), '-o', str(Path(folder, 'probe.o'))]
         result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode != 0:
-        return f'the C++ compiler does not work ({" ".join(compiler)}): {result.stderr[-300:]}'
+        return (f'the C++ compiler does not work ({" ".join(compiler)} with {" ".join(flags)}): '
+                f'{result.stderr[-300:]}')
     return ''
 
 
@@ -89,7 +104,7 @@ def cuda_wanted() -> bool:
 def cpu_flags() -> list:
     """Flags of our own C++ files."""
     if os.name == 'nt':
-        return ['/O2', '/std:c++17', '/DMMDCNV4_COMPILER="msvc"']
+        return ['/O2', '/DMMDCNV4_COMPILER="msvc"']
     # floor and comparisons keep their IEEE meaning; only errno and traps are given up
     flags = ['-O3', '-g0', '-fno-math-errno', '-fno-trapping-math', '-Wall', '-Wextra',
              '-Wno-unused-parameter', '-Wno-unknown-pragmas', '-fvisibility=hidden',
@@ -114,16 +129,28 @@ def toolkit_version(cuda_home: str) -> tuple:
     return tuple(int(number) for number in re.search(r'release (\d+)\.(\d+)', text).groups())
 
 
-def default_architectures(toolkit: tuple, torch_version: tuple) -> str:
-    """All that the toolkit compiles for and torch has a name for, and PTX for what comes later."""
-    names = ['7.5', '8.0', '8.6']
-    if toolkit < (13, 0):
-        names.insert(0, '7.0')
-    if toolkit >= (11, 8):
-        names += ['8.9', '9.0']
-    if toolkit >= (12, 8) and torch_version >= (2, 7):
-        names += ['10.0', '12.0']
-    return ';'.join(names) + '+PTX'
+def knows_architecture(name: str) -> bool:
+    """Whether this torch turns an architecture into flags of nvcc."""
+    from torch.utils import cpp_extension
+    with mock.patch.dict(os.environ, TORCH_CUDA_ARCH_LIST=name):
+        try:
+            return bool(cpp_extension._get_cuda_arch_flags())
+        except ValueError:
+            return False
+
+
+def default_architectures(toolkit: tuple) -> str:
+    """All that the toolkit compiles for and torch has a name for, and PTX.
+
+    The PTX is of 8.0: every later GPU can take it, also one between two others, as Thor (11.0)
+    is, and the tensor-core kernels have code from there on.
+    """
+    names = ['7.0'] if toolkit < (13, 0) else []
+    names += ['7.5', '8.0+PTX', '8.6', '8.7']
+    names += ['8.9', '9.0'] if toolkit >= (11, 8) else []
+    names += ['10.0', '12.0'] if toolkit >= (12, 8) else []
+    names += ['11.0'] if toolkit >= (13, 0) else []
+    return ';'.join(filter(knows_architecture, names))
 
 
 def kernel_hash() -> str:
@@ -155,10 +182,8 @@ def write_kernel_hash() -> str:
 
 def cuda_flags(cuda_home: str) -> list:
     """Flags of our own CUDA files; sets TORCH_CUDA_ARCH_LIST where the user did not."""
-    import torch
     toolkit = toolkit_version(cuda_home)
-    torch_version = tuple(int(number) for number in torch.__version__.split('.')[:2])
-    os.environ.setdefault('TORCH_CUDA_ARCH_LIST', default_architectures(toolkit, torch_version))
+    os.environ.setdefault('TORCH_CUDA_ARCH_LIST', default_architectures(toolkit))
     # no fast math: comparisons at borders keep their IEEE meaning
     flags = ['-O3']
     if os.environ.get('MMDCNV4_LINEINFO') == '1':
@@ -172,10 +197,19 @@ def make_extension() -> dict:
     """Keyword arguments for `setup`: the extension, or nothing with a warning."""
     if os.environ.get('MMDCNV4_NATIVE') == '0':
         return {}
-    problem = compiler_problem() or torch_problem()
+    problem = torch_problem()
+    if problem:
+        NEEDS_TORCH.append(
+            f'{problem}. Install torch first, then, with build tools in the same environment:\n'
+            '    pip install setuptools wheel ninja\n'
+            '    pip install --no-build-isolation --editable .\n'
+            '(uv: the same with "uv pip"). Without kernels, on the slow PyTorch path: '
+            'MMDCNV4_NATIVE=0 before the command.')
+        return {}
+    problem = compiler_problem()
     if problem:
         warn(f'{problem}; installing WITHOUT compiled kernels: dcnv4 will take the slow PyTorch '
-             'path. Install a compiler and torch, then '
+             'path. Install a compiler, then '
              '`pip install --no-build-isolation --editable .`')
         return {}
     from torch.utils import cpp_extension
@@ -211,6 +245,8 @@ class BuildWithConfigs(build_py):
 
     def run(self) -> None:
         """Copies after the modules; an editable installation has links instead."""
+        if NEEDS_TORCH:
+            raise SystemExit(f'\n*** mmdcnv4: {NEEDS_TORCH[0]} ***\n')
         super().run()
         if getattr(self, 'editable_mode', False):  # setuptools >= 64
             link_recipes()
@@ -225,5 +261,7 @@ class BuildWithConfigs(build_py):
 options = make_extension()
 options.setdefault('cmdclass', {})['build_py'] = BuildWithConfigs
 if '--inplace' in sys.argv:
+    if NEEDS_TORCH:
+        raise SystemExit(f'mmdcnv4: {NEEDS_TORCH[0]}')
     link_recipes()
 setup(license='Apache-2.0', **options)

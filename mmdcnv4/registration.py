@@ -25,6 +25,7 @@ _MODULES: dict[str, tuple[str, ...]] = {
     'mmdcnv4.models.layers': ('mmengine',),
     'mmdcnv4.models.losses': ('mmengine',),
     'mmdcnv4.models.backbones': ('mmengine', 'mmcv'),
+    'mmdcnv4.models.replacement': ('mmengine',),
     'mmdcnv4.engine': ('mmengine',),
     'mmdcnv4.datasets.multi_scale': ('mmengine', 'numpy'),
 }

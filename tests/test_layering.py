@@ -39,6 +39,9 @@ TABLE = {
     'mmdcnv4.models.backbones': (
         ('mmdcnv4.errors', 'mmdcnv4.ops', 'mmdcnv4.models.layers', 'mmdcnv4.models.checkpoint'),
         ('mmengine', 'mmcv')),
+    'mmdcnv4.models.replacement': (
+        ('mmdcnv4.errors', 'mmdcnv4.ops', 'mmdcnv4.models.layers'), ('mmengine', 'mmcv')),
+    'mmdcnv4.models.diffusion': (('mmdcnv4.models.replacement',), ()),
     # backbones only through the registry
     'mmdcnv4.bevformer_v2': (('mmdcnv4.errors', 'mmdcnv4.safe_files', 'mmdcnv4.bevformer_v2',
                               'mmdcnv4.ops', 'mmdcnv4.models.checkpoint'),

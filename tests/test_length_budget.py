@@ -33,6 +33,10 @@ ALLOWED = {
         'six parts of the model, and what every detector has',
     ('mmdcnv4/models/backbones/dat.py', 'DAT.__init__', 'parameters'):
         'sizes and options of three families, and what every backbone has',
+    ('mmdcnv4/models/backbones/convnext_dcnv4.py', 'ConvNeXtDCNv4.__init__', 'parameters'):
+        'options of ConvNeXt and of DCNv4, and what every backbone has',
+    ('mmdcnv4/models/backbones/vit_dcnv4.py', 'ViTDCNv4.__init__', 'parameters'):
+        'options of a ViT and of DCNv4, and what every backbone has',
 }
 
 # file name, function -> reason

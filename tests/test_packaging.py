@@ -120,3 +120,51 @@ def test_info_names_a_cpu_build_of_torch_first(monkeypatch):
     monkeypatch.setattr(info._extension, 'build_info', {})
     monkeypatch.setattr(info._extension, 'is_available', False)
     assert info._cuda_kernels() == 'missing: torch is a CPU build'
+
+
+def setup_functions():
+    """What setup.py defines, without building anything."""
+    code = ("import json, os, runpy, sys; sys.argv = ['setup.py', '--version']\n"
+            "os.environ['MMDCNV4_NATIVE'] = '0'; scope = runpy.run_path('setup.py')\n")
+    return lambda expression: run(sys.executable, '-c',
+                                  f'{code}print({expression})').split('\n')[-2]
+
+
+def test_default_architectures():
+    """Orin and Thor where toolkit and torch know them; PTX of one that all later GPUs take."""
+    names = setup_functions()("scope['default_architectures']((13, 0))").split(';')
+    assert names[:4] == ['7.5', '8.0+PTX', '8.6', '8.7'] and '7.0' not in names
+    assert [name for name in names if 'PTX' in name] == ['8.0+PTX']
+    from torch.utils import cpp_extension
+    source = Path(cpp_extension.__file__).read_text()
+    assert ('11.0' in names) == ("'11.0a'" in source)
+
+
+def test_probe_has_the_standard_of_torch(tmp_path):
+    """A compiler that knows no C++20 must not pass where torch's headers are compiled as such."""
+    compiler = tmp_path / 'old'
+    compiler.write_text('#!/bin/sh\ncase "$*" in *-std=c++17*) exit 0;; esac\n'
+                        'echo unknown standard >&2; exit 1\n')
+    compiler.chmod(0o755)
+    standard = setup_functions()("scope['cpp_standard']()")
+    found = setup_functions()(f"[os.environ.update(CXX={str(compiler)!r}), "
+                              "scope['compiler_problem']()][1].split()")
+    assert standard in ('17', '20', '23')
+    assert ("'standard'" in found) == (standard != '17'), found
+
+
+def test_without_torch_the_build_stops_and_says_what_to_type(tmp_path):
+    """An isolated build of uv sees no torch, and shows no warnings."""
+    code = ('import sys\nfrom importlib.abc import MetaPathFinder\n'
+            'class Hidden(MetaPathFinder):\n'
+            '    def find_spec(self, name, path=None, target=None):\n'
+            '        if name.split(".")[0] == "torch": raise ImportError("no torch here")\n'
+            'sys.meta_path.insert(0, Hidden())\n'
+            "import importlib.util, runpy; importlib.util.find_spec = lambda name: None\n"
+            f"sys.argv = ['setup.py', 'build', '--build-base', {str(tmp_path)!r}]\n"
+            "runpy.run_path('setup.py', run_name='__main__')\n")
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, 'MMDCNV4_NATIVE': ''})
+    assert done.returncode == 1, done.stderr
+    assert 'pip install --no-build-isolation --editable .' in done.stderr
+    assert 'uv pip' in done.stderr and 'MMDCNV4_NATIVE=0' in done.stderr

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 
 from mmdcnv4.cli import preflight
 from mmdcnv4.cli.arguments import add_common_arguments
-from mmdcnv4.cli.config import apply_show, apply_tta, dump_metric, load_config
+from mmdcnv4.cli.config import apply_map_cache, apply_show, apply_tta, dump_metric, load_config
 from mmdcnv4.cli.explain import explain
 from mmdcnv4.cli.runner import build_runner
 
@@ -45,6 +45,8 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
         apply_show(cfg, args.show, args.show_dir, args.wait_time)
         if args.tta:
             apply_tta(cfg)
+        else:
+            apply_map_cache(cfg)
         dump = None if args.out is None else dump_metric(cfg, args.out)
         runner: Runner = build_runner(cfg, ('test',), args.allow_mismatch)
         if dump is not None:

@@ -13,6 +13,7 @@ from mmdcnv4.cli.arguments import add_common_arguments
 from mmdcnv4.cli.config import apply_amp, apply_auto_scale_lr, apply_resume, load_config
 from mmdcnv4.cli.explain import explain
 from mmdcnv4.cli.runner import build_runner
+from mmdcnv4.cli.schedule import apply_accumulation
 
 if TYPE_CHECKING:
     from mmengine.runner import Runner
@@ -28,6 +29,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true',
                         help='scale the learning rate with the total batch size')
+    parser.add_argument('--scale-warm-up', action='store_true',
+                        help='a warm-up in iterations is one in updates: make it longer by '
+                        'optim_wrapper.accumulative_counts')
     add_common_arguments(parser)
     return parser.parse_args(argv)
 
@@ -42,6 +46,7 @@ def main(argv: Optional[Sequence[str]] = None) -> 'Runner':
             apply_amp(cfg)
         if args.auto_scale_lr:
             apply_auto_scale_lr(cfg)
+        apply_accumulation(cfg, args.scale_warm_up)
         apply_resume(cfg, args.resume)
         runner = build_runner(cfg, ('train', 'val'), args.allow_mismatch)
         runner.train()

@@ -36,7 +36,6 @@ def label_range(model: nn.Module) -> Optional[LabelRange]:
     """
     ranges = []
     module: Any
-    loss: Any
     for module in model.modules():
         losses = getattr(module, 'loss_decode', None)
         losses = list(losses) if isinstance(losses, nn.ModuleList) else [losses]

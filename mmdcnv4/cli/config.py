@@ -188,6 +188,20 @@ def apply_data_root(cfg: Config, folder: Optional[str]) -> None:
             cfg[key] = _replace_prefix(cfg[key], olds[0], new)
 
 
+def apply_map_cache(cfg: Config) -> None:
+    """Keeps the image maps of past frames where that is exact and cannot miss: see `cache_maps`.
+
+    That is in one process, with one sample at a time in the order of the file. An entry of the
+    config is left as it is.
+    """
+    loader = cfg.get('test_dataloader') or {}
+    in_order = not (loader.get('sampler') or {}).get('shuffle', True)
+    if (str(cfg.model.get('type')).endswith('BEVFormerV2') and 'cache_maps' not in cfg.model
+            and cfg.get('launcher', 'none') == 'none' and loader.get('batch_size') == 1
+            and in_order):
+        cfg.model.cache_maps = True
+
+
 def apply_tta(cfg: Config) -> None:
     """Test-time augmentation as the config defines it.
 

@@ -3,8 +3,8 @@
 """Reads published weights into a backbone, without running code from the file.
 
 A file may be a bare state dict or hold one under `state_dict`, `model_ema`, `model` and so on; its
-keys may begin with what wrappers, detectors and teachers put before them. mmengine's own `Pretrained` knows `state_dict` alone and
-loads nothing, without an error, from the others.
+keys may begin with what wrappers, detectors and teachers put before them. mmengine's own
+`Pretrained` knows `state_dict` alone and loads nothing, without an error, from the others.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class WeightRules(NamedTuple):
     Attributes:
         ignored: beginnings of keys that a backbone has no use for: classifiers, heads.
         optional: names of what a file may lack altogether, and beginnings or ends of its keys.
+        optional_alone: the same for keys of which a file may have some and lack others.
         optional_note: what to tell the user then, if anything.
         source: where the weights are published.
         adapt: brings the tensors of a file into the form of the model; gets the model and them.
@@ -61,6 +62,7 @@ class WeightRules(NamedTuple):
 
     ignored: tuple[str, ...] = ()
     optional: tuple[str, str] = ('optional', '$')
+    optional_alone: str = '$^'  # matches nothing
     optional_note: str = ''
     source: str = ''
     adapt: Optional[Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]]] = None
@@ -119,6 +121,7 @@ def load_pretrained(model: nn.Module, checkpoint: str, prefix: Optional[str] = N
     weights = select_backbone(find_state_dict(content, checkpoint), prefix)
     own = model.state_dict()
     used = {key: value for key, value in weights.items() if not key.startswith(rules.ignored)}
+    ignored = len(weights) - len(used)
     if rules.adapt is not None:
         used = rules.adapt(model, used)
     mismatched = [f'{key} {tuple(used[key].shape)}, expected {tuple(own[key].shape)}'
@@ -126,10 +129,11 @@ def load_pretrained(model: nn.Module, checkpoint: str, prefix: Optional[str] = N
     found = [key for key in own if key in used]
     missing = [key for key in own if key not in used]
     unexpected = [key for key in used if key not in own]
-    kept = []  # a file without any of the optional tensors leaves them at their initial values
-    if not any(map(rules.is_optional, used)):
-        kept = [key for key in missing if rules.is_optional(key)]
-        missing = [key for key in missing if key not in kept]
+    # a file without any of the optional tensors leaves them at their initial values
+    is_absent = not any(map(rules.is_optional, used))
+    kept = [key for key in missing if is_absent and rules.is_optional(key)
+            or re.search(rules.optional_alone, key)]
+    missing = [key for key in missing if key not in kept]
     if len(found) < len(own) / 10:
         tops = sorted({key.split('.')[0] for key in weights})
         raise ValueError(
@@ -138,7 +142,7 @@ def load_pretrained(model: nn.Module, checkpoint: str, prefix: Optional[str] = N
             f'{_shorten(tops)}, expected {_shorten(sorted({key.split(".")[0] for key in own}))}. '
             'Give init_cfg a prefix where the backbone stands below one')
     report = (f'{len(found) - len(mismatched)} of {len(own)} tensors matched; '
-              f'{len(weights) - len(used)} classifier tensors ignored; '
+              f'{ignored} classifier tensors ignored; '
               f'{len(kept)} {rules.optional[0]} tensors absent, left at their start; '
               f'missing {_shorten(missing)}; unexpected {_shorten(unexpected)}; '
               f'of another shape {_shorten(mismatched)}')

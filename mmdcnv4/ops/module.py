@@ -4,15 +4,16 @@
 
 Source:   "Efficient Deformable ConvNets", arXiv:2401.06197, section 3; `center_feature_scale` is
           that of the larger InternImage models, arXiv:2211.05778.
-Differs:  (N, H, W, C) input instead of tokens; `in_channels`, `softmax`, `mask_init`, rectangular
-          kernels, and a definition for stride > 1, which the released layer does not have.
+Differs:  (N, H, W, C) input instead of tokens; `in_channels`, `out_channels`, `softmax`,
+          `mask_init`, rectangular kernels, and a definition for stride > 1, which the released
+          layer does not have.
 """
 
 from __future__ import annotations
 
 import math
 from numbers import Integral, Real
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 
 from .contract import IntOrPair, flag, make_geometry, offset_mask_channels, output_size
 from .functional import apply_geometry
+
+MASK_INITS = ('zero', 'center', 'box')
 
 
 def _check_type(name: str, value: object, kind: type, words: str) -> None:
@@ -70,7 +73,8 @@ class DCNv4(nn.Module):
     `mask_init`, or a ReLU after it never lets a gradient through.
 
     Args:
-        channels: width C of the output, and of the input unless `in_channels` is given.
+        channels: width C of the sampled value; of the input and the output, too, unless
+            `in_channels` and `out_channels` are given.
         kernel_size: int or (height, width).
         stride: int or pair. The predictor is strided: its depthwise convolution, or without one
             the input pixel at the centre of each window (clamped to the map).
@@ -86,9 +90,12 @@ class DCNv4(nn.Module):
         without_pointwise: no `value_proj` and `output_proj` (a drop-in for a depthwise
             convolution).
         softmax: normalise the masks over the taps of each group.
-        in_channels: width of the input when it differs from `channels`.
-        mask_init: initial value of every mask (a bias; the checkpoints' convention is 0).
-            `1 / K` makes the layer start as the mean over its window.
+        in_channels, out_channels: widths of the input and of the output when they differ from
+            `channels`: `value_proj` and `output_proj` change them.
+        mask_init: initial value of every mask (a bias; the checkpoints' convention is 0), or
+            'zero', 'box' (`1 / K`: the layer starts as the mean over its window) or 'center' (1
+            for the middle tap, 0 for the others: it starts as the identity between its
+            projections).
 
     Raises:
         TypeError, ValueError: the message names the argument, the rule and the value.
@@ -100,16 +107,18 @@ class DCNv4(nn.Module):
                  center_feature_scale: bool = False, remove_center: bool = False,
                  output_bias: bool = True, without_pointwise: bool = False,
                  softmax: bool = False, *, in_channels: Optional[int] = None,
-                 mask_init: float = 0.0) -> None:
+                 out_channels: Optional[int] = None,
+                 mask_init: Union[float, str] = 0.0) -> None:
         super().__init__()
         self.channels = channels
         self.in_channels = channels if in_channels is None else in_channels
-        _check_integers(channels=channels, in_channels=self.in_channels, group=group)
+        self.out_channels = channels if out_channels is None else out_channels
+        _check_integers(channels=channels, in_channels=self.in_channels,
+                        out_channels=self.out_channels, group=group)
         flag(output_bias, 'output_bias')
         flag(without_pointwise, 'without_pointwise')
         flag(center_feature_scale, 'center_feature_scale')
-        _check_type('mask_init', mask_init, Real, 'a number')
-        if not math.isfinite(mask_init):
+        if isinstance(mask_init, Real) and not math.isfinite(mask_init):
             raise ValueError(f'DCNv4: mask_init must be finite, got {mask_init}')
         self.geometry = make_geometry(
             kernel_size=kernel_size, groups=int(group), stride=stride, padding=pad,
@@ -120,14 +129,16 @@ class DCNv4(nn.Module):
             zip(self.geometry.padding, self.geometry.dilation, self.geometry.kernel_size))
         # the centre of every window is the pixel itself
         self._sees_input = self._keeps_size and dw_kernel_size is None
-        self.mask_init = float(mask_init)
+        is_number = isinstance(mask_init, Real) and not isinstance(mask_init, bool)
+        self.mask_init = float(mask_init) if is_number else mask_init  # also NumPy's
         self._check_options(group, dw_kernel_size, center_feature_scale, without_pointwise)
+        self._check_mask_init()
 
         if without_pointwise:
             self.value_proj = self.output_proj = None
         else:
             self.value_proj = nn.Linear(self.in_channels, channels)
-            self.output_proj = nn.Linear(channels, channels, bias=output_bias)
+            self.output_proj = nn.Linear(channels, self.out_channels, bias=output_bias)
         self.offset_mask_dw = None
         if dw_kernel_size is not None:
             # padded so that the depthwise window of an output has the centre of its DCNv4 window
@@ -154,12 +165,24 @@ class DCNv4(nn.Module):
         if dw_kernel_size is not None and dw_kernel_size % 2 == 0:
             raise ValueError('DCNv4: dw_kernel_size must be odd, or the map would change its '
                              f'size, got {dw_kernel_size}')
-        if without_pointwise and self.in_channels != self.channels:
-            raise ValueError(f'DCNv4: in_channels must equal channels ({self.channels}) with '
-                             f'without_pointwise=True, got {self.in_channels}')
+        for name in ('in_channels', 'out_channels'):
+            if without_pointwise and getattr(self, name) != self.channels:
+                raise ValueError(f'DCNv4: {name} must equal channels ({self.channels}) with '
+                                 f'without_pointwise=True, got {getattr(self, name)}')
         if center_feature_scale and not self._keeps_size:
             raise ValueError('DCNv4: center_feature_scale needs an output of the size of the '
                              f'input, got {self.geometry}')
+
+    def _check_mask_init(self) -> None:
+        if not isinstance(self.mask_init, str):
+            _check_type('mask_init', self.mask_init, Real, f'a number or one of {MASK_INITS}')
+        elif self.mask_init not in MASK_INITS:
+            raise ValueError(f'DCNv4: mask_init must be a number or one of {MASK_INITS}, '
+                             f'got {self.mask_init!r}')
+        elif self.mask_init == 'center' and (self.geometry.remove_center or any(
+                size % 2 == 0 for size in self.geometry.kernel_size)):
+            raise ValueError("DCNv4: mask_init must not be 'center' where the kernel has no middle "
+                             f'tap, got {self.geometry}')
 
     def reset_parameters(self) -> None:
         """Initial values: Xavier projections, zero offsets, masks of `mask_init`."""
@@ -182,7 +205,11 @@ class DCNv4(nn.Module):
     def _offset_mask_bias(self) -> Tensor:
         groups, points = self.geometry.groups, self.geometry.points
         bias = torch.zeros_like(self.offset_mask.bias)
-        bias[:groups * 3 * points].view(groups, 3 * points)[:, 2 * points:] = self.mask_init
+        masks = bias[:groups * 3 * points].view(groups, 3 * points)[:, 2 * points:]
+        if self.mask_init == 'center':
+            masks[:, points // 2] = 1.0  # odd sizes: the middle of either order of the taps
+        elif self.mask_init != 'zero':
+            masks.fill_(1 / points if self.mask_init == 'box' else float(self.mask_init))
         return bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,7 +219,7 @@ class DCNv4(nn.Module):
             x: shape (N, H, W, in_channels).
 
         Returns:
-            Shape (N, Ho, Wo, channels).
+            Shape (N, Ho, Wo, out_channels).
 
         Raises:
             ValueError: `x` has another shape.
@@ -241,7 +268,7 @@ class DCNv4(nn.Module):
     def extra_repr(self) -> str:
         """Geometry, for `print(module)`."""
         g = self.geometry
-        return (f'{self.in_channels}, {self.channels}, kernel_size={g.kernel_size}, '
-                f'stride={g.stride}, pad={g.padding}, dilation={g.dilation}, group={g.groups}, '
-                f'offset_scale={g.offset_scale}, remove_center={g.remove_center}, '
-                f'softmax={g.softmax}')
+        return (f'{self.in_channels}, {self.out_channels}, channels={self.channels}, '
+                f'kernel_size={g.kernel_size}, stride={g.stride}, pad={g.padding}, '
+                f'dilation={g.dilation}, group={g.groups}, offset_scale={g.offset_scale}, '
+                f'remove_center={g.remove_center}, softmax={g.softmax}')

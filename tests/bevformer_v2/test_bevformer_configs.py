@@ -13,6 +13,7 @@ from mmengine.optim import build_optim_wrapper
 
 from helpers.bevformer import CONFIGS, TINY
 from helpers.tool_runner import load_tool
+from mmdcnv4.cli.schedule import apply_accumulation
 from mmdcnv4.engine.optimizers.layer_decay import layer_id
 
 
@@ -20,11 +21,12 @@ def test_warm_up_of_the_readme_is_scaled_with_the_accumulation():
     """The command for fewer GPUs: as many samples per update and in the warm-up as with 16."""
     text = (CONFIGS / 'README.md').read_text()
     name, gpus, options = re.search(
-        r'dist_train.sh (\S+\.py) (\d+) \\\n +--cfg-options (.+)', text).groups()
+        r'dist_train.sh (\S+\.py) (\d+) \\\n +--scale-warm-up --cfg-options (.+)', text).groups()
     cfg = Config.fromfile(CONFIGS / name.split('/')[-1])
     warm_up = cfg.param_scheduler[0].end * cfg.auto_scale_lr.base_batch_size
     cfg.merge_from_dict({key: int(value) for key, value in
                          (option.split('=') for option in options.split())})
+    apply_accumulation(cfg, scale_warm_up=True)
     batch = int(gpus) * cfg.train_dataloader.batch_size
     assert batch * cfg.optim_wrapper.accumulative_counts == cfg.auto_scale_lr.base_batch_size
     assert not cfg.param_scheduler[0].by_epoch

@@ -23,6 +23,34 @@ BASE_NAME = re.compile(rf'{PART}(_{PART})*\.py')
 T_1X = 'flash_intern_image/mask-rcnn_flash-intern-image-t_fpn_8xb2-1x_coco.py'
 R50_DCNV4 = 'dcnv4/mask-rcnn_r50-dcnv4-c3-c5_fpn_8xb2-1x_coco.py'
 
+
+def convnext(depths, widths, plain):
+    """A ConvNeXt whose classifier has `plain` parameters, with DCNv4 and norms for four maps."""
+    dcn = [-(-27 * width // 256) * 8 * (width + 1) - 50 * width for width in widths]
+    return (plain - 1000 * (widths[-1] + 1) + sum(map(int.__mul__, depths, dcn))
+            + 2 * sum(widths[:3]))
+
+
+def fpn(widths):
+    """mmdet's neck with biases."""
+    return sum(256 * width + 256 + 9 * 256 * 256 + 256 for width in widths)
+
+
+def upernet(widths):
+    """mmseg's decode head with 512 channels and auxiliary head with 256, for 150 classes."""
+    def conv(inner, outer, kernel):
+        return inner * outer * kernel**2 + 2 * outer  # with a batch norm
+    last = widths[-1]
+    decode = (4 * conv(last, 512, 1) + conv(last + 4 * 512, 512, 3) + conv(4 * 512, 512, 3)
+              + sum(conv(width, 512, 1) + conv(512, 512, 3) for width in widths[:3]))
+    return decode + conv(widths[2], 256, 3) + 150 * (512 + 1) + 150 * (256 + 1)
+
+
+CONVNEXT_T = convnext((3, 3, 9, 3), (96, 192, 384, 768), 28_589_128)
+CONVNEXT_S = convnext((3, 3, 27, 3), (96, 192, 384, 768), 50_223_688)
+VIT_B = 78_371_656 - 1000 * 769
+MASK_RCNN, CASCADE = 17_543_920, 55_379_122  # the heads
+
 # Parameters of whole models by the arithmetic of the architecture: blocks, necks, heads.
 EXACT = {
     'mask-rcnn_flash-intern-image-t_fpn_8xb2-1x': 48_819_696,
@@ -39,6 +67,19 @@ EXACT = {
     'upernet_flash-intern-image-s': 79_854_572,
     'upernet_flash-intern-image-b': 128_374_980,
     'upernet_flash-intern-image-l': 255_562_876,
+    'image-classifier_convnext-dcnv4-t': CONVNEXT_T + 769_000 - 2 * 672,
+    'image-classifier_convnext-dcnv4-s': CONVNEXT_S + 769_000 - 2 * 672,
+    'image-classifier_convnext-dcnv4-b': 96_539_376,
+    'image-classifier_convnext-softmax-b': 88_591_464,
+    'mask-rcnn_convnext-dcnv4-t': CONVNEXT_T + fpn((96, 192, 384, 768)) + MASK_RCNN,
+    'cascade-mask-rcnn_convnext-dcnv4-t': CONVNEXT_T + fpn((96, 192, 384, 768)) + CASCADE,
+    'cascade-mask-rcnn_convnext-dcnv4-s': CONVNEXT_S + fpn((96, 192, 384, 768)) + CASCADE,
+    'upernet_convnext-dcnv4-b': 96_539_376 - 1_025_000 + 2 * 896 + upernet((128, 256, 512, 1024)),
+    'image-classifier_vit-dcnv4-t': 5_216_776, 'image-classifier_vit-dcnv4-s': 20_017_096,
+    'image-classifier_vit-dcnv4-b': 78_371_656,
+    'mask-rcnn_vit-dcnv4-b': VIT_B + 5_560_000 + MASK_RCNN,
+    # the neck: three transposed convolutions of 2x2 and a batch norm
+    'upernet_vit-dcnv4-b': VIT_B + 3 * (4 * 768 * 768 + 768) + 2 * 768 + upernet((768,) * 4),
     'image-classifier_flash-intern-image-t': 29_815_528,
     'image-classifier_flash-intern-image-s': 50_067_496,
     'image-classifier_flash-intern-image-b': 97_448_960,
@@ -152,7 +193,8 @@ def test_builds(name):
     cfg = read(name)
     assert 'mmdcnv4' in cfg.custom_imports.imports
     assert '_delete_' not in set(entries(cfg)), 'of a dict inside a deleted one'
-    model = build_model(cfg, 'meta')
+    # mmdet's Swin reads the values of a tensor
+    model = build_model(cfg, 'cpu' if '_swin' in name else 'meta')
     wrapper = build_optimiser(cfg, model)
     optimised = [p for group in wrapper.optimizer.param_groups for p in group['params']]
     assert len({id(p) for p in optimised}) == len(optimised)

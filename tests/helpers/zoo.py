@@ -21,8 +21,8 @@ CONFIGS = ROOT / 'configs'
 LEAVES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob('[!_]*/*.py'))
 BASES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.glob('_base_/**/*.py'))
 ZOO = [name for name in LEAVES
-       if name.startswith(('dat/', 'dynamic_mobile_former/', 'flash_intern_image/',
-                           'intern_image/'))]
+       if name.startswith(('convnext_dcnv4/', 'dat/', 'dynamic_mobile_former/',
+                           'flash_intern_image/', 'intern_image/', 'vit_dcnv4/'))]
 SHARED_DATA = Path(os.environ.get('MMDCNV4_SHARED', ROOT.parent / 'shared')) / 'data'
 
 

@@ -29,6 +29,7 @@ class Case(NamedTuple):
         options: of a model with random depth off, so that two passes agree.
         widths: channels of the four maps.
         floors: whether a layer of stride 2 drops an odd row; else it maps n to ceil(n / 2).
+        patch: side of a patch where all maps have that stride, 0 elsewhere.
         freezes_stem: whether `frozen_stages` includes the stem.
     """
 
@@ -36,6 +37,7 @@ class Case(NamedTuple):
     options: dict[str, Any]
     widths: tuple[int, ...]
     floors: bool = False
+    patch: int = 0
     freezes_stem: bool = True
 
     def build(self, seed=0, **options):
@@ -51,6 +53,8 @@ class Case(NamedTuple):
 
     def sizes(self, length):
         """Rows of the four maps of an image with `length` rows."""
+        if self.patch:
+            return [-(-length // self.patch)] * 4
         if self.floors:
             first = max(length // 4, 1)
             return [max(first // 2**stage, 1) for stage in range(4)]
@@ -59,6 +63,10 @@ class Case(NamedTuple):
 
 _FLASH = dict(channels=16, depths=(1, 1, 2, 1), groups=(1, 2, 4, 8), drop_path_rate=0.0)
 _DAT = dict(channels=16, heads=(1, 2, 4, 8), groups=(1, 1, 2, 4), img_size=64, drop_path_rate=0.0)
+_CONVNEXT = dict(arch=dict(depths=(1, 1, 2, 1), channels=(16, 32, 48, 64)), group_channels=16,
+                 layer_scale_init_value=1.0)
+_VIT = dict(arch=dict(embed_dims=32, num_layers=4, num_heads=2, feedforward_channels=64),
+            img_size=(32, 40), patch_size=8, group_channels=16, out_indices=(0, 1, 2, 3))
 CASES = {
     'FlashInternImage': Case('FlashInternImage', _FLASH, (16, 32, 64, 128)),
     'InternImage': Case('InternImage', dict(_FLASH, dw_kernel_size=3), (16, 32, 64, 128)),
@@ -73,6 +81,12 @@ CASES = {
     'DAT': Case('DAT', dict(_DAT, blocks=('L', 'S', 'LD', 'D'), strides=(1, 1, 1, 1), window_size=3,
                             ref_mode='v1', offset_range_factor=2.0), (16, 32, 64, 128),
                 floors=True),
+    'ConvNeXtDCNv4': Case('ConvNeXtDCNv4', _CONVNEXT, (16, 32, 48, 64), floors=True),
+    # DCNv4 in two stages, with all its options
+    'ConvNeXtDCNv4, options': Case('ConvNeXtDCNv4', dict(
+        _CONVNEXT, stage_with_dcn=(False, True, False, True), with_pointwise=True, kernel_size=5,
+        dw_kernel_size=3, mask_init='center'), (16, 32, 48, 64), floors=True),
+    'ViTDCNv4': Case('ViTDCNv4', dict(_VIT, layer_with_dcn=(0, 2, 3)), (32,) * 4, patch=8),
 }
 
 

@@ -56,6 +56,36 @@ def test_starts_as_the_mean_over_the_window():
     torch.testing.assert_close(layer(x), nn.functional.avg_pool2d(x, 3, 1, 1))
 
 
+def test_bias_without_projections():
+    layer = DCNv4Conv2d(16, 16, 3, padding=1, without_pointwise=True)
+    plain = DCNv4Conv2d(16, 16, 3, padding=1, without_pointwise=True, bias=False)
+    assert plain.output_bias is None
+    assert set(layer.state_dict()) - set(plain.state_dict()) == {'output_bias'}
+    bias = torch.randn(16)
+    layer.output_bias.data.copy_(bias)
+    x = torch.randn(1, 16, 4, 5)
+    torch.testing.assert_close(layer(x), plain(x) + bias[:, None, None])
+    layer.init_weights()
+    assert not layer.output_bias.any()
+
+
+def test_width_of_the_value():
+    """The change of width before the operator or after it: the same sums in another order."""
+    arguments = dict(padding=1, bias=False, group=2)
+    wide = DCNv4Conv2d(8, 24, 3, **arguments)
+    narrow = DCNv4Conv2d(8, 24, 3, **arguments, value_channels=8)
+    assert [layer.value_proj.weight.shape for layer in (wide, narrow)] == [(24, 8), (8, 8)]
+    assert [layer.output_proj.weight.shape for layer in (wide, narrow)] == [(24, 24), (24, 8)]
+    randomise(narrow)
+    x = torch.randn(2, 8, 5, 6)
+    inner = DCNv4Conv2d(8, 8, 3, padding=1, group=2)
+    inner.load_state_dict({**narrow.state_dict(), 'output_proj.weight': torch.eye(8),
+                           'output_proj.bias': torch.zeros(8)})
+    expected = nn.functional.conv2d(inner(x), narrow.output_proj.weight[:, :, None, None])
+    torch.testing.assert_close(narrow(x), expected)
+    assert narrow(x).shape == (2, 24, 5, 6)
+
+
 @pytest.mark.parametrize('mask_init, learns', [(None, True), (0.0, False)])
 def test_start_value_decides_whether_a_layer_before_a_relu_learns(mask_init, learns):
     module = ConvModule(16, 16, 3, padding=1, norm_cfg=dict(type='BN'),

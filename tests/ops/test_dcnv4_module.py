@@ -78,6 +78,31 @@ def test_mask_init_gives_the_mean_of_the_window():
     torch.testing.assert_close(layer(x), expected)
 
 
+@pytest.mark.parametrize('kernel_size, pad', [(3, 1), ((5, 3), (2, 1)), (1, 0)])
+def test_mask_init_by_name(kernel_size, pad):
+    x = torch.randn(2, 5, 7, 4)
+
+    def start(mask_init):
+        layer = DCNv4(4, kernel_size, pad=pad, group=2, without_pointwise=True,
+                      mask_init=mask_init)
+        return layer(x)
+
+    assert not start('zero').any()
+    torch.testing.assert_close(start('center'), x)
+    size = kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
+    torch.testing.assert_close(start('box'), start(1 / (size[0] * size[1])))
+
+
+@pytest.mark.parametrize('options', [dict(kernel_size=2, pad=0), dict(remove_center=True)])
+def test_a_kernel_without_a_middle_tap_has_no_center_start(options):
+    with pytest.raises(ValueError, match="mask_init must not be 'center'"):
+        DCNv4(4, group=2, mask_init='center', **options)
+    with pytest.raises(ValueError, match='mask_init must be a number or one of .*edge'):
+        DCNv4(4, group=2, mask_init='edge')
+    with pytest.raises(ValueError, match='out_channels must equal channels'):
+        DCNv4(4, group=2, without_pointwise=True, out_channels=8)
+
+
 def test_initialisation():
     layer = DCNv4(256, group=16, dw_kernel_size=5, center_feature_scale=True)
     bound = math.sqrt(6 / 512)  # Xavier-uniform of 256 x 256

@@ -290,3 +290,21 @@ def test_benchmark_errors():
         tool.main([*command, 'gpu'])
     with pytest.raises(SystemExit, match=r'--device cuda:99: torch .* sees \d+ GPU'):
         tool.main([*command, 'cuda:99'])
+
+
+def test_throughput(capsys):
+    """The models of one batch size take turns on the same images."""
+    tool = load_tool('analysis_tools/throughput')
+    assert set(tool.DEFAULT) <= set(tool.BACKBONES)
+    names = ['ConvNeXt-T + DCNv4', 'FlashInternImage-T']
+    rows = tool.main(['--models', *names, '--size', '32', '--batch', '1', '2', '--repeats', '1',
+                      '--warm-up', '0', '--device', 'cpu'])
+    assert [(row.name, row.batch) for row in rows] == [
+        (name, batch) for batch in (1, 2) for name in names]
+    assert all(row.low <= row.median <= row.high for row in rows)
+    assert rows[3].images_per_second == 2 / rows[3].median
+    assert rows[1].parameters == 28_651_776
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + 4 and table[2].startswith('ConvNeXt-T + DCNv4')
+    with pytest.raises(SystemExit):
+        tool.parse_args(['--batch', '0'])

@@ -361,7 +361,8 @@ def _sizes_of(classes: Sequence[str], own: Optional[dict[str, Sequence[float]]])
         raise InvalidValue(
             f'PerspectiveHead: canonical_sizes must give width, length, height of {unknown}, which '
             'nuScenes has not; set model.perspective_head.canonical_sizes='
-            f'dict({unknown[0]}=(w, l, h)) to the means of the training set, in metres')
+            f'dict({unknown[0]}=(w, l, h)) to the means of the training set, in metres, which '
+            'tools/analysis_tools/box_sizes.py measures')
     return torch.tensor([list(sizes[name]) for name in classes])
 
 

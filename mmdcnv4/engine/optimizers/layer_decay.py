@@ -28,7 +28,7 @@ _DEFAULTS: dict[str, Any] = dict(
 _WRAPPERS = ('module', '_orig_mod')  # of DistributedDataParallel and torch.compile
 _HEAD_EMBEDDINGS = tuple(f'decode_head.{name}' for name in (
     'mask_embed', 'cls_embed', 'level_embed', 'query_embed', 'query_feat'))
-_NO_DECAY = ('relative_position', 'norm', 'sampling_offsets')
+_NO_DECAY = ('relative_position', 'norm', 'sampling_offsets', 'pos_embed')
 _REFERENCE = ('sampling_offsets', 'reference_points')
 
 
@@ -127,7 +127,8 @@ class CustomLayerDecayOptimizerConstructor(DefaultOptimWrapperConstructor):
             group['param_names'].append(name)
         if not has_backbone:
             raise InvalidValue('layer decay: the model must have parameters named '
-                               '...backbone.patch_embed... or ...backbone.levels..., got none')
+                               '...backbone.patch_embed..., ...backbone.levels... or '
+                               '...backbone.layers..., got none')
         params.extend(groups.values())
         print_log(f'layer decay: {sum(len(group["params"]) for group in params)} parameters in '
                   f'{len(params)} groups, lr {min(group["lr"] for group in params):.3g} to '
@@ -223,8 +224,10 @@ def layer_id(name: str, depths: Sequence[int], head_embed_decay: bool = True) ->
         is_embedding = 'level_embed' in name or name.startswith(_HEAD_EMBEDDINGS)
         return 0 if is_embedding and head_embed_decay else sum(depths) + 1
     parts = inner.split('.')
-    if parts[0] == 'patch_embed':
+    if parts[0] in ('patch_embed', 'pos_embed'):
         return 0
+    if parts[0] == 'layers':  # of a transformer without stages
+        return 1 + int(parts[1])
     if parts[0] != 'levels':
         return sum(depths) + 1
     stage, kind = int(parts[1]), parts[2]

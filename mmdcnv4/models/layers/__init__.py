@@ -5,5 +5,6 @@
 from .conv_head import ConvHeadNeck
 from .dcnv4_conv import DCNv4Conv2d
 from .norm import ChannelLayerNorm
+from .simple_fpn import SimpleFPN
 
-__all__ = ['ChannelLayerNorm', 'ConvHeadNeck', 'DCNv4Conv2d']
+__all__ = ['ChannelLayerNorm', 'ConvHeadNeck', 'DCNv4Conv2d', 'SimpleFPN']

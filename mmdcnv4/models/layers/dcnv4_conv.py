@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from numbers import Integral
 from types import SimpleNamespace
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
+import torch
 import torch.nn.functional as F
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ...errors import user_arguments
 from ...ops import DCNv4
-from ...ops.contract import IntOrPair, make_geometry
+from ...ops.contract import IntOrPair
 
 MIN_GROUP_WIDTH = 16
 
@@ -84,18 +85,23 @@ class DCNv4Conv2d(DCNv4):
         kernel_size, stride, padding, dilation: int or (height, width), in input pixels.
         groups: of an ordinary convolution; must be 1: a grouped one, as in ResNeXt, cannot be
             replaced. DCNv4's own groups are `group`.
-        bias: whether the output projection has a bias.
+        bias: whether the result has a bias: that of the output projection, or `output_bias` where
+            there is none.
         group: number of channel groups, each with its own offsets and masks; must divide
-            `out_channels`. None for as many groups of at least 16 channels as fit.
+            `value_channels`. None for as many groups of at least 16 channels as fit.
+        value_channels: width in which the operator samples. None for `out_channels`: the first
+            projection changes the width. `in_channels` leaves that to the last one, which is
+            smaller where the layer widens, as in a U-Net.
         offset_scale: factor on the kernel grid and on the offsets.
         dw_kernel_size: odd size of a depthwise convolution before the predictor; None for none.
         remove_center: leave out the middle tap.
         softmax: normalise the masks over the taps of each group.
-        without_pointwise: no projections (then `bias` is without effect).
+        without_pointwise: no projections, as in a depthwise convolution.
         center_feature_scale: mix the projected input back in with a learned gate.
-        mask_init: initial value of every mask. None for 1 / K, the mean over the window of K taps:
-            the zero start that suits a residual branch gives a zero map here, and a ReLU after
-            it blocks the gradient permanently.
+        mask_init: initial value of every mask, or 'zero', 'box', 'center' as in
+            :class:`mmdcnv4.ops.DCNv4`. None for 'box', the mean over the window of K taps: the
+            zero start that suits a residual branch gives a zero map here, and a ReLU after it
+            blocks the gradient permanently.
         deform_groups: of DCN and DCNv2; refused. It comes from a config that is inherited.
 
     Raises:
@@ -106,10 +112,11 @@ class DCNv4Conv2d(DCNv4):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: IntOrPair,
                  stride: IntOrPair = 1, padding: IntOrPair = 0, dilation: IntOrPair = 1,
                  groups: int = 1, bias: bool = True, *, group: Optional[int] = None,
-                 offset_scale: float = 1.0, dw_kernel_size: Optional[int] = None,
-                 remove_center: bool = False, softmax: bool = False,
-                 without_pointwise: bool = False, center_feature_scale: bool = False,
-                 mask_init: Optional[float] = None, deform_groups: Optional[int] = None) -> None:
+                 value_channels: Optional[int] = None, offset_scale: float = 1.0,
+                 dw_kernel_size: Optional[int] = None, remove_center: bool = False,
+                 softmax: bool = False, without_pointwise: bool = False,
+                 center_feature_scale: bool = False, mask_init: Union[float, str, None] = None,
+                 deform_groups: Optional[int] = None) -> None:
         if deform_groups is not None:
             raise TypeError('DCNv4: deform_groups must not be given, DCNv4 has `group`; to replace '
                             "the dcn of an inherited config write dcn=dict(_delete_=True, "
@@ -118,17 +125,16 @@ class DCNv4Conv2d(DCNv4):
             raise ValueError('DCNv4: groups must be 1: a grouped convolution (ResNeXt, RegNet, '
                              'ResNeSt) cannot be replaced, and the channel groups of DCNv4 are '
                              f'set by `group`, got groups={groups}')
-        group = default_group(out_channels) if group is None else group
-        if mask_init is None:
-            mask_init = 1 / make_geometry(kernel_size=kernel_size, groups=1,
-                                          remove_center=remove_center).points
+        width = out_channels if value_channels is None else value_channels
         super().__init__(
-            out_channels, kernel_size, stride, padding, dilation, group, offset_scale,
+            width, kernel_size, stride, padding, dilation,
+            default_group(width) if group is None else group, offset_scale,
             dw_kernel_size, center_feature_scale, remove_center, output_bias=bias,
             without_pointwise=without_pointwise, softmax=softmax, in_channels=in_channels,
-            mask_init=mask_init)
+            out_channels=out_channels, mask_init='box' if mask_init is None else mask_init)
+        self.output_bias = (nn.Parameter(torch.zeros(out_channels))
+                            if bias and without_pointwise else None)
         # what mmcv reads from a convolution layer
-        self.out_channels = out_channels
         self.kernel_size = self.geometry.kernel_size
         self.stride = self.geometry.stride
         self.padding = self.geometry.padding
@@ -142,7 +148,7 @@ class DCNv4Conv2d(DCNv4):
 
     @property
     def weight(self) -> nn.Parameter:
-        """That of the output projection, shape (out_channels, out_channels)."""
+        """That of the output projection, shape (out_channels, value_channels)."""
         return self._projection().weight
 
     @property
@@ -152,6 +158,15 @@ class DCNv4Conv2d(DCNv4):
 
     def _projection(self) -> Any:
         return _NO_PROJECTION if self.output_proj is None else self.output_proj
+
+    def reset_parameters(self) -> None:
+        """Initial values: those of the layer, and a bias of zero."""
+        super().reset_parameters()
+        bias = getattr(self, 'output_bias', None)  # made after the first call
+        if bias is not None:
+            nn.init.zeros_(bias)
+
+    init_weights = reset_parameters  # the name by which OpenMMLab asks for it
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the layer.
@@ -170,6 +185,8 @@ class DCNv4Conv2d(DCNv4):
             raise ValueError(f'DCNv4: x must have shape (N, {self.in_channels}, H, W), '
                              f'got {tuple(x.shape)}')
         out = super().forward(x.permute(0, 2, 3, 1))  # (N, C, H, W) -> (N, H, W, C)
+        if self.output_bias is not None:
+            out = out + self.output_bias
         return out.permute(0, 3, 1, 2).contiguous()  # (N, H, W, C) -> (N, C, H, W)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:

@@ -1,0 +1,3 @@
+_base_ = '../_base_/methods/image-classifier_vit_300e_in1k.py'
+
+model = dict(backbone=dict(arch='t'), head=dict(in_channels=192))
