@@ -15,7 +15,6 @@ pytest.importorskip('mmengine', reason='mmengine is not installed')
 from helpers.tool_runner import environment
 from mmdcnv4.cli import explain
 
-
 _KILLED_WORKER = """
 import os, signal, torch
 from mmdcnv4.cli.explain import explain
