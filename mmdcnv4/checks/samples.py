@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
 
+import numpy as np
 import torch
 from mmengine.dataset import Compose
 from torch import nn
@@ -90,7 +91,8 @@ def check_image(file: str) -> None:
     import cv2  # only here: after a failure
     if not os.path.isfile(file):
         raise MissingFile(f'the file {file} does not exist.')
-    if cv2.imread(file, cv2.IMREAD_UNCHANGED) is not None:
+    content = np.fromfile(file, np.uint8)  # imread, from a file, would accept half a JPEG
+    if content.size and cv2.imdecode(content, cv2.IMREAD_UNCHANGED) is not None:
         return
     kind = None
     try:

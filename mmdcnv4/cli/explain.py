@@ -183,10 +183,10 @@ def explain(cfg: Optional[Config] = None, debug: bool = False) -> Iterator[None]
         close_bar()  # it would stand in the middle of the text
         with _workers_silent():
             _log_traceback(error, cfg)
-        fault = find_user_error(error)
+            fault = find_user_error(error)
+            line = None if fault is not None else hint(error, cfg)
         if fault is not None and not debug:
             raise SystemExit(f'error: {message_of(fault)}') from error
-        line = None if fault is not None else hint(error, cfg)
         if line:
             _add_last_line(error, f'hint: {line}')
         raise

@@ -93,7 +93,7 @@ def read_shapes(path: str) -> Shapes:
         content = CheckpointLoader.load_checkpoint(path, map_location='cpu')
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         if is_local(path) and damage(os.path.expanduser(path)) is not None:
-            raise InvalidValue(f'the checkpoint {path} is no checkpoint.') from error
+            raise InvalidValue(f'{path} is not a checkpoint.') from error
         if isinstance(error, pickle.UnpicklingError):
             raise InvalidValue(
                 f'the checkpoint {path} holds objects that are neither weights nor what MMEngine '

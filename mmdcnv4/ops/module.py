@@ -129,7 +129,8 @@ class DCNv4(nn.Module):
             zip(self.geometry.padding, self.geometry.dilation, self.geometry.kernel_size))
         # the centre of every window is the pixel itself
         self._sees_input = self._keeps_size and dw_kernel_size is None
-        self.mask_init = mask_init
+        is_number = isinstance(mask_init, Real) and not isinstance(mask_init, bool)
+        self.mask_init = float(mask_init) if is_number else mask_init  # also NumPy's
         self._check_options(group, dw_kernel_size, center_feature_scale, without_pointwise)
         self._check_mask_init()
 

@@ -277,6 +277,9 @@ def test_only_the_files_of_the_sample_that_fails_are_looked_at(tmp_path: Path) -
     cv2.imwrite(str(gray), np.zeros((4, 4), np.uint16))
     Image.new('L', (4, 4)).save(picture)
     (tmp_path / 'broken.png').touch()
+    cv2.imwrite(str(tmp_path / 'half.jpg'), np.eye(64, dtype=np.uint8) * 255)
+    content = (tmp_path / 'half.jpg').read_bytes()
+    (tmp_path / 'half.jpg').write_bytes(content[:len(content) // 2])
 
     def fail(sample: dict) -> None:
         raise ZeroDivisionError('bug')
@@ -292,6 +295,7 @@ def test_only_the_files_of_the_sample_that_fails_are_looked_at(tmp_path: Path) -
              'absent.png does not exist'),
             (dict(img_path=str(good), seg_map_path=str(tmp_path / 'broken.png')),
              'broken.png: the file is empty or corrupt'),
+            (dict(img_path=str(tmp_path / 'half.jpg')), 'half.jpg: the file is empty or corrupt'),
             (dict(img_path=str(picture)), 'c.gif: it is a GIF file, which OpenCV does not read')):
         with pytest.raises(UserError, match=message) as caught:
             pipeline(sample)
