@@ -47,7 +47,7 @@ class LabelRange(NamedTuple):
 def label_range(model: nn.Module) -> Optional[LabelRange]:
     """The labels that every head of the model takes whose loss fails on others.
 
-    That are heads with a cross entropy over all classes; other losses do without. The one of
+    These are heads with a cross entropy over all classes; other losses do without. The one of
     mmsegmentation fails on ignored pixels, too, where it has weights of classes and its value is
     the mean.
     """

@@ -21,7 +21,6 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from ..checks.config import is_local, type_name, walk
 from ..checks.weights import Shapes
-from ..checks.weights import check_match as check_weights  # noqa: F401  beside read_shapes
 from ..errors import InvalidValue, MissingFile
 from .checkpoints import damage
 

@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..checks.config import run_all, type_name
+from ..checks.weights import check_match
 from . import preflight
 from .checkpoints import adopt_saved_seed, allow_mmengine_checkpoints
 from .distributed import prepare_distributed
@@ -91,5 +92,5 @@ def build_runner(cfg: Config, splits: tuple[str, ...], allow_mismatch: bool = Fa
     file = cfg.get('load_from')
     if file is not None and isinstance(runner.model, nn.Module):  # some runners build it later
         must_match = ('train' not in splits or cfg.get('resume', False)) and not allow_mismatch
-        preflight.check_weights(runner.model, preflight.read_shapes(file), file, cfg, must_match)
+        check_match(runner.model, preflight.read_shapes(file), file, cfg, must_match)
     return runner

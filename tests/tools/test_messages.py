@@ -22,6 +22,7 @@ from torch import nn
 
 from helpers.tool_runner import TINY, data_options, load_tool
 from mmdcnv4.checks.samples import CheckedPipeline
+from mmdcnv4.checks.weights import check_match
 from mmdcnv4.cli import preflight
 from mmdcnv4.errors import UserError, find_user_error
 from mmdcnv4.models.backbones import FlashInternImage
@@ -229,11 +230,11 @@ def test_weights_of_another_model(data: Path, tmp_path: Path) -> None:
     weights = {f'module.{name}': value for name, value in model.state_dict().items()}
     torch.save(weights, file)
     shapes = preflight.read_shapes(str(file))
-    preflight.check_weights(nn.DataParallel(model), shapes, str(file))
-    preflight.check_weights(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 7)), shapes, str(file),
+    check_match(nn.DataParallel(model), shapes, str(file))
+    check_match(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 7)), shapes, str(file),
                             must_match=False)
     with pytest.raises(UserError, match=f'{file} .* of the 4 .* 0 are .* holds 4.*conv'):
-        preflight.check_weights(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), shapes, str(file))
+        check_match(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), shapes, str(file))
     assert 'of this model' in train_message(data, tmp_path / 'work', load_from=file)
 
 

@@ -28,6 +28,7 @@ from mmengine.registry import TRANSFORMS, DefaultScope
 from mmengine.runner import load_checkpoint
 
 from mmdcnv4.checks.samples import check_image
+from mmdcnv4.checks.weights import check_match
 from mmdcnv4.cli import analysis, arguments, checkpoints, config, preflight
 from mmdcnv4.cli.explain import explain
 from mmdcnv4.errors import UserError
@@ -54,7 +55,7 @@ def load_model(cfg: Config, checkpoint: Optional[str], device: str) -> Any:
         shapes = preflight.read_shapes(checkpoint)
         checkpoints.allow_mmengine_checkpoints()
         load_checkpoint(model, checkpoint, map_location='cpu')
-        preflight.check_weights(model, shapes, checkpoint, cfg)
+        check_match(model, shapes, checkpoint, cfg)
     return model.to(device).eval()
 
 

@@ -26,6 +26,7 @@ import torch
 from mmengine.config import Config
 
 from mmdcnv4.checks.config import default_scope
+from mmdcnv4.checks.weights import check_match
 from mmdcnv4.cli import arguments, checkpoints, config, preflight, video
 from mmdcnv4.cli.explain import explain
 from mmdcnv4.errors import UserError
@@ -111,7 +112,7 @@ def build_model(cfg: Config, args: argparse.Namespace) -> Any:
     checkpoints.allow_mmengine_checkpoints()
     cfg.model.cache_maps = True
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    preflight.check_weights(model, preflight.read_shapes(args.checkpoint), args.checkpoint, cfg,
+    check_match(model, preflight.read_shapes(args.checkpoint), args.checkpoint, cfg,
                             not args.allow_mismatch)
     load_checkpoint(model, args.checkpoint, map_location='cpu')
     return model.to(args.device).eval()

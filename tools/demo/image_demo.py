@@ -20,6 +20,7 @@ from mmengine.structures import PixelData
 
 from mmdcnv4.checks.config import default_scope
 from mmdcnv4.checks.samples import check_image
+from mmdcnv4.checks.weights import check_match
 from mmdcnv4.cli import arguments, checkpoints, config, preflight
 from mmdcnv4.cli.explain import explain
 from mmdcnv4.errors import UserError
@@ -81,7 +82,7 @@ def make_detector(cfg: Config, args: argparse.Namespace) -> Draw:
     from mmdet.registry import VISUALIZERS
     shapes = preflight.read_shapes(args.checkpoint)
     model = init_detector(cfg, args.checkpoint, palette=args.palette, device=args.device)
-    preflight.check_weights(model, shapes, args.checkpoint, cfg, not args.allow_mismatch)
+    check_match(model, shapes, args.checkpoint, cfg, not args.allow_mismatch)
     visualizer: Any = VISUALIZERS.build(cfg.visualizer)
     visualizer.dataset_meta = model.dataset_meta
 
@@ -101,7 +102,7 @@ def make_segmentor(cfg: Config, args: argparse.Namespace) -> Draw:
     cfg.test_pipeline = deepcopy(config.innermost(cfg.test_dataloader.dataset).pipeline)
     shapes = preflight.read_shapes(args.checkpoint)
     model = init_model(cfg, args.checkpoint, device=args.device)
-    preflight.check_weights(model, shapes, args.checkpoint, cfg, not args.allow_mismatch)
+    check_match(model, shapes, args.checkpoint, cfg, not args.allow_mismatch)
     visualizer: Any = VISUALIZERS.build(cfg.visualizer)
     visualizer.dataset_meta = model.dataset_meta
     visualizer.alpha = args.opacity
@@ -127,7 +128,7 @@ def make_classifier(cfg: Config, args: argparse.Namespace) -> Draw:
     shapes = preflight.read_shapes(args.checkpoint)
     classify: Any = ImageClassificationInferencer(cfg, pretrained=args.checkpoint,
                                                   device=args.device)
-    preflight.check_weights(classify.model, shapes, args.checkpoint, cfg, not args.allow_mismatch)
+    check_match(classify.model, shapes, args.checkpoint, cfg, not args.allow_mismatch)
     visualizer: Any = UniversalVisualizer()
 
     def draw(image: np.ndarray, name: str, out_file: Path) -> None:
