@@ -123,9 +123,16 @@ def test_init_and_inferencer(inherited, tmp_path):
         assert found['predictions'].shape == (160, 160)
 
 
+HUB = [name for name in LEAVES if 'image-classifier' not in name and (
+    name.startswith('quick_start') or '-t_' in name or 'mini' in name or '_t1_' in name)]
+# of every folder and library one by default: what differs is the inheritance, not the size
+FIRST = {(name.split('/')[0], name.split('/')[1].startswith('upernet')): name
+         for name in reversed(HUB)}
+
+
 @pytest.mark.parametrize('name', [
-    leaf for leaf in LEAVES if 'image-classifier' not in leaf and (
-        leaf.startswith('quick_start') or '-t_' in leaf or 'mini' in leaf or '_t1_' in leaf)])
+    name if name in FIRST.values() else pytest.param(name, marks=pytest.mark.slow)
+    for name in HUB])
 def test_hub(name):
     """`get_model` names no library: the detector says whose parts the others are."""
     pytest.importorskip('mmdet3d')
