@@ -178,4 +178,6 @@ def absent(name: str) -> str:
         importlib.import_module(module)
     except (ImportError, OSError, RuntimeError) as error:
         return f'{module} cannot be imported: {str(error).splitlines()[0]}'
+    if name == 'torchvision' and not hasattr(torch.ops.torchvision, 'deform_conv2d'):
+        return 'torchvision is installed without its operators'
     return ''
