@@ -1,4 +1,5 @@
-# 36 epochs for batches of 64 images, with averaged weights: Cascade Mask R-CNN of the largest sizes.
+# 36 epochs for batches of 64 images, with averaged weights: Cascade Mask R-CNN of the largest
+# sizes.
 _base_ = './adamw-layer-decay_3x.py'
 
 # the square-root rule's learning rate for batch 16 -> 64
