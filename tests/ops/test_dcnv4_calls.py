@@ -32,7 +32,7 @@ CALL = dict(kernel_size=(3, 3), groups=2, stride=(2, 1), padding=(1, 0), dilatio
             offset_scale=0.5, remove_center=False, softmax=False)
 GEOMETRY = dict(groups=2, offset_scale=0.5, **GEOMETRIES['3x3-strided'])
 
-pytestmark = pytest.mark.usefixtures('native')
+pytestmark = [pytest.mark.usefixtures('native'), pytest.mark.hostile]
 
 
 def inputs(dtype=F32, mask_dtype=None):
