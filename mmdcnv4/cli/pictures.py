@@ -1,11 +1,10 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a training run: its curves, and sheets of annotations next to predictions."""
+"""Sheets of annotations next to predictions."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -22,7 +21,6 @@ from pycocotools.coco import COCO
 from ..safe_files import load_pickle
 
 SCORE_THRESHOLD = 0.5  # of the predictions that are drawn
-_CURVE_COLORS = ('tab:green', 'tab:orange', 'tab:purple')
 
 
 class Classes(NamedTuple):
@@ -30,64 +28,6 @@ class Classes(NamedTuple):
 
     names: Sequence[str]
     palette: Sequence[tuple[int, int, int]]
-
-
-# ---------------------------------------------------------------------------------------- curves
-
-
-def read_curves(scalars: Path, metrics: Sequence[str]
-                ) -> tuple[np.ndarray, dict[str, list[tuple[int, float]]]]:
-    """Losses and metrics of a run from the scalars that MMEngine logs.
-
-    Returns:
-        (iteration, loss) rows, shape (points, 2), and for each metric its (iteration, value)
-        points.
-    """
-    losses: list[tuple[int, float]] = []
-    points: dict[str, list[tuple[int, float]]] = {name: [] for name in metrics}
-    iteration = 0
-    for line in scalars.read_text().splitlines():
-        record = json.loads(line)
-        if 'loss' in record:
-            iteration = record['step']
-            losses.append((iteration, record['loss']))
-        for name, values in points.items():
-            if name in record:
-                values.append((iteration, record[name]))
-    return np.array(losses), points
-
-
-def plot_curves(scalars: Path, out_file: Path, metrics: Mapping[str, str], label: str,
-                full: float = 1.0) -> None:
-    """Loss on the left, metrics on the validation split on the right, over iterations.
-
-    Args:
-        scalars: the `scalars.json` of the run.
-        out_file: the picture.
-        metrics: logged name of each metric -> its name in the picture.
-        label: what the metrics are, for their axis.
-        full: the best value of the metrics.
-    """
-    losses, curves = read_curves(scalars, list(metrics))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
-    left.plot(losses[:, 0], losses[:, 1], color='tab:blue')
-    left.set(xlabel='iteration', ylabel='loss', title='Training loss')
-    left.set_ylim(0, 1.05 * losses[:, 1].max())
-    for index, (name, points) in enumerate(curves.items()):
-        if not points:
-            continue
-        color = _CURVE_COLORS[index % len(_CURVE_COLORS)]
-        right.plot(*zip(*points), marker='o', color=color, label=metrics[name])
-        right.annotate(f'{points[-1][1]:.3g}', points[-1], xytext=(0, 8 - 24 * (index % 2)),
-                       ha='right', textcoords='offset points', color=color)
-    right.set(xlabel='iteration', ylabel=label, ylim=(0, full),
-              title='On the validation split')
-    right.legend(loc='lower right')
-    for axes in (left, right):
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.3)
-    figure.savefig(out_file, dpi=120)
-    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------- detection

@@ -14,7 +14,6 @@ import pytest
 from mmengine.config import Config
 
 from helpers.tool_runner import TINY, TOOLS, load_tool, run_command
-from mmdcnv4.cli import pictures
 from mmdcnv4.datasets.drawn_scenes import write_drawn_scenes
 
 
@@ -101,18 +100,6 @@ def test_own_label_maps(run_here, tmp_path: Path) -> None:
 @pytest.fixture(scope='module')
 def quick_start() -> object:
     return load_tool('demo/quick_start')
-
-
-def test_curves_are_read_over_iterations(tmp_path: Path) -> None:
-    file = tmp_path / 'scalars.json'
-    records = [dict(loss=2.0, step=10), dict(loss=1.0, step=20),
-               {'coco/bbox_mAP': 0.1, 'coco/segm_mAP': 0.2, 'step': 1},
-               dict(loss=0.5, step=30), {'coco/bbox_mAP': 0.3, 'coco/segm_mAP': 0.4, 'step': 2}]
-    file.write_text('\n'.join(map(json.dumps, records)))
-    losses, metrics = pictures.read_curves(file, ['coco/bbox_mAP', 'coco/segm_mAP'])
-    np.testing.assert_array_equal(losses, [[10, 2.0], [20, 1.0], [30, 0.5]])
-    assert metrics == {'coco/bbox_mAP': [(20, 0.1), (30, 0.3)],
-                       'coco/segm_mAP': [(20, 0.2), (30, 0.4)]}
 
 
 def test_a_tool_that_fails_ends_the_program(quick_start: object, tmp_path: Path) -> None:

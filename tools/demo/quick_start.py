@@ -48,8 +48,6 @@ class Task(NamedTuple):
     config: Path
     options: list[str]  # KEY=VALUE, for both tools
     metrics: dict[str, str]  # logged name -> shown name
-    label: str  # of their axis
-    full: float  # their best value
     split: str  # that the last test is on
 
 
@@ -127,7 +125,7 @@ def drawn_task(args: argparse.Namespace) -> Task:
                for loader in ('train', 'val', 'test')]
     options += [f'{loader}_evaluator.ann_file={args.data}/coco/annotations/instances_val.json'
                 for loader in ('val', 'test')]
-    return Task(args.config, options, MASK_METRICS, 'AP, IoU 0.50 to 0.95', 1.0, 'val')
+    return Task(args.config, options, MASK_METRICS, 'val')
 
 
 def coco_task(args: argparse.Namespace, folder: CocoFolder) -> Task:
@@ -142,7 +140,7 @@ def coco_task(args: argparse.Namespace, folder: CocoFolder) -> Task:
           f'{entries["train_cfg"]["max_epochs"]} epochs.')
     metrics = MASK_METRICS if folder.has_masks else BOX_METRICS
     split = 'test' if 'test' in folder.splits else 'val'
-    return Task(written_config(args, base, entries), [], metrics, 'AP', 1.0, split)
+    return Task(written_config(args, base, entries), [], metrics, split)
 
 
 def semantic_task(args: argparse.Namespace, folder: SemanticFolder) -> Task:
@@ -154,8 +152,18 @@ def semantic_task(args: argparse.Namespace, folder: SemanticFolder) -> Task:
           f'{entries["crop_size"][0]} x {entries["crop_size"][1]} pixels.')
     split = 'test' if 'test' in folder.splits else 'val'
     options = [f'test_evaluator.output_dir={args.work_dir}/predictions']
-    return Task(written_config(args, SEMANTIC, entries), options, {'mIoU': 'mIoU'},
-                'mIoU in percent', 100.0, split)
+    return Task(written_config(args, SEMANTIC, entries), options, {'mIoU': 'mIoU'}, split)
+
+
+def draw_curves(args: argparse.Namespace, task: Task, since: float) -> None:
+    """Loss and metrics over iterations, by `tools/analysis_tools/plot_curves.py`."""
+    scalars = pictures.newest(args.work_dir, '*/vis_data/scalars.json', since)
+    if scalars is None:
+        raise UserError(f'the run left no curves in {args.work_dir}')
+    # a detector that found nothing at all has no AP
+    logged = [name for name in task.metrics if f'"{name}":' in scalars.read_text()]
+    run_tool('analysis_tools/plot_curves.py', str(args.work_dir), '--panel', 'loss',
+             *(['--panel', *logged] if logged else []), '--out', str(args.work_dir / 'curves.png'))
 
 
 def draw_sheet(args: argparse.Namespace, folder: Any, task: Task) -> None:
@@ -201,17 +209,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     train_start = time.time()
     run_tool('train.py', str(task.config), *common)
     test_start = time.time()
+    draw_curves(args, task, train_start)
     checkpoint = (args.work_dir / 'last_checkpoint').read_text().strip()
     out = [] if args.semantic else ['--out', str(args.work_dir / 'predictions.pkl')]
     run_tool('test.py', str(task.config), checkpoint, *out, *common)
     end = time.time()
 
     scores = pictures.newest(args.work_dir, '*/*.json', test_start)
-    scalars = pictures.newest(args.work_dir, '*/vis_data/scalars.json', train_start)
-    if scores is None or scalars is None:
-        raise UserError(f'the run left no scores or no curves in {args.work_dir}')
+    if scores is None:
+        raise UserError(f'the run left no scores in {args.work_dir}')
     metrics = json.loads(scores.read_text())
-    pictures.plot_curves(scalars, args.work_dir / 'curves.png', task.metrics, task.label, task.full)
     draw_sheet(args, folder, task)
     where = 'held-out split' if folder is None else f'{task.split} split'
     print(f'\nOn the {where}: '
