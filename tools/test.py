@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from mmdcnv4.cli import preflight
 from mmdcnv4.cli.arguments import add_common_arguments
 from mmdcnv4.cli.config import apply_map_cache, apply_show, apply_tta, dump_metric, load_config
+from mmdcnv4.cli.distributed import leave_distributed
 from mmdcnv4.cli.explain import explain
 from mmdcnv4.cli.runner import build_runner
 
@@ -56,3 +57,4 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
 
 if __name__ == '__main__':
     main()
+    leave_distributed()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Optional
 
 from mmdcnv4.cli.arguments import add_common_arguments
 from mmdcnv4.cli.config import apply_amp, apply_auto_scale_lr, apply_resume, load_config
+from mmdcnv4.cli.distributed import leave_distributed
 from mmdcnv4.cli.explain import explain
 from mmdcnv4.cli.runner import build_runner
 from mmdcnv4.cli.schedule import apply_accumulation
@@ -55,3 +56,4 @@ def main(argv: Optional[Sequence[str]] = None) -> 'Runner':
 
 if __name__ == '__main__':
     main()
+    leave_distributed()

@@ -3,12 +3,14 @@
 """Distributed runs without a GPU, by gloo.
 
 MMEngine's own initialisation calls `torch.cuda.set_device`, and its wrapper of the model passes
-device ids.
+device ids. Nor does it end the process group: a thread of gloo that still holds a tensor while
+Python shuts down aborts the process, and a training that is done counts as failed.
 """
 
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import subprocess
 
@@ -81,6 +83,18 @@ def prepare_distributed(cfg: Config) -> None:
     wrapper.update(cfg.get('model_wrapper_cfg') or {})
     cfg.model_wrapper_cfg = dict(wrapper, device_ids=None)  # MMEngine's default names a GPU
     _replace_sync_bn(cfg)
+
+
+def leave_distributed() -> None:
+    """Ends the process group; the last line of a program whose run is done.
+
+    Call it when nothing refers to the runner any more: only then do the threads of gloo end. After
+    a failure it must not be called, for the other processes may never come to the barrier.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        gc.collect()  # the reducer of the wrapped model holds the group
+        dist.destroy_process_group()
 
 
 def _replace_sync_bn(cfg: Config) -> None:

@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -122,6 +123,24 @@ def test_two_processes_on_the_cpu(scenes: Path, tmp_path: Path,
     assert 'coco/segm_mAP' in output
     results = pickle.loads((tmp_path / 'out.pkl').read_bytes())
     assert sorted(result['img_id'] for result in results) == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_thread_of_gloo_outlives_the_run(scenes: Path, tmp_path: Path,
+                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that still holds a tensor while Python shuts down aborts a run that is done."""
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, MASTER_ADDR='127.0.0.1',
+                            MASTER_PORT=free_port()).items():
+        monkeypatch.setenv(name, str(value))
+    program = ('import runpy, sys; from pathlib import Path; sys.argv.pop(0); '
+               'runpy.run_path(sys.argv[0], run_name="__main__"); '
+               'print("threads:", *{path.read_text().strip() for path in '
+               'Path("/proc/self/task").glob("*/comm")})')
+    output = run_command(sys.executable, '-c', program, TOOLS / 'train.py', DETECTOR,
+                         '--launcher', 'pytorch', '--work-dir', tmp_path / 'work',
+                         *data_options(scenes, **{'train_cfg.max_epochs': 1}))
+    assert re.search(r'Epoch\(train\) +\[1\]\[8/8\]', output)
+    threads = output.split('threads:')[-1].split()
+    assert threads and not any('gloo' in name for name in threads), threads
 
 
 class Regression(nn.Module):
