@@ -73,22 +73,16 @@ def _hint_registry(error: BaseException) -> Optional[str]:
     return f'mmdcnv4 did not register all of its classes: {reasons}'
 
 
-@contextmanager
-def _workers_silent() -> Iterator[None]:
-    """Keeps torch's signal handler from raising in the middle of an explanation.
+def _silence_workers() -> None:
+    """Keeps torch's signal handler from raising for the rest of a program that is failing.
 
     It does so wherever a program stands when a worker of a data loader dies, and the program
-    often hears of that by a broken pipe first.
+    often hears of that by a broken pipe first. It would cut off the explanation, or Python while
+    that prints the traceback.
     """
-    before: Any = None
     for _ in range(2):  # what the first one raises is what was waiting
         with suppress(AttributeError, RuntimeError, ValueError):  # no SIGCHLD; not the main thread
-            before = signal.signal(signal.SIGCHLD, signal.SIG_DFL) or before
-    try:
-        yield
-    finally:
-        if callable(before):
-            signal.signal(signal.SIGCHLD, before)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _hint_process(error: BaseException) -> Optional[str]:
@@ -180,11 +174,11 @@ def explain(cfg: Optional[Config] = None, debug: bool = False) -> Iterator[None]
     try:
         yield
     except Exception as error:
+        _silence_workers()
         close_bar()  # it would stand in the middle of the text
-        with _workers_silent():
-            _log_traceback(error, cfg)
-            fault = find_user_error(error)
-            line = None if fault is not None else hint(error, cfg)
+        _log_traceback(error, cfg)
+        fault = find_user_error(error)
+        line = None if fault is not None else hint(error, cfg)
         if fault is not None and not debug:
             raise SystemExit(f'error: {message_of(fault)}') from error
         if line:

@@ -16,7 +16,7 @@ from helpers.tool_runner import environment
 from mmdcnv4.cli import explain
 
 _KILLED_WORKER = """
-import os, signal, torch
+import os, signal, subprocess, sys, torch
 from mmdcnv4.cli.explain import explain
 
 class Suicidal(torch.utils.data.Dataset):
@@ -28,6 +28,11 @@ class Suicidal(torch.utils.data.Dataset):
             os.kill(os.getpid(), signal.SIGKILL)
         return index
 
+def show(*error):
+    subprocess.run('true')  # its end calls the handler for the end of a child, which may raise
+    sys.__excepthook__(*error)
+
+sys.excepthook = show
 with explain():
     list(torch.utils.data.DataLoader(Suicidal(), num_workers=1))
 """
@@ -39,6 +44,7 @@ def test_a_killed_worker():
                           env=environment(), timeout=120)
     assert done.returncode == 1
     assert 'hint: a worker of the data loader ended or hangs' in done.stderr
+    assert 'Error in sys.excepthook' not in done.stderr
 
 
 def test_another_process_of_the_run(monkeypatch):
