@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 
@@ -22,6 +23,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if 'slow' in item.keywords:
             item.add_marker(pytest.mark.skip(reason='slow: needs --slow'))
+
+
+@pytest.fixture(scope='session', autouse=True)
+def _index_files_are_read_once() -> Iterator[None]:
+    """MMEngine reads the hundred index files of a library for each config that inherits from it."""
+    try:
+        from mmengine.config import utils
+    except ImportError:  # the operator's own tests run without the mm packages
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, 'load', cache(utils.load))
+        yield
 
 
 @pytest.fixture(autouse=True)
