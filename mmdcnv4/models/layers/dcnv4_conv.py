@@ -122,9 +122,12 @@ class DCNv4Conv2d(DCNv4):
                             "the dcn of an inherited config write dcn=dict(_delete_=True, "
                             f"type='DCNv4', ...), got deform_groups={deform_groups!r}")
         if not isinstance(groups, Integral) or groups != 1:
-            raise ValueError('DCNv4: groups must be 1: a grouped convolution (ResNeXt, RegNet, '
-                             'ResNeSt) cannot be replaced, and the channel groups of DCNv4 are '
-                             f'set by `group`, got groups={groups}')
+            depthwise = groups == in_channels == out_channels
+            raise ValueError('DCNv4: groups must be 1: ' + (
+                "for a depthwise convolution (CSPNeXt) write type='with_dcnv4' around the module "
+                'instead of conv_cfg' if depthwise else
+                'a grouped convolution (ResNeXt, RegNet, ResNeSt) cannot be replaced')
+                + f', and the channel groups of DCNv4 are set by `group`, got groups={groups}')
         width = out_channels if value_channels is None else value_channels
         super().__init__(
             width, kernel_size, stride, padding, dilation,
