@@ -1,6 +1,9 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""What looks for `weight` and `bias` of a convolution finds those of the output projection."""
+"""Modules of the host libraries with `conv_cfg=dict(type='DCNv4')`.
+
+What looks for `weight` and `bias` of a convolution finds those of the output projection.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ import torch
 from mmcv.cnn import ConvModule, build_conv_layer
 from mmcv.cnn.bricks import NonLocal2d
 from mmengine.model import constant_init, initialize, kaiming_init, normal_init, xavier_init
+from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 from torch.nn.utils import prune
 
 import mmdcnv4  # noqa: F401  (registers)
+from mmdcnv4.models.layers.dcnv4_conv import DCNv4Conv2d
 
 NAMES = ['value_proj.weight', 'value_proj.bias', 'output_proj.weight', 'output_proj.bias',
          'offset_mask.weight', 'offset_mask.bias']
@@ -111,3 +116,46 @@ def test_copies_and_traces(options):
     assert torch.equal(copy.deepcopy(layer)(x), expected)
     assert torch.equal(torch.jit.trace(layer, (x,))(x), expected)
     assert torch.equal(torch.export.export(layer, (x,)).module()(x), expected)
+
+
+def necks_and_heads():
+    dcn = dict(type='DCNv4')
+    fpn = dict(in_channels=[16, 32], out_channels=16, num_outs=2)
+    head = dict(num_classes=2, in_channels=16, feat_channels=16, stacked_convs=1,
+                with_objectness=False, norm_cfg=dict(type='BN'),
+                anchor_generator=dict(type='MlvlPointGenerator', offset=0, strides=[8, 16]),
+                bbox_coder=dict(type='DistancePointBBoxCoder'),
+                loss_cls=dict(type='QualityFocalLoss', use_sigmoid=True),
+                loss_bbox=dict(type='GIoULoss'))
+    return {'FPN': dict(fpn, type='FPN', conv_cfg=dcn),
+            'PAFPN': dict(fpn, type='PAFPN', conv_cfg=dcn),
+            'RTMDetHead': dict(head, type='RTMDetHead', conv_cfg=dcn)}
+
+
+@pytest.mark.parametrize('name', ['FPN', 'PAFPN', 'RTMDetHead'])
+def test_conv_cfg_of_necks_and_heads(name):
+    pytest.importorskip('mmdet.models')
+    cfg = necks_and_heads()[name]
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        module, plain = (MODELS.build(dict(cfg, conv_cfg=entry))
+                         for entry in (cfg['conv_cfg'], None))
+    assert sum(isinstance(layer, DCNv4Conv2d) for layer in module.modules()) > 0
+    maps = [torch.randn(2, 16, 6, 8), torch.randn(2, 16 if 'Head' in name else 32, 3, 4)]
+    outs, expected = (torch.utils._pytree.tree_leaves(layer(maps)) for layer in (module, plain))
+    assert [out.shape for out in outs] == [out.shape for out in expected]
+    sum(out.square().mean() for out in outs).backward()
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters() if p.grad is not None)
+
+
+def test_a_depthwise_conv_of_a_host_is_told_the_other_way():
+    """CSPNeXt passes its conv_cfg to depthwise convolutions as well."""
+    pytest.importorskip('mmdet.models')
+    cfg = dict(type='CSPNeXtPAFPN', in_channels=[16, 32], out_channels=16, num_csp_blocks=1)
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        with pytest.raises(ValueError, match="depthwise .* write type='with_dcnv4' .* groups=8"):
+            MODELS.build(dict(cfg, conv_cfg=dict(type='DCNv4')))
+        neck = MODELS.build(dict(type='with_dcnv4', module=cfg,
+                                 replace=dict(match='*', targets=['depthwise'])))
+    assert sum(isinstance(layer, DCNv4Conv2d) for layer in neck.modules()) == 2
+    outs = neck([torch.randn(2, 16, 6, 8), torch.randn(2, 32, 3, 4)])
+    assert [tuple(out.shape[1:]) for out in outs] == [(16, 6, 8), (16, 3, 4)]
