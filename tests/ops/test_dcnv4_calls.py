@@ -442,7 +442,7 @@ def test_other_threads_run_meanwhile():
         dcnv4(value, offset_mask, kernel_size=9, groups=1, padding=4)
 
     # a busy machine may stop a thread as well, but not every time for most of the call
-    assert min(longest_pause(call) for _ in range(3)) < 0.5
+    assert any(longest_pause(call) < 0.5 for _ in range(10))
 
 
 def test_calls_of_several_threads_at_once():
