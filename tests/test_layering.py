@@ -44,10 +44,13 @@ TABLE = {
     'mmdcnv4.models.diffusion': (('mmdcnv4.models.replacement',), ()),
     # backbones only through the registry
     'mmdcnv4.bevformer_v2': (('mmdcnv4.errors', 'mmdcnv4.safe_files', 'mmdcnv4.bevformer_v2',
-                              'mmdcnv4.ops', 'mmdcnv4.models.checkpoint'),
+                              'mmdcnv4.ops', 'mmdcnv4.models.checkpoint',
+                              'mmdcnv4.checks.weights'),
                              ('mmengine', 'mmcv', 'mmdet', 'mmdet3d')),
     'mmdcnv4.datasets': (('mmdcnv4.datasets', 'mmdcnv4.errors'),
                          ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmdet3d')),
+    # of a model and its weights; must know nothing of runs and data, as the other checks do
+    'mmdcnv4.checks.weights': (('mmdcnv4.errors',), ('mmengine',)),
     'mmdcnv4.checks': (('mmdcnv4.checks', 'mmdcnv4.errors'), ('mmengine',)),
     'mmdcnv4.engine': (('mmdcnv4.engine', 'mmdcnv4.checks', 'mmdcnv4.errors'), ('mmengine',)),
     # changes modules of a model, whatever the model is

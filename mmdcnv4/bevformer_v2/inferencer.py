@@ -22,12 +22,12 @@ from mmengine.logging import print_log
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 
+from ..checks.weights import Shapes, check_match
 from ..errors import InvalidType, InvalidValue, MissingKey
 from ..models.checkpoint import find_state_dict, read_file
 from .data.transforms import LoadTemporalMultiViewImages
 
 _TOLERANCE = 1e-3  # of a rotation: info files hold float32
-_SHOWN = 5
 
 
 def _matrix(name: str, value: Any, side: int) -> np.ndarray:
@@ -161,24 +161,21 @@ class BEVInferencer:
             options: `interval` and `max_gap` of the class.
 
         Raises:
-            ValueError: the weights are not those of the model, in name and shape.
+            ValueError: the weights are not those of the model, in name and shape; the message
+                lists tensors and entries of the config. Parts that the model has not at all, as
+                heads for training, are no fault.
             FileNotFoundError: there is no such file.
         """
         cfg = config if isinstance(config, Config) else Config.fromfile(config)
         register_all_modules(init_default_scope=False)
         with DefaultScope.overwrite_default_scope('mmdet3d'):
             model = revert_sync_batchnorm(MODELS.build(cfg.model))
-        weights = {name.removeprefix('module.'): tensor for name, tensor in find_state_dict(
-            read_file(checkpoint), checkpoint).items()}
-        own = model.state_dict()
-        wrong = sorted(name for name in {*own, *weights} if name not in own or name not in weights
-                       or own[name].shape != weights[name].shape)
-        if wrong:
-            more = f' and {len(wrong) - _SHOWN} more' if len(wrong) > _SHOWN else ''
-            raise InvalidValue(f'BEVInferencer: checkpoint must hold the {len(own)} weights of the '
-                               f'model, got {checkpoint}, which differs in '
-                               f'{", ".join(wrong[:_SHOWN])}{more}')
-        model.load_state_dict(weights)
+        content = read_file(checkpoint)
+        weights = {name.removeprefix('module.'): tensor
+                   for name, tensor in find_state_dict(content, checkpoint).items()}
+        check_match(model, Shapes.of({**content, 'state_dict': weights}), checkpoint, cfg,
+                    option=None)
+        model.load_state_dict(weights, strict=False)  # parts that the model has not are left over
         dataset = cfg.test_dataloader.dataset
         return cls(model.to(device), dataset.pipeline, dataset.metainfo.classes, **options)
 

@@ -238,7 +238,7 @@ def _table(found: Mismatch, shapes: Shapes, cfg: Optional[Config]) -> str:
 
 
 def check_match(model: Any, shapes: Shapes, path: str, cfg: Optional[Config] = None,
-                must_match: bool = True) -> None:
+                must_match: bool = True, option: Optional[str] = '--allow-mismatch') -> None:
     """Refuses, or says, what of a checkpoint does not fit a model.
 
     Tensors of parts that the model has not at all, as heads for training, are no fault.
@@ -249,6 +249,7 @@ def check_match(model: Any, shapes: Shapes, path: str, cfg: Optional[Config] = N
         path: of the checkpoint, for the message.
         cfg: the config of the run, for the message.
         must_match: raise; else a warning, as for weights that a training starts from.
+        option: of the program, with which it goes on all the same; None: it has none.
 
     Raises:
         ValueError: under a tenth of the weights of the model are in the file, in their shape; or
@@ -266,9 +267,9 @@ def check_match(model: Any, shapes: Shapes, path: str, cfg: Optional[Config] = N
         return
     text = _table(found, shapes, cfg)
     if must_match:
-        raise InvalidValue(
-            f'the checkpoint {path} does not fit the model:\n{text}\n'
-            'Take the config that it was trained with; or go on with --allow-mismatch, and what '
-            'does not fit keeps its random start values.')
+        way_out = '' if option is None else (
+            f'; or go on with {option}, and what does not fit keeps its random start values')
+        raise InvalidValue(f'the checkpoint {path} does not fit the model:\n{text}\n'
+                           f'Take the config that it was trained with{way_out}.')
     print_log(f'the checkpoint {path} does not fit the model in full; what does not fit keeps its '
               f'start values:\n{text}', logger='current', level=30)

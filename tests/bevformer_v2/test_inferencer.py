@@ -181,16 +181,21 @@ def test_calibration_from_camera_poses():
 
 def test_from_config(make_model, dataset, tiny, tmp_path):
     model = make_model()
-    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'a.pth')
+    cfg = Config.fromfile(TINY)
+    weights = {f'module.{name}': value for name, value in model.state_dict().items()}
+    weights['module.teacher.weight'] = torch.zeros(3)  # a part that the model has not
+    torch.save(dict(state_dict=weights, meta=dict(cfg=cfg.pretty_text)), tmp_path / 'a.pth')
     inferencer = BEVInferencer.from_config(TINY, str(tmp_path / 'a.pth'))
     info = dataset.get_data_info(0)
     found = inferencer.infer(*call_of(info)).pred_instances_3d
     expected = BEVInferencer(model, pipeline_of(tiny), tiny.classes).infer(*call_of(info))
     assert same(found, expected.pred_instances_3d) and inferencer.classes == tuple(tiny.classes)
-    cfg = Config.fromfile(TINY)
     cfg.model.bev_head.num_queries = 7
-    with pytest.raises(ValueError, match='a.pth, which differs in bev_head.query_embedding.weight'):
+    with pytest.raises(ValueError, match='a.pth does not fit the model') as caught:
         BEVInferencer.from_config(cfg, str(tmp_path / 'a.pth'))
+    text = str(caught.value)
+    assert 'bev_head.query_embedding.weight' in text and '--allow' not in text
+    assert 'model.bev_head.num_queries: 60 in the checkpoint, 7 in the config' in text
     (tmp_path / 'b.pth').write_bytes(pickle.dumps([1]))
     with pytest.raises(ValueError):
         BEVInferencer.from_config(cfg, str(tmp_path / 'b.pth'))

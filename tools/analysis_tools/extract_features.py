@@ -55,7 +55,7 @@ def load_model(cfg: Config, checkpoint: Optional[str], device: str) -> Any:
         shapes = preflight.read_shapes(checkpoint)
         checkpoints.allow_mmengine_checkpoints()
         load_checkpoint(model, checkpoint, map_location='cpu')
-        check_match(model, shapes, checkpoint, cfg)
+        check_match(model, shapes, checkpoint, cfg, option=None)
     return model.to(device).eval()
 
 

@@ -253,7 +253,7 @@ def draw(args: argparse.Namespace) -> None:
     image, images = prepare_image(args.image, args.size,
                                   cfg.model.get('data_preprocessor') or {})
     weights = dict(find_state_dict(read_file(args.checkpoint), args.checkpoint))
-    check_match(model.model, Shapes(weights), args.checkpoint, cfg)
+    check_match(model.model, Shapes(weights), args.checkpoint, cfg, option=None)
     model.model.load_state_dict(weights)
     samples = record(model.model.backbone, images)
     if not samples:
