@@ -45,7 +45,8 @@ TABLE = {
     # backbones only through the registry
     'mmdcnv4.bevformer_v2': (('mmdcnv4.errors', 'mmdcnv4.safe_files', 'mmdcnv4.bevformer_v2',
                               'mmdcnv4.ops', 'mmdcnv4.models.checkpoint',
-                              'mmdcnv4.checks.weights'),
+                              'mmdcnv4.checks.weights',
+                              'mmdcnv4.models.layers.multi_scale_attention'),
                              ('mmengine', 'mmcv', 'mmdet', 'mmdet3d')),
     'mmdcnv4.datasets': (('mmdcnv4.datasets', 'mmdcnv4.errors'),
                          ('mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmdet3d')),

@@ -17,7 +17,6 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from mmcv.cnn.bricks.transformer import FFN, MultiheadAttention
-from mmcv.ops import MultiScaleDeformableAttention
 from mmdet.models.layers import inverse_sigmoid
 from mmdet.utils import reduce_mean
 from mmdet3d.registry import MODELS, TASK_UTILS
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ...errors import InvalidValue
+from ...models.layers.multi_scale_attention import MultiScaleAttention
 from ..geometry import check_range, constant, to_device
 from .attention import deformable_attention
 from .box_code import CODE_SIZE, encode_boxes, raw_center, select_boxes
@@ -52,11 +52,12 @@ class ExtraQueries:
     is_valid: Tensor
 
 
-class BEVCrossAttention(MultiScaleDeformableAttention):
-    """mmcv's module on one map whose size the host knows; mmcv's own forward reads it back."""
+class BEVCrossAttention(MultiScaleAttention):
+    """On one map whose size the host knows: it need not be read back from the device."""
 
-    def forward(self, query: Tensor, query_pos: Tensor, bev: Tensor, bev_size: tuple[int, int],
-                reference: Tensor) -> Tensor:
+    def forward(  # type: ignore[override]
+            self, query: Tensor, query_pos: Tensor, bev: Tensor, bev_size: tuple[int, int],
+            reference: Tensor) -> Tensor:
         """Maps (B, Q, C) to (B, Q, C), the residual sum included, in float32.
 
         Args:
@@ -67,13 +68,10 @@ class BEVCrossAttention(MultiScaleDeformableAttention):
         """
         with torch.autocast(query.device.type, enabled=False):  # exact sampling locations
             query, located = query.float(), query.float() + query_pos.float()
-            layout = (*query.shape[:2], self.num_heads, 1, self.num_points)
-            weights = self.attention_weights(located).view(*layout[:3], -1).softmax(-1)
-            offsets = self.sampling_offsets(located).view(*layout, 2)
-            locations = reference.float()[:, :, None, None, None] + offsets / constant(
-                offsets, bev_size[::-1])
+            shapes = constant(located, bev_size)[None]  # (1, 2)
+            locations = self._locations(located, reference[:, :, None], shapes)
             value = self.value_proj(bev.float()).unflatten(-1, (self.num_heads, -1))
-            out = deformable_attention(value, [bev_size], locations, weights.view(layout))
+            out = deformable_attention(value, [bev_size], locations, self._weights(located))
             return query + self.dropout(self.output_proj(out))
 
 
@@ -221,7 +219,7 @@ class BEVFormerV2Head(BaseModule):
         self.query_embedding.reset_parameters()
         nn.init.zeros_(self.reference.bias)
         for module in self.modules():
-            if isinstance(module, MultiScaleDeformableAttention):
+            if isinstance(module, MultiScaleAttention):
                 module.init_weights()
         branch: Any
         for branch in self.cls_branches:
