@@ -267,4 +267,4 @@ def camera_boxes_to_lidar(centers: Tensor, sizes: Tensor, rotations: Tensor,
     centers = (cam2lidar[:, :3, :3] * centers[:, None]).sum(-1) + cam2lidar[:, :3, 3]
     heading = (cam2lidar[:, :3, :3] @ rotations)[:, :, 0]
     yaw = torch.atan2(heading[:, 1], heading[:, 0])
-    return torch.cat([centers, sizes[:, [1, 0, 2]], yaw[:, None]], -1)
+    return torch.cat([centers, sizes[:, 1:2], sizes[:, :1], sizes[:, 2:], yaw[:, None]], -1)

@@ -39,6 +39,22 @@ def test_prediction(make_model, make_batch):
         assert waits.total == 1 + len(samples), str(waits)
 
 
+def test_second_stage(make_model, make_batch):
+    """Candidates of all images at once; for each image mmcv's NMS, for each sample the classes.
+
+    The kernels of both NMS wait once more each, which is not seen here.
+    """
+    model = make_model(type='TwoStageBEVFormerV2', proposals=dict(
+        type='ProposalQueries', pc_range=(-25.6, -25.6, -5.0, 25.6, 25.6, 3.0), embed_dims=64,
+        start_iteration=0), perspective_head=dict(test_cfg=dict(score_thr=0.0))).train()
+    for samples in ((0,), (0, 1)):
+        inputs = prepared(model, make_batch(samples), True)
+        images = 6 * len(samples)
+        with HostWaits() as waits:
+            model.loss(*inputs)
+        assert waits.total == 3 + 1 + images + len(samples), str(waits)
+
+
 def test_without_objects(make_model, make_batch):
     """No costs, no assignment."""
     model = make_model(frames=(0,)).train()

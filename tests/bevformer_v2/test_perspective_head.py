@@ -244,8 +244,9 @@ def test_perfect_outputs_cost_nothing_and_are_decoded():
     assert float(losses['loss_box2d_reg']) < 1e-6
 
     raw['cls'][0, index[0], 3] = 8.0
+    candidates, = head._candidates(raw, [128, 32])
     boxes, scores, labels = head._predict_image({name: out[0] for name, out in raw.items()},
-                                                locations(), [128, 32], CAM2IMG)
+                                                locations().points, candidates, CAM2IMG)
     assert labels.tolist() == [3] and 0.2 < float(scores) < 1
     expected = CameraBoxes(sample.centers_2d, sample.depths, sample.sizes_wlh, sample.rots,
                            CAM2IMG[None])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,14 @@ _TRAIN_CFG = dict(center_radius=1.5, clamp_depth_in_train=False, ranges=(
 _TEST_CFG = dict(score_thr=0.05, nms_pre=1000, nms_thr=0.75, max_per_img=100, bev_nms_thr=0.3,
                  max_per_sample=100)
 _PRIOR = 0.01  # probability of an object that an untrained pixel states
+
+
+class Candidates(NamedTuple):
+    """Pixels of an image that may be objects: index, label and 2-D score, each of shape (n,)."""
+
+    pixels: Tensor
+    labels: Tensor
+    scores: Tensor
 
 
 class Tower(nn.Module):
@@ -293,14 +301,15 @@ class PerspectiveHead(BaseModule):
         batch, num_cams = features[0].shape[:2]
         features = [x.flatten(0, 1) for x in features]
         outputs, locations = self(features), self._locations(features)
-        counts = [x.shape[-2] * x.shape[-1] for x in features]
+        candidates = self._candidates(outputs, [x.shape[-2] * x.shape[-1] for x in features])
         results = []
         for sample in range(batch):
             boxes, scores, labels = [], [], []
             for cam in range(num_cams):
-                image = {name: out[sample * num_cams + cam] for name, out in outputs.items()}
+                index = sample * num_cams + cam
                 image_boxes, image_scores, image_labels = self._predict_image(
-                    image, locations, counts, cam2img[sample, cam].float())
+                    {name: out[index] for name, out in outputs.items()}, locations.points,
+                    candidates[index], cam2img[sample, cam].float())
                 pose = lidar2cam[sample, cam].float().expand(len(image_labels), 4, 4)
                 boxes.append(camera_boxes_to_lidar(image_boxes.centers, image_boxes.sizes,
                                                    image_boxes.rotations, pose))
@@ -309,25 +318,33 @@ class PerspectiveHead(BaseModule):
             results.append(self._merge(torch.cat(boxes), torch.cat(scores), torch.cat(labels)))
         return results
 
-    def _predict_image(self, image: dict[str, Tensor], locations: Locations,
-                       counts: Sequence[int],
+    def _candidates(self, outputs: dict[str, Tensor], counts: Sequence[int]) -> list[Candidates]:
+        """Of M images, the best of each level; the host waits once, for how many there are."""
+        best = []
+        start = 0
+        scores = outputs['cls'].sigmoid() * outputs['centerness'].sigmoid()  # (M, P, K)
+        for level in scores.split(list(counts), 1):
+            values, order = level.flatten(1).topk(
+                min(self.test_cfg['nms_pre'], level.shape[1] * self.num_classes))
+            best.append((values, start + order // self.num_classes, order % self.num_classes))
+            start += level.shape[1]
+        values, pixels, labels = (torch.cat(levels, 1) for levels in zip(*best))
+        is_above = values > self.test_cfg['score_thr']
+        # these first, in their order
+        order = is_above.int().argsort(dim=1, descending=True, stable=True)
+        columns = [x.gather(1, order) for x in (pixels, labels, values)]
+        return [Candidates(*(x[image, :count] for x in columns))
+                for image, count in enumerate(is_above.sum(1).tolist())]
+
+    def _predict_image(self, image: dict[str, Tensor], points: Tensor, candidates: Candidates,
                        cam2img: Tensor) -> tuple[CameraBoxes, Tensor, Tensor]:
         """Boxes, scores and labels of one image, after 2-D suppression within each class."""
         cfg = self.test_cfg
-        scores_2d = image['cls'].sigmoid() * image['centerness'].sigmoid()  # (P, K)
-        pixels, labels, start = [], [], 0
-        for count in counts:
-            level = scores_2d[start:start + count].flatten()
-            values, order = level.topk(min(cfg['nms_pre'], len(level)))
-            order = order[values > cfg['score_thr']]
-            pixels.append(start + order // self.num_classes)
-            labels.append(order % self.num_classes)
-            start += count
-        pixel, label = torch.cat(pixels), torch.cat(labels)
+        pixel, label, scores_2d = candidates
         rows = {name: out[pixel] for name, out in image.items()}
         confidence = self._of_class('conf3d', rows['conf3d'], label)[:, 0].sigmoid()
-        scores = scores_2d[pixel, label].sqrt() * confidence
-        points = locations.points[pixel]
+        scores = scores_2d.sqrt() * confidence
+        points = points[pixel]
         boxes_2d = torch.cat([points - rows['box2d'][:, :2], points + rows['box2d'][:, 2:]], -1)
         keep = pixel  # batched_nms refuses an empty list
         if len(pixel):
@@ -341,15 +358,17 @@ class PerspectiveHead(BaseModule):
 
     def _merge(self, boxes: Tensor, scores: Tensor, labels: Tensor) -> InstanceData:
         """Suppression on the ground plane across cameras, within each class."""
-        boxes_3d = LiDARInstance3DBoxes(boxes, origin=(0.5, 0.5, 0.5))
-        corners = xywhr2xyxyr(boxes_3d.bev)
+        corners = xywhr2xyxyr(torch.cat([boxes[:, :2], boxes[:, 3:5], boxes[:, 6:]], -1))
         kept = [torch.zeros(0, dtype=torch.long, device=scores.device)]
-        for label in labels.unique():
-            own = torch.nonzero(labels == label)[:, 0]
-            kept.append(own[nms_bev(corners[own], scores[own], self.test_cfg['bev_nms_thr'])])
+        classes = torch.arange(self.num_classes, device=labels.device)
+        counts = (labels == classes[:, None]).sum(1).tolist()
+        for own in labels.argsort(stable=True).split(counts):
+            if len(own):
+                kept.append(own[nms_bev(corners[own], scores[own], self.test_cfg['bev_nms_thr'])])
         keep = torch.cat(kept)
         keep = keep[scores[keep].argsort(descending=True)][:self.test_cfg['max_per_sample']]
-        return InstanceData(bboxes_3d=boxes_3d[keep], scores_3d=scores[keep],
+        boxes[:, 2] -= boxes[:, 5] * 0.5  # mmdet3d's boxes stand on their centre
+        return InstanceData(bboxes_3d=LiDARInstance3DBoxes(boxes[keep]), scores_3d=scores[keep],
                             labels_3d=labels[keep])
 
 
