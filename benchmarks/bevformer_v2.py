@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -44,39 +45,77 @@ def resident() -> dict[str, float]:
             if line.startswith(('VmRSS', 'VmHWM'))}
 
 
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """Those in dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_of(item)
+
+
 class Clock:
-    """CPU seconds and memory by the name of a part; a part inside another one counts in both."""
+    """CPU seconds and memory by the name of a part; 'all' has all others in it.
+
+    The backward pass goes through the parts in the opposite order: that of a part begins where the
+    first gradient of its results is complete, and ends where that of another part begins.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = defaultdict(list)
-        self.memory: dict[str, float] = {}
+        self.memory: dict[str, dict[str, float]] = {}
+        self._start, self._backward_of = 0.0, ''
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Times what is inside."""
         start = time.process_time()
         yield
+        self._stop(name, start)
+
+    def _stop(self, name: str, start: float) -> None:
         self.seconds[name].append(time.process_time() - start)
-        self.memory[name] = resident()['VmRSS']
+        self.memory[name] = resident()
+        print(f'{name}: {self.seconds[name][-1]:.1f}', file=sys.stderr, flush=True)
 
     def wrap(self, owner: Any, method: str, name: str) -> None:
         """Times a method of an object; calls without gradients in training are of the history."""
-        function = getattr(owner, method)
+        function, in_training = getattr(owner, method), owner.training
 
         def timed(*args: Any, **kwargs: Any) -> Any:
-            past = owner.training and not torch.is_grad_enabled()
+            past = in_training and not torch.is_grad_enabled()  # modules say they evaluate then
             with self.part(f'{name}, history' if past else name):
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+            for tensor in tensors_of(result):
+                if tensor.requires_grad:
+                    tensor.register_hook(lambda _: self._reach(name))
+            return result
 
         setattr(owner, method, timed)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Times the backward pass, part by part."""
+        self._start, self._backward_of = time.process_time(), ''
+        loss.backward()
+        self._reach('')
+
+    def _reach(self, name: str) -> None:
+        """The backward pass is at the results of this part."""
+        if name == self._backward_of:
+            return
+        if self._backward_of:
+            self._stop(f'{self._backward_of}, backward', self._start)
+        self._start, self._backward_of = time.process_time(), name
 
     def report(self, title: str) -> None:
         """Prints a table."""
         print(f'\n{title}; {torch.get_num_threads()} threads, torch {torch.__version__}')
-        print('| part | calls | CPU seconds together | GiB after it |\n| --- | --- | --- | --- |')
+        print('| part | calls | CPU seconds together | GiB after it | GiB at most so far |\n'
+              '| --- | --- | --- | --- | --- |')
         for name, values in self.seconds.items():
-            print(f'| {name} | {len(values)} | {sum(values):.2f} | {self.memory[name]:.1f} |')
-        print(f'at most {resident()["VmHWM"]:.1f} GiB', flush=True)
+            memory = self.memory[name]
+            print(f'| {name} | {len(values)} | {sum(values):.2f} | {memory["VmRSS"]:.1f} | '
+                  f'{memory["VmHWM"]:.1f} |')
 
 
 def make_config(path: str, scale: float, with_cp: bool) -> Config:
@@ -110,7 +149,7 @@ def make_sample(frames: Sequence[int], now: int, scale: float) -> dict:
     results = dict(
         frames=tuple(frames), cameras=tuple(synthetic_rig.CAMERAS), label_mapping=list(range(10)),
         image_transform=np.eye(3), ori_shape=(height, width), img_shape=(height, width),
-        cam2img=np.broadcast_to(cam2img, (len(frames), 6, 4, 4)),
+        cam2img=np.tile(cam2img, (len(frames), 6, 1, 1)),
         lidar2cam=np.array([[matrix @ step for matrix in lidar2cam] for step in motion]),
         frame_valid=np.ones(len(frames), bool), sample_idx=now, token=str(now),
         frame_tokens={index: f'key-{now + frame}' for index, frame in enumerate(frames)},
@@ -129,7 +168,9 @@ def watch(model: Any) -> Clock:
     clock.wrap(model, 'extract_feat', 'backbone and neck')
     clock.wrap(model, '_encode', 'BEV encoder')
     clock.wrap(model, '_fuse', 'fusion')
-    clock.wrap(model.bev_head, 'forward', 'decoder')
+    if not model.training:
+        clock.wrap(model.bev_head, 'forward', 'decoder')
+        return clock
     clock.wrap(model.bev_head, 'loss', 'decoder and its loss')
     if model.perspective_head is not None:
         clock.wrap(model.perspective_head, 'loss', 'perspective head and its loss')
@@ -144,8 +185,7 @@ def train_step(model: Any, sample: dict, amp: Optional[torch.dtype]) -> None:
     with clock.part('all'):
         with torch.autocast('cpu', dtype=amp, enabled=amp is not None):
             loss, _ = model.parse_losses(model(**data, mode='loss'))
-        with clock.part('backward pass'):
-            loss.backward()
+        clock.backward(loss)
     clock.report(f'training step, loss {float(loss.detach()):.4f}')
 
 
