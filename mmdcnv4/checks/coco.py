@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, Optional
@@ -57,8 +57,10 @@ def _chosen(content: dict, classes: Optional[Sequence[str]]) -> set:
             if classes is None or category['name'] in classes}
 
 
-def _is_box(box: Any) -> bool:
-    return isinstance(box, (list, tuple)) and len(box) == 4 and all(map(_is_finite, box))
+def _is_box(box: Any, finite: bool = True) -> bool:
+    """Whether it is four numbers; mmdet drops an infinite box of another class without harm."""
+    return isinstance(box, (list, tuple)) and len(box) == 4 and all(
+        _is_finite(value) if finite else isinstance(value, Real) for value in box)
 
 
 def _is_finite(value: Any) -> bool:
@@ -66,10 +68,12 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _check_images(file: str, images: Sequence[dict]) -> None:
+def _check_images(file: str, images: Sequence[dict], used: Container) -> None:
+    """Sizes of images that are in `used` by their ids must be sizes, those of others be there."""
     for index, image in enumerate(images):
         for field in ('width', 'height'):
-            if not _is_finite(image[field]) or image[field] <= 0:
+            is_size = _is_finite(image.get(field)) and image[field] > 0
+            if field not in image or image['id'] in used and not is_size:
                 raise _fault(file, 'images', index, image, field,
                              'It must be the size of the image in pixels.')
 
@@ -78,6 +82,8 @@ def _check_unique(file: str, what: str, entries: Sequence[dict]) -> None:
     """mmdet and pycocotools keep one of several entries of the same id."""
     seen: dict[Any, int] = {}
     for index, entry in enumerate(entries):
+        if what == 'images' and entry['id'] in seen and entry == entries[seen[entry['id']]]:
+            continue  # whichever is kept
         if entry['id'] in seen:
             raise _fault(file, what, index, entry, 'id', 'It must be unique, but '
                          f'{what}[{seen[entry["id"]]}] has it as well; number them anew.')
@@ -101,21 +107,47 @@ def _check_some_are_used(file: str, annotations: Sequence[dict], by_id: dict, ch
         'boxes relative to the image, or a wrong size of the images, are the usual causes.')
 
 
-def _is_used(annotation: dict, image: dict) -> bool:
-    """Whether mmdet goes on with a box: one that is not empty and overlaps its image."""
+def _overlaps(annotation: dict, image: dict) -> bool:
+    """Whether a box and its image have something in common; mmdet looks at no other box."""
     x, y, width, height = annotation['bbox']
-    return (min(x + width, image['width']) > max(x, 0) and width >= 1 and height >= 1
+    return (min(x + width, image['width']) > max(x, 0)
             and min(y + height, image['height']) > max(y, 0))
 
 
+def _is_used(annotation: dict, image: dict) -> bool:
+    """Whether mmdet goes on with a box: one that is not empty and overlaps its image."""
+    return min(annotation['bbox'][2:]) >= 1 and _overlaps(annotation, image)
+
+
+def _check_object(file: str, index: int, annotation: dict, image: dict, is_chosen: bool,
+                  needs_mask: bool) -> None:
+    """The fields that mmdet reads of an object."""
+    box = annotation.get('bbox')
+    if not _is_box(box, finite=is_chosen):
+        raise _fault(file, 'annotations', index, annotation, 'bbox',
+                     'It must be four numbers: [x, y, width, height] in pixels.')
+    if not _overlaps(annotation, image):
+        return
+    if not isinstance(annotation.get('area'), Real):
+        raise _fault(file, 'annotations', index, annotation, 'area',
+                     'It must be the area in pixels; width * height of the box will do.')
+    if needs_mask and is_chosen and _is_used(annotation, image) and annotation['area'] > 0 \
+            and not annotation.get('segmentation'):
+        raise _fault(file, 'annotations', index, annotation, 'segmentation',
+                     'The model learns masks: every object needs a polygon or a run-length '
+                     'mask; for boxes alone take a model without a mask head.')
+
+
 def check_coco_dataset(file: str, classes: Optional[Sequence[str]], needs_mask: bool,
-                       drops_empty: bool) -> Optional[str]:
+                       trains: bool = False, drops_empty: bool = False) -> Optional[str]:
     """Refuses a file on which a `CocoDataset` would fail.
 
     Args:
         file: the annotation file.
         classes: names of the categories that the dataset takes; None for all.
         needs_mask: whether its pipeline loads masks.
+        trains: whether a model learns from it; in a test, objects that cannot be used and sizes of
+            images without objects do no harm.
         drops_empty: whether it leaves out images without an object of these classes.
 
     Returns:
@@ -126,13 +158,14 @@ def check_coco_dataset(file: str, classes: Optional[Sequence[str]], needs_mask: 
     """
     content = read_coco(file)
     images, annotations = content['images'], content.get('annotations') or []
-    _check_fields(file, 'images', images, ('id', 'file_name', 'width', 'height'),
+    _check_fields(file, 'images', images, ('id', 'file_name'),
                   'Every image needs its id, its file and its size in pixels.')
     _check_fields(file, 'categories', content['categories'], ('id', 'name'),
                   'Every category needs both.')
     _check_fields(file, 'annotations', annotations, ('id', 'image_id', 'category_id'),
                   'Every object needs its own id and those of its image and of its category.')
-    _check_images(file, images)
+    _check_images(file, images, {entry['id'] for entry in images} if trains else
+                  {annotation['image_id'] for annotation in annotations})
     for what, entries in (('images', images), ('categories', content['categories']),
                           ('annotations', annotations)):
         _check_unique(file, what, entries)
@@ -147,22 +180,12 @@ def check_coco_dataset(file: str, classes: Optional[Sequence[str]], needs_mask: 
         image = by_id.get(annotation['image_id'])
         if annotation.get('ignore') or image is None:
             continue
-        if not _is_box(annotation.get('bbox')):
-            raise _fault(file, 'annotations', index, annotation, 'bbox',
-                         'It must be four numbers: [x, y, width, height] in pixels.')
-        if not _is_used(annotation, image):
-            continue
-        if not isinstance(annotation.get('area'), Real):
-            raise _fault(file, 'annotations', index, annotation, 'area',
-                         'It must be the area in pixels; width * height of the box will do.')
-        if needs_mask and annotation['category_id'] in chosen and annotation['area'] > 0 \
-                and not annotation.get('segmentation'):
-            raise _fault(file, 'annotations', index, annotation, 'segmentation',
-                         'The model learns masks: every object needs a polygon or a run-length '
-                         'mask; for boxes alone take a model without a mask head.')
+        _check_object(file, index, annotation, image, annotation['category_id'] in chosen,
+                      needs_mask)
     if not images:
         raise InvalidValue(f'the annotation file {file} holds no image.')
-    _check_some_are_used(file, annotations, by_id, chosen)
+    if trains:
+        _check_some_are_used(file, annotations, by_id, chosen)
     if drops_empty and not any(annotation['category_id'] in chosen for annotation in annotations):
         known = [category['name'] for category in content['categories']]
         raise InvalidValue(
@@ -188,10 +211,14 @@ def check_coco_metric(file: str, metric: dict, classes: Optional[Sequence[str]])
     if metric.get('format_only') or not {'bbox', 'segm', 'proposal'} & set(kinds):
         return
     content = read_coco(file)
-    chosen = _chosen(content, classes)
+    chosen = _chosen(content, None if 'proposal' in kinds else classes)  # classes count for none
+    known = {image['id'] for image in content['images']}
     for index, annotation in enumerate(content.get('annotations') or []):
-        if annotation.get('category_id') not in chosen:
+        if annotation.get('category_id') not in chosen or annotation.get('image_id') not in known:
             continue
+        if {'bbox', 'proposal'} & set(kinds) and not _is_box(annotation.get('bbox')):
+            raise _fault(file, 'annotations', index, annotation, 'bbox', 'The metric reads it. '
+                         'It must be four numbers: [x, y, width, height] in pixels.')
         for field, remedy in (('iscrowd', 'It must be 0, or 1 for a group of objects.'),
                               ('area', 'It must be the area in pixels.')):
             if not isinstance(annotation.get(field), Real):

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
 from mmengine.config import Config
 from mmengine.config.lazy import LazyAttr, LazyObject
-from mmengine.dataset import BaseDataset
-from mmengine.registry import DATASETS, METRICS, MODELS, Registry
+from mmengine.fileio import list_from_file
+from mmengine.registry import DATASETS, METRICS, MODELS, TRANSFORMS, Registry
 
 from ..errors import InvalidValue, MissingFile
 from .coco import check_coco_dataset, check_coco_metric
@@ -24,6 +24,7 @@ _READERS = {  # entry of data_prefix: beginning of the names of the transforms t
     'img': 'LoadImage', 'img_path': 'LoadImage', 'seg_map_path': 'LoadAnnotations',
     'pts': 'LoadPointsFromFile', 'sweeps': 'LoadPointsFromMultiSweeps'}
 _CAMERA_READERS = ('LoadMultiView', 'LoadTemporalMultiView')
+_PACKAGES = ('mmcv', 'mmdcnv4', 'mmengine', *LIBRARIES)  # whose transforms read what they say
 
 
 def walk(node: Any, path: str = '') -> Iterator[tuple[str, dict]]:
@@ -84,11 +85,28 @@ def is_local(path: object) -> bool:
     return isinstance(path, (str, Path)) and str(path) != '' and '://' not in str(path)
 
 
-def _reads_local_disk(node: dict) -> bool:
-    """Whether a dataset, transform or metric reads files without a backend of another kind."""
+def reads_local_disk(node: Mapping) -> bool:
+    """Whether a dataset, transform or metric reads files without a backend of another kind.
+
+    Args:
+        node: its dict in the config, or its attributes.
+    """
     backend = node.get('backend_args') or node.get('file_client_args')
     return not backend or set(backend) == {'backend'} and backend['backend'] in (
         'local', 'disk', 'LocalBackend', 'HardDiskBackend')
+
+
+def is_known(kind: Optional[type]) -> bool:
+    """Whether a class is known to read what it says: one of this package or the host libraries."""
+    return kind is not None and kind.__module__.split('.')[0] in _PACKAGES
+
+
+def _keeps(kind: Optional[type], name: str, *methods: str) -> bool:
+    """Whether a class is the host's of this name, or derives from it and keeps its methods."""
+    bases = () if kind is None else kind.__mro__
+    host = next((base for base in bases if base.__name__ == name), None)
+    return host is not None and all(getattr(kind, method) is getattr(host, method)
+                                    for method in methods)
 
 
 def _leaf_datasets(node: Any, path: str) -> Iterator[tuple[str, dict]]:
@@ -108,15 +126,15 @@ class DatasetEntry(NamedTuple):
     Attributes:
         path: dotted way to it.
         node: its dict.
-        ancestry: names of its class and of the bases of that.
-        loads_by_itself: whether its class has a way of its own to read `ann_file`.
+        scope: the library of the config.
+        kind: its class; None where the host library finds none.
         classes: names that the config or the class gives; None where neither does.
     """
 
     path: str
     node: dict
-    ancestry: tuple[str, ...]
-    loads_by_itself: bool
+    scope: Optional[str]
+    kind: Optional[type]
     classes: Optional[Sequence[str]]
 
     def join(self, file: str) -> str:
@@ -129,14 +147,19 @@ class DatasetEntry(NamedTuple):
                 if type_name(node).startswith(beginning)]
 
     def reads(self, beginning: str) -> bool:
-        """Whether the pipeline has such transforms, and they read from the local disk."""
+        """Whether the pipeline has such transforms, and they read from the local disk.
+
+        A transform of the user's own may read from anywhere.
+        """
         found = self.transforms(beginning)
-        return bool(found) and all(map(_reads_local_disk, found))
+        return bool(found) and all(
+            reads_local_disk(node) and is_known(resolve(node, TRANSFORMS, self.scope))
+            for node in found)
 
     def ann_file(self) -> Optional[str]:
         """The annotation file, where it is one on the local disk."""
         file = self.node.get('ann_file')
-        if not isinstance(file, str) or not file or not _reads_local_disk(self.node):
+        if not isinstance(file, str) or not file or not reads_local_disk(self.node):
             return None
         return self.join(file) if is_local(self.join(file)) else None
 
@@ -156,23 +179,24 @@ def datasets_of(cfg: Config, splits: tuple[str, ...] = SPLITS) -> Iterator[Datas
         loader = cfg.get(f'{split}_dataloader') or {}
         for path, node in _leaf_datasets(loader.get('dataset'), f'{split}_dataloader.dataset'):
             kind = resolve(node, DATASETS, scope)
-            bases = kind.__mro__ if isinstance(kind, type) else ()
-            own_way = getattr(kind, 'load_data_list', None) is not BaseDataset.load_data_list
             meta = {**getattr(kind, 'METAINFO', {}), **(node.get('metainfo') or {})}
-            classes = meta.get('classes')  # or the name of a file
-            yield DatasetEntry(path, node, tuple(base.__name__ for base in bases), own_way,
-                               classes if isinstance(classes, (list, tuple)) else None)
+            yield DatasetEntry(path, node, scope, kind, _class_names(meta.get('classes')))
+
+
+def _class_names(classes: Any) -> Optional[Sequence[str]]:
+    """The names, which may also stand in a file, as mmengine reads them."""
+    if isinstance(classes, str) and os.path.isfile(classes):
+        return list_from_file(classes)
+    return classes if isinstance(classes, (list, tuple)) else None
 
 
 def metrics_of(cfg: Config, splits: tuple[str, ...] = SPLITS
-               ) -> Iterator[tuple[str, dict, tuple[str, ...]]]:
-    """(dotted way, dict, names of the class and its bases) of the metrics of these splits."""
+               ) -> Iterator[tuple[str, dict, Optional[type]]]:
+    """(dotted way, dict, class) of the metrics of these splits."""
     for split in splits:
         for path, node in walk(cfg.get(f'{split}_evaluator') or {}, f'{split}_evaluator'):
             if 'type' in node:
-                kind = resolve(node, METRICS, default_scope(cfg))
-                bases = kind.__mro__ if isinstance(kind, type) else ()
-                yield path, node, tuple(base.__name__ for base in bases)
+                yield path, node, resolve(node, METRICS, default_scope(cfg))
 
 
 def _advice(file: str) -> str:
@@ -190,24 +214,25 @@ def _must_exist(entry: str, what: str, file: str) -> None:
 
 
 def _check_dataset(dataset: DatasetEntry, split: str) -> None:
-    file, names = dataset.ann_file(), dataset.ancestry
-    entry = f'{dataset.path}.ann_file'
+    file, kind = dataset.ann_file(), dataset.kind
     first: Optional[str] = None  # name of an image in the annotation file
-    if 'BaseSegDataset' in names:  # takes a folder for no file
-        if file is not None and not os.path.isdir(file):
-            _must_exist(entry, 'annotation file', file)
+    reads_lines = _keeps(kind, 'BaseSegDataset', 'load_data_list')
+    if reads_lines and file is not None and os.path.isdir(file):
+        file = None  # as mmsegmentation takes it
+    if file is not None and (reads_lines or _keeps(kind, 'CocoDataset', 'load_data_list')
+                             or _keeps(kind, 'BaseDataset', 'load_data_list')):
+        _must_exist(f'{dataset.path}.ann_file', 'annotation file', file)
+        if reads_lines:
             with open(file, encoding='utf-8', errors='replace') as stream:
                 first = stream.readline().strip()
-    elif file is not None and 'CocoDataset' in names:
-        _must_exist(entry, 'annotation file', file)
-        filters = (dataset.node.get('filter_cfg') or {}).get('filter_empty_gt', False)
-        with_mask = any(loader.get('with_mask') for loader in dataset.transforms('LoadAnnotations'))
-        first = check_coco_dataset(file, dataset.classes, with_mask, split == 'train' and filters)
-    elif file is not None and not dataset.loads_by_itself:
-        _must_exist(entry, 'annotation file', file)
+        elif _keeps(kind, 'CocoDataset', 'load_data_list', 'parse_data_info'):
+            filters = (dataset.node.get('filter_cfg') or {}).get('filter_empty_gt', False)
+            with_mask = any(node.get('with_mask') for node in dataset.transforms('LoadAnnotations'))
+            trains = split == 'train'
+            first = check_coco_dataset(file, dataset.classes, with_mask, trains, trains and filters)
     if first is not None and os.path.isabs(first):
         return  # the folders are not used
-    if first is not None or {'BaseSegDataset', 'Det3DDataset'} & set(names):
+    if first is not None or reads_lines or _keeps(kind, 'Det3DDataset'):
         for entry, folder in dataset.folders():
             _must_exist(entry, 'data folder', folder)
 
@@ -233,11 +258,12 @@ def check_datasets(cfg: Config, splits: tuple[str, ...]) -> None:
         for dataset in datasets_of(cfg, (split,)):
             _check_dataset(dataset, split)
             classes = dataset.classes
-        for path, metric, names in metrics_of(cfg, (split,)):
+        for path, metric, kind in metrics_of(cfg, (split,)):
             file = metric.get('ann_file')
-            if isinstance(file, str) and is_local(file) and _reads_local_disk(metric):
+            if isinstance(file, str) and is_local(file) and reads_local_disk(metric) \
+                    and is_known(kind):
                 _must_exist(f'{path}.ann_file', 'annotation file', file)
-                if 'CocoMetric' in names:
+                if _keeps(kind, 'CocoMetric', 'process', 'compute_metrics'):
                     check_coco_metric(file, metric, classes)
 
 
@@ -254,7 +280,7 @@ def check_nuscenes_metric(cfg: Config, splits: tuple[str, ...]) -> None:
     for path, metric, _ in metrics_of(cfg, splits):
         root = str(metric.get('data_root') or '')
         if type_name(metric) not in ('NuScenesMetric', 'NuScenesSplitMetric') \
-                or metric.get('format_only') or not is_local(root) or not _reads_local_disk(metric):
+                or metric.get('format_only') or not is_local(root) or not reads_local_disk(metric):
             continue
         for name in ('maps', 'v1.0-*'):
             if not any(folder.is_dir() for folder in Path(root).glob(name)):
@@ -283,14 +309,17 @@ def check_pretrained(cfg: Config) -> None:
 
 
 def run_all(cfg: Config, splits: tuple[str, ...]) -> None:
-    """All checks of this module; without those of weights that another checkpoint replaces.
+    """All checks of this module.
+
+    A training reads pre-trained weights of the model even where a checkpoint then replaces them, a
+    test does not.
 
     Raises:
         UserError: of the first that fails.
     """
     check_datasets(cfg, splits)
     check_nuscenes_metric(cfg, splits)
-    if cfg.get('load_from') is None:
+    if 'train' in splits:
         check_pretrained(cfg)
 
 

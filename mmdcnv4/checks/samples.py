@@ -17,7 +17,7 @@ from mmengine.dataset import Compose
 from torch import nn
 
 from ..errors import InvalidValue, MissingFile, UserError
-from .config import is_local
+from .config import is_known, is_local, reads_local_disk
 
 _FILES = ('img_path', 'seg_map_path', 'lidar_path')
 
@@ -118,7 +118,7 @@ class CheckedPipeline(Compose):
     """
 
     def __init__(self, pipeline: Compose, labels: Optional[LabelRange] = None) -> None:
-        self.transforms = pipeline.transforms  # shared, as hooks may change one of them
+        self.transforms: list = pipeline.transforms  # shared, as hooks may change one of them
         self.labels = labels
 
     def __call__(self, data: dict) -> Optional[dict]:
@@ -134,7 +134,7 @@ class CheckedPipeline(Compose):
         except UserError:
             raise
         except Exception as error:
-            for file in files:
+            for file in files if self._reads_files() else ():
                 if not file.lower().endswith(('.bin', '.npy')):
                     self._blame(file, error)
             if files and hasattr(error, 'add_note'):  # Python >= 3.11
@@ -143,6 +143,12 @@ class CheckedPipeline(Compose):
         if self.labels is not None and result is not None:
             self._check_labels(result, files)
         return result
+
+    def _reads_files(self) -> bool:
+        """Whether what loads the samples is known to read the paths in them from the disk."""
+        return all(reads_local_disk(vars(transform)) and is_known(type(transform))
+                   for transform in self.transforms
+                   if type(transform).__name__.startswith('Load'))
 
     @staticmethod
     def _blame(file: str, error: Exception) -> None:
@@ -185,5 +191,5 @@ def check_samples_of(dataset: Any, labels: Optional[LabelRange] = None) -> None:
     if hasattr(dataset, 'dataset'):
         check_samples_of(dataset.dataset, labels)
     pipeline = getattr(dataset, 'pipeline', None)
-    if isinstance(pipeline, Compose) and not isinstance(pipeline, CheckedPipeline):
+    if type(pipeline) is Compose:  # a class of the user's may do more
         dataset.pipeline = CheckedPipeline(pipeline, labels)

@@ -128,7 +128,7 @@ def _is_ours(name: str) -> bool:
 
 def missing_import(cfg: Config) -> Optional[str]:
     """A hint when the config uses a class of this package without importing the package."""
-    imports = (cfg.get('custom_imports') or {}).get('imports', [])
+    imports = (cfg.get('custom_imports') or {}).get('imports') or []
     imports = [imports] if isinstance(imports, str) else imports
     if any(name.split('.')[0] == 'mmdcnv4' for name in imports):
         return None

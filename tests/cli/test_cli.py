@@ -213,7 +213,7 @@ def test_auto_scale_lr() -> None:
             config.apply_auto_scale_lr(base_config(**entries))
 
 
-def test_resume_argument(tmp_path: Path) -> None:
+def test_resume_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = base_config(work_dir=str(tmp_path))
     config.apply_resume(cfg, None)
     config.apply_resume(cfg, 'auto')  # nothing there yet
@@ -221,6 +221,9 @@ def test_resume_argument(tmp_path: Path) -> None:
     file = write_checkpoint(tmp_path / 'iter_5.pth')
     config.apply_resume(cfg, 'auto')
     assert (cfg.resume, cfg.load_from) == (True, file)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    config.apply_resume(cfg, '~/iter_5.pth')
+    assert (cfg.resume, cfg.load_from) == (True, '~/iter_5.pth')  # MMEngine expands it, too
     with pytest.raises(UserError, match='--resume: the checkpoint absent.pth does not exist'):
         config.apply_resume(cfg, 'absent.pth')
 

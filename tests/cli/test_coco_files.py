@@ -27,7 +27,7 @@ def content():
 def check(tmp_path, changed):
     file = tmp_path / 'annotations.json'
     file.write_text(json.dumps(changed))
-    return check_coco_dataset(str(file), ['cat'], False, True)
+    return check_coco_dataset(str(file), ['cat'], False, True, True)
 
 
 def test_the_good_file(tmp_path):

@@ -14,6 +14,7 @@ import torch
 pytest.importorskip('mmengine', reason='mmengine is not installed')
 
 from mmengine.config import Config
+from mmengine.optim import OptimWrapper
 from torch import nn
 
 from mmdcnv4.checks import weights
@@ -131,3 +132,25 @@ def test_the_hook(resume: bool, in_training: bool, allowed: bool,
     hook.after_load_checkpoint(runner, content)
     printed = capsys.readouterr()
     assert 'does not fit the model in full' in printed.out + printed.err
+
+
+def resume(saved: list[int], own: list[int], resumes: bool = True) -> None:
+    """Loads the state of an optimizer with so many parameters per group into another one."""
+    def optimizer(sizes: list[int]) -> torch.optim.Optimizer:
+        return torch.optim.SGD([dict(params=[nn.Parameter(torch.ones(1)) for _ in range(size)])
+                                for size in sizes], lr=0.1)
+    runner = SimpleNamespace(_load_from='a.pth', _resume=resumes, _train_loop=None,
+                             optim_wrapper=OptimWrapper(optimizer(own)))
+    RunChecksHook(check_config=False).after_load_checkpoint(
+        runner, dict(optimizer=optimizer(saved).state_dict()))
+
+
+@pytest.mark.parametrize(('own', 'words'), [
+    ([4], '1 of 4'), ([2, 3], '2 of 5'), ([1, 1, 3], '3 of 5')])
+def test_resuming_with_other_groups_of_parameters(own: list[int], words: str) -> None:
+    """As another `frozen_stages` leaves them, or another constructor of the optimizer."""
+    with pytest.raises(InvalidValue, match='^cannot resume: .* has 2 groups of 5 parameters, that '
+                       f'of the config {words}. Another frozen_stages.*load_from=<checkpoint>'):
+        resume([3, 2], own)
+    resume([3, 2], own, resumes=False)  # reads the weights alone
+    resume(own, own)

@@ -49,6 +49,13 @@ def with_prefix(weights, prefix):
     return {prefix + key: value for key, value in weights.items()}
 
 
+def test_a_file_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    weights = make_weights()
+    torch.save(weights, tmp_path / 'x.pth')
+    assert_equal(load('~/x.pth'), weights)
+
+
 LAYOUTS = {
     'bare': lambda w: w,
     'state_dict': lambda w: dict(state_dict=w, meta=dict(epoch=12, classes=('a', 'b'))),

@@ -80,11 +80,14 @@ def test_bar_on_a_terminal(runner: SimpleNamespace, monkeypatch: pytest.MonkeyPa
     assert sys.stdout is terminal
 
 
-@pytest.mark.parametrize('reason', ['no terminal', 'no rich', 'another rank'])
+@pytest.mark.parametrize('reason', ['no terminal', 'no rich', 'another rank',
+                                    'write and flush only', 'no stdout'])
 def test_plain_lines_elsewhere(reason: str, runner: SimpleNamespace,
                                monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.StringIO() if reason == 'no terminal' else Terminal()
-    monkeypatch.setattr(sys, 'stdout', stream)
+    put = {'write and flush only': SimpleNamespace(write=stream.write, flush=stream.flush),
+           'no stdout': None}  # of an IDE or a log of the user's, of pythonw
+    monkeypatch.setattr(sys, 'stdout', put.get(reason, stream))
     if reason == 'no rich':
         monkeypatch.setitem(sys.modules, 'rich.progress', None)
     elif reason == 'another rank':
