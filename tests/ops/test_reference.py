@@ -249,3 +249,16 @@ def test_half_inputs_are_rounded_once():
                            padding=2, groups=2)
     assert out.dtype == torch.float16
     assert torch.equal(out, wide.half())
+
+
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore::DeprecationWarning')
+@pytest.mark.parametrize('geometry', [dict(padding=1), dict(stride=(2, 1), padding=(1, 2))])
+def test_a_trace_serves_other_sizes(geometry):
+    """The tracing exporter of ONNX with dynamic axes rests on this."""
+    geometry = dict(geometry, kernel_size=3, groups=2)
+    first, other = (make_inputs(batch, *size, 8, **geometry)
+                    for batch, size in ((1, (5, 5)), (2, (7, 9))))
+    traced = torch.jit.trace(lambda *tensors: dcnv4_reference(*tensors, **geometry),
+                             (first.value, first.offset_mask), check_trace=False)
+    assert torch.equal(traced(other.value, other.offset_mask),
+                       dcnv4_reference(other.value, other.offset_mask, **geometry))
