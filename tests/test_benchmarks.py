@@ -40,7 +40,8 @@ def test_attention(capsys: pytest.CaptureFixture) -> None:
     pytest.importorskip('mmcv')
     times = load('attention').main(['--shape', '1x9x10', '--width', '4', '--repeats', '1'])
     assert len(times) >= 2 and all(seconds > 0 for seconds, _ in times.values())
-    assert all(name in capsys.readouterr().out for name in list(times)[:1])
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in times)
 
 
 def test_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
@@ -49,7 +50,7 @@ def test_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(sys, 'argv', ['cpu.py', '--shapes', '1x5x7x16/8', '--threads', '1',
                                       '--seconds', '0.01', '--no-memory', '--json', str(file)])
     load('cpu').main()
-    assert json.loads(file.read_text())
+    assert '1x5x7x16' in json.dumps(json.loads(file.read_text()))
     assert '1x5x7x16' in capsys.readouterr().out
 
 
