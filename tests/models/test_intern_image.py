@@ -185,14 +185,15 @@ def test_initialisers_by_type_do_not_reach_the_predictors():
             assert module.input_proj.weight.abs().max() < 1
 
 
-def test_depthwise_layer():
+@pytest.mark.parametrize('size', [3, 7])
+def test_depthwise_layer(size):
     """Against the sum over taps that it stands for; the weights do not depend on the input."""
-    layer = DWConv(4, output_bias=False).double()
+    layer = DWConv(4, output_bias=False, kernel_size=size).double()
     x = torch.randn(2, 5, 6, 4, dtype=torch.double)
-    value = torch.nn.functional.pad(layer.value_proj(x), (0, 0, 1, 1, 1, 1))
+    value = torch.nn.functional.pad(layer.value_proj(x), (0, 0, *[size // 2] * 4))
     expected = layer.conv.bias + sum(
         layer.conv.weight[:, 0, row, column] * value[:, row:row + 5, column:column + 6]
-        for row in range(3) for column in range(3))
+        for row in range(size) for column in range(size))
     torch.testing.assert_close(layer(x), expected @ layer.output_proj.weight.T)
     model = FlashInternImage(**TINY, core_op='DWConv', init_cfg=dict(
         type='Normal', layer='Linear', std=5.0))
@@ -205,13 +206,16 @@ def test_core_op_is_the_only_difference():
     assert isinstance(flash.levels[0].blocks[0].dcn, DCNv3)
     plain = InternImage(**TINY, core_op='DCNv4')
     assert isinstance(plain.levels[0].blocks[0].dcn, DCNv4)
-    fixed = FlashInternImage(**TINY, core_op='DWConv')
-    assert isinstance(fixed.levels[0].blocks[0].dcn, DWConv)
+    fixed = [FlashInternImage(**TINY, core_op=name) for name in ('DWConv', 'DWConv7x7')]
+    assert [model.levels[0].blocks[0].dcn.conv.kernel_size for model in fixed] == [(3, 3), (7, 7)]
+    windows = FlashInternImage(**TINY, core_op='WindowAttention')
+    assert [block.dcn[1].shift for block in windows.levels[2].blocks][:2] == [0, 4]
 
     def outside(model):
         return {name: value.shape for name, value in model.named_parameters()
                 if '.dcn.' not in name}
-    assert outside(flash) == outside(plain) == outside(fixed)
+    for model in (plain, *fixed, windows):
+        assert outside(model) == outside(flash)
     with pytest.raises(ValueError, match="arch must be one of .*'xl'"):
         InternImage('g')
     with pytest.raises(TypeError, match='num_classes'):

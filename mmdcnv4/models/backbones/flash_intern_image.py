@@ -92,8 +92,10 @@ class FlashInternImage(Backbone):
         mask_init: initial value of every mask of DCNv4. 0 as published: the layers start at zero.
             With 1/9 they start as the mean over their window, which helped a little in a short
             training from scratch (docs/convergence.md). Weights that are loaded replace it.
-        core_op: 'DCNv4'. For comparisons in which nothing else differs: 'DCNv3', or 'DWConv', a
-            3x3 depthwise convolution, on which the options of the sampling have no effect.
+        core_op: 'DCNv4'. For comparisons in which nothing else differs: 'DCNv3'; 'DWConv' and
+            'DWConv7x7', depthwise convolutions; 'WindowAttention', attention in windows of 7x7
+            pixels, shifted in every other block, with a head per group (Swin Transformer,
+            arXiv:2103.14030). The options of the sampling have no effect on the last three.
         with_cp: recompute blocks in the backward pass to save memory.
         in_channels: channels of the image.
         out_indices: stages whose maps are returned, in ascending order. Stages after the

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from ...ops import DCNv4
 from .backbone import recompute
 from .dcnv3 import ACTIVATIONS, DCNv3
+from .local_attention import WindowAttention
 from .norm import ToChannelsFirst, ToChannelsLast
 
-CORE_OPS = ('DCNv4', 'DCNv3', 'DWConv')
+CORE_OPS = ('DCNv4', 'DCNv3', 'DWConv', 'DWConv7x7', 'WindowAttention')
+_WINDOW = 7  # side of the windows of attention, as in Swin Transformer
 _EPS = 1e-6
 
 
@@ -98,19 +100,21 @@ class MLP(nn.Module):
 
 
 class DWConv(nn.Module):
-    """A 3x3 depthwise convolution between two projections: what DCNv4 would be without sampling.
+    """A depthwise convolution between two projections: what DCNv4 would be without sampling.
 
     For comparisons. The taps rest and their weights do not depend on the input.
 
     Args:
         channels: width C.
         output_bias: whether `output_proj` has a bias.
+        kernel_size: odd.
     """
 
-    def __init__(self, channels: int, output_bias: bool) -> None:
+    def __init__(self, channels: int, output_bias: bool, kernel_size: int = 3) -> None:
         super().__init__()
         self.value_proj = nn.Linear(channels, channels)
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.conv = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2,
+                              groups=channels)
         self.output_proj = nn.Linear(channels, channels, bias=output_bias)
         self.reset_parameters()
 
@@ -128,10 +132,14 @@ class DWConv(nn.Module):
         return self.output_proj(self.conv(x).permute(0, 2, 3, 1))
 
 
-def _core(channels: int, group: int, options: BlockOptions) -> Union[DCNv4, DCNv3, DWConv]:
-    """The layer that mixes positions."""
-    if options.core_op == 'DWConv':
-        return DWConv(channels, options.dcn_output_bias)
+def _core(channels: int, group: int, options: BlockOptions,
+          shifted: bool) -> Union[DCNv4, DCNv3, DWConv, nn.Sequential]:
+    """The layer that mixes positions; `shifted` only matters to windows."""
+    if options.core_op in ('DWConv', 'DWConv7x7'):
+        return DWConv(channels, options.dcn_output_bias, 3 if options.core_op == 'DWConv' else 7)
+    if options.core_op == 'WindowAttention':
+        return nn.Sequential(ToChannelsFirst(), WindowAttention(channels, group, _WINDOW, shifted),
+                             ToChannelsLast())
     if options.core_op == 'DCNv3':
         return DCNv3(channels, group=group, offset_scale=options.offset_scale,
                      dw_kernel_size=options.dw_kernel_size, act_layer=options.act_layer,
@@ -151,10 +159,11 @@ class InternImageBlock(nn.Module):
         group: groups of the deformable convolution.
         drop_path: probability with which a sample skips a branch.
         options: of the backbone.
+        shifted: whether windows of attention lie between those of the block before.
     """
 
     def __init__(self, channels: int, group: int, drop_path: float,
-                 options: BlockOptions) -> None:
+                 options: BlockOptions, shifted: bool = False) -> None:
         super().__init__()
         self.post_norm = options.post_norm
         self.with_cp = options.with_cp
@@ -163,7 +172,7 @@ class InternImageBlock(nn.Module):
         self.res_post_norm = (options.res_post_norm and options.layer_scale is None
                               and not options.post_norm)
         self.norm1 = _layer_norm(channels)
-        self.dcn = _core(channels, group, options)
+        self.dcn = _core(channels, group, options, shifted)
         self.drop_path = DropPath(drop_path)
         self.norm2 = _layer_norm(channels)
         self.mlp = MLP(channels, options)
@@ -212,7 +221,8 @@ class Stage(nn.Module):
                  post_norm_block_ids: Sequence[int] = ()) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
-            InternImageBlock(channels, group, rate, options) for rate in drop_paths)
+            InternImageBlock(channels, group, rate, options, shifted=index % 2 == 1)
+            for index, rate in enumerate(drop_paths))
         self.norm = (_layer_norm(channels)
                      if not options.post_norm or options.center_feature_scale else None)
         self.post_norm_block_ids = tuple(post_norm_block_ids)
