@@ -186,6 +186,25 @@ def test_curves(tmp_path, capsys):
         tool.newest_log(tmp_path / 'c')
 
 
+def test_curves_of_several_seeds(tmp_path, capsys):
+    tool = load_tool('analysis_tools/plot_curves')
+    for name, last in dict(a0=30.0, a1=33.0, b=50.0).items():
+        write_log(tmp_path / name, dict(loss=2.0, step=20), dict(mIoU=10.0, step=25),
+                  dict(mIoU=last, step=50), *[dict(mIoU=1.0, step=60)] * (name == 'a1'))
+    command = [*(str(tmp_path / name) for name in ('a0', 'b', 'a1')), '--names', 'A', 'B', 'A',
+               '--panel', 'mIoU', '--out', str(tmp_path / 'c.png')]
+    tool.main(command)
+    assert capsys.readouterr().out.splitlines() == [
+        'A: mIoU 31.5 (30 to 33, 2 runs) after 50 iterations', 'B: mIoU 50 after 50 iterations']
+    tool.main([*command, '--at', '25', '50'])
+    assert capsys.readouterr().out.startswith('A: mIoU 10 (10 to 10, 2 runs) after 25')
+    with pytest.raises(SystemExit, match='A logged mIoU, got 60; the nearest is 50'):
+        tool.main([*command, '--at', '60'])
+    write_log(tmp_path / 'd', dict(loss=2.0, step=20), dict(mIoU=3.0, step=7))
+    with pytest.raises(SystemExit, match='runs named A logged mIoU at no common iteration'):
+        tool.main([str(tmp_path / 'd'), *command[:4], 'A', *command[4:]])
+
+
 def test_recorded_samples_are_those_of_the_operator():
     """A layer whose offsets are constant: its samples stand where they must."""
     tool = load_tool('analysis_tools/visualize_offsets')
