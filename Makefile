@@ -38,14 +38,17 @@ setup: $(VENV)/.built
 
 build: $(VENV)/.built
 
-# One thread: the tests are many small computations, and threads that wait for each other take many
-# times as long as soon as another program wants a core.
+# Two processes of one thread each, a file of tests in either: the tests are many small computations,
+# and threads that wait for each other take many times as long as soon as another program wants a
+# core. TEST_PROCESSES=0 runs all in one, as for a debugger.
+TEST_PROCESSES ?= 2
 test: $(VENV)/.built
-	OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),1) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),1) $(BIN)/python -m pytest \
+		--numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Also those marked slow, by hand every now and then: they take 9 GiB of memory and much more time.
 test-all:
-	$(MAKE) test PYTEST_ARGS="--slow $(PYTEST_ARGS)"
+	$(MAKE) test TEST_PROCESSES=0 PYTEST_ARGS="--slow $(PYTEST_ARGS)"
 
 demo: $(VENV)/.built
 	$(BIN)/python tools/demo/quick_start.py

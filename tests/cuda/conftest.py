@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -27,9 +29,10 @@ FLAGS = ('-std=c++17', '-O1', '-g1', '-fno-strict-aliasing', '-Wall', '-Wextra',
 
 
 class EmulatorBuild:
-    """Compiles the emulator while other tests run: they keep one core busy, this the others.
+    """Compiles the emulator while other tests run.
 
-    The compilers are niced, so that they delay the tests as little as possible.
+    The compilers are niced, so that they delay the tests as little as possible. Of the processes of
+    one test run the first to start compiles, and the others wait for its program.
     """
 
     def __init__(self) -> None:
@@ -47,14 +50,21 @@ class EmulatorBuild:
         self.program = ROOT / '.build' / 'emulator' / f'emulator-{digest.hexdigest()[:16]}'
         self.running: set[subprocess.Popen] = set()
         self.pool = ThreadPoolExecutor(os.cpu_count())
-        self.objects: list[Future] = []
+        self.linked: Optional[Future] = None
 
     def start(self) -> None:
         if self.program.exists() or shutil.which(self.compiler) is None:
             return
         self.program.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = (self.program.parent / 'lock').open('w')
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.compile_all()
+
+    def compile_all(self) -> None:
         self.folder = tempfile.TemporaryDirectory(dir=self.program.parent)
-        self.objects = [self.pool.submit(self.compile, path) for path in self.units]
+        objects = [self.pool.submit(self.compile, path) for path in self.units]
+        self.linked = self.pool.submit(self.link, objects)  # starts when all of them have started
 
     def compile(self, path: Path) -> str:
         compiled = f'{self.folder.name}/{path.name}.o'
@@ -70,16 +80,24 @@ class EmulatorBuild:
         if process.returncode != 0:
             raise RuntimeError(f'{self.compiler} {" ".join(arguments)} failed\n{errors[-4000:]}')
 
-    def finish(self) -> Path:
-        """Waits for the program; raises what the compiler said."""
-        if self.objects:
-            objects = [future.result() for future in self.objects]
+    def link(self, objects: list[Future]) -> None:
+        try:
             linked = f'{self.folder.name}/emulator'
-            self.run(*objects, '-o', linked)
+            self.run(*(future.result() for future in objects), '-o', linked)
             for old in self.program.parent.glob('emulator-*'):
                 old.unlink()
             os.replace(linked, self.program)  # whole at every moment: another run may start it
-            self.objects = []
+        finally:
+            fcntl.flock(self.lock, fcntl.LOCK_UN)
+
+    def finish(self) -> Path:
+        """Waits for the program; raises what the compiler said."""
+        if self.linked is None and not self.program.exists():
+            fcntl.flock(self.lock, fcntl.LOCK_EX)  # as long as another process compiles
+            if not self.program.exists():  # it was stopped, or failed
+                self.compile_all()
+        if self.linked is not None:
+            self.linked.result()
         return self.program
 
     def stop(self) -> None:
@@ -90,6 +108,8 @@ class EmulatorBuild:
         self.pool.shutdown()
         if hasattr(self, 'folder'):
             self.folder.cleanup()
+        if hasattr(self, 'lock'):
+            self.lock.close()
 
 
 _build: Optional[EmulatorBuild] = None
