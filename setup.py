@@ -14,7 +14,8 @@ Without a working C++ compiler the package installs without kernels and says so.
 does not install, unless MMDCNV4_NATIVE=0 says that this is meant: uv shows no warning of a build.
 Under pip's build isolation the torch of the environment that asked for the build is used, not a
 fresh download: kernels work only with the torch they were built against. uv's isolated builds do
-not say which environment asked; there, --no-build-isolation is needed.
+not say which environment asked; pyproject.toml asks for builds without isolation, which uv reads in
+the clone, and everywhere else --no-build-isolation is needed.
 """
 
 import hashlib
@@ -199,12 +200,13 @@ def make_extension() -> dict:
         return {}
     problem = torch_problem()
     if problem:
+        pip = 'uv pip' if 'UV' in os.environ else 'pip'  # uv tells its children so
         NEEDS_TORCH.append(
-            f'{problem}. Install torch first, then, with build tools in the same environment:\n'
-            '    pip install setuptools wheel ninja\n'
-            '    pip install --no-build-isolation --editable .\n'
-            '(uv: the same with "uv pip"). Without kernels, on the slow PyTorch path: '
-            'MMDCNV4_NATIVE=0 before the command.')
+            f'{problem}. If you have it, the build was isolated from your environment; else '
+            'install it first. Then type, in a clone:\n'
+            f'    {pip} install setuptools wheel ninja\n'
+            f'    {pip} install --no-build-isolation --editable .\n'
+            'Without kernels, on the slow PyTorch path: MMDCNV4_NATIVE=0 before the command.')
         return {}
     problem = compiler_problem()
     if problem:

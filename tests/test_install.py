@@ -30,23 +30,30 @@ def test_the_readme_installs_and_looks():
     assert look == 'python -m mmdcnv4.info'
 
 
-@pytest.mark.slow
-def test_the_lines_of_the_readme_in_a_clone(tmp_path):
-    """Offline, in an environment that borrows the packages of this one, but not mmdcnv4."""
-    if shutil.which('git') is None or shutil.which(os.environ.get('CXX', 'c++')) is None:
-        pytest.skip('needs git and a C++ compiler')
-    clone, bin_folder = tmp_path / 'clone', tmp_path / 'venv' / 'bin'
+def clone_and_environment(folder):
+    """A clone, the `bin` of an environment that borrows the packages of this one but not mmdcnv4,
+    and the variables of a shell in it."""
+    clone, bin_folder = folder / 'clone', folder / 'venv' / 'bin'
     subprocess.run(['git', 'clone', '--quiet', ROOT, clone], check=True)
-    subprocess.run([sys.executable, '-m', 'venv', tmp_path / 'venv'], check=True)
+    subprocess.run([sys.executable, '-m', 'venv', folder / 'venv'], check=True)
     # before Python 3.12 it brings a setuptools that is older than torch wants
     subprocess.run([bin_folder / 'python', '-m', 'pip', '-q', 'uninstall', '-y', 'setuptools'],
                    check=True)
-    (site,) = (tmp_path / 'venv').glob('lib/python*/site-packages')
+    (site,) = (folder / 'venv').glob('lib/python*/site-packages')
     # folders whose own .pth files do not count: no editable installation is borrowed
     (site / 'borrowed.pth').write_text('\n'.join(
         path for path in sys.path if path.endswith('site-packages')))
     environment = {key: value for key, value in os.environ.items()
                    if key not in ('PYTHONPATH', 'PYTHONHOME', 'VIRTUAL_ENV')}
+    return clone, bin_folder, environment
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_readme_in_a_clone(tmp_path):
+    """Offline."""
+    if shutil.which('git') is None or shutil.which(os.environ.get('CXX', 'c++')) is None:
+        pytest.skip('needs git and a C++ compiler')
+    clone, bin_folder, environment = clone_and_environment(tmp_path)
     environment.update(PIP_NO_INDEX='1', PATH=os.pathsep.join(
         [str(bin_folder), os.environ['PATH'], str(Path(sys.executable).parent)]))
 
@@ -62,3 +69,19 @@ def test_the_lines_of_the_readme_in_a_clone(tmp_path):
                     folder)
         assert re.search(r'CPU kernels +(?!missing)\S', found), found
         assert found.splitlines()[-1] == str(clone / 'mmdcnv4' / '__init__.py')
+
+
+def test_uv_takes_the_torch_of_the_environment(tmp_path):
+    """Offline. setup.py asks for a compiler after torch; there is none, to save the minutes."""
+    uv = shutil.which('uv')
+    if uv is None or shutil.which('git') is None:
+        pytest.skip('needs uv and git')
+    clone, bin_folder, environment = clone_and_environment(tmp_path)
+    environment.update(CXX='no-such-compiler', MMDCNV4_NATIVE='',
+                       UV_CACHE_DIR=str(tmp_path / 'cache'))
+    done = subprocess.run(
+        [uv, 'pip', 'install', '--verbose', '--offline', '--no-deps', '--python',
+         bin_folder / 'python', '.'], cwd=clone, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert 'no C++ compiler was found (no-such-compiler)' in done.stdout

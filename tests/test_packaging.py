@@ -153,7 +153,8 @@ def test_probe_has_the_standard_of_torch(tmp_path):
     assert ("'standard'" in found) == (standard != '17'), found
 
 
-def test_without_torch_the_build_stops_and_says_what_to_type(tmp_path):
+@pytest.mark.parametrize('program', ['pip', 'uv pip'])
+def test_without_torch_the_build_stops_and_says_what_to_type(tmp_path, program):
     """An isolated build of uv sees no torch, and shows no warnings."""
     code = ('import sys\nfrom importlib.abc import MetaPathFinder\n'
             'class Hidden(MetaPathFinder):\n'
@@ -163,8 +164,11 @@ def test_without_torch_the_build_stops_and_says_what_to_type(tmp_path):
             "import importlib.util, runpy; importlib.util.find_spec = lambda name: None\n"
             f"sys.argv = ['setup.py', 'build', '--build-base', {str(tmp_path)!r}]\n"
             "runpy.run_path('setup.py', run_name='__main__')\n")
+    environment = {key: value for key, value in os.environ.items() if key != 'UV'}
+    environment.update(MMDCNV4_NATIVE='', **({'UV': '/bin/uv'} if program == 'uv pip' else {}))
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, 'MMDCNV4_NATIVE': ''})
+                          env=environment)
     assert done.returncode == 1, done.stderr
-    assert 'pip install --no-build-isolation --editable .' in done.stderr
-    assert 'uv pip' in done.stderr and 'MMDCNV4_NATIVE=0' in done.stderr
+    for line in ('install setuptools wheel ninja', 'install --no-build-isolation --editable .'):
+        assert f'\n    {program} {line}\n' in done.stderr
+    assert 'isolated' in done.stderr and 'MMDCNV4_NATIVE=0' in done.stderr

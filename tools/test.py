@@ -12,7 +12,7 @@ from typing import Optional
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
-from mmdcnv4.cli import preflight
+from mmdcnv4.checks.checkpoints import check_checkpoint
 from mmdcnv4.cli.arguments import add_common_arguments
 from mmdcnv4.cli.config import apply_map_cache, apply_show, apply_tta, dump_metric, load_config
 from mmdcnv4.cli.distributed import leave_distributed
@@ -41,7 +41,7 @@ def main(argv: Optional[Sequence[str]] = None) -> dict:
     with explain(debug=args.debug):
         cfg = load_config(args)
     with explain(cfg, args.debug):
-        preflight.check_checkpoint(args.checkpoint, 'checkpoint')
+        check_checkpoint(args.checkpoint, 'checkpoint')
         cfg.load_from = args.checkpoint
         apply_show(cfg, args.show, args.show_dir, args.wait_time)
         if args.tta:

@@ -173,8 +173,7 @@ class BEVInferencer:
         content = read_file(checkpoint)
         weights = {name.removeprefix('module.'): tensor
                    for name, tensor in find_state_dict(content, checkpoint).items()}
-        check_match(model, Shapes.of({**content, 'state_dict': weights}), checkpoint, cfg,
-                    option=None)
+        check_match(model, Shapes.of({**content, 'state_dict': weights}), checkpoint, cfg)
         model.load_state_dict(weights, strict=False)  # parts that the model has not are left over
         dataset = cfg.test_dataloader.dataset
         return cls(model.to(device), dataset.pipeline, dataset.metainfo.classes, **options)

@@ -16,7 +16,8 @@ from mmengine.fileio import list_from_file
 from mmengine.registry import DATASETS, METRICS, MODELS, TRANSFORMS, Registry
 
 from ..errors import InvalidValue, MissingFile
-from .coco import check_coco_dataset, check_coco_metric
+from .coco import check_coco_dataset, check_coco_metric, check_lvis_metric
+from .layouts import layout_of
 
 LIBRARIES = ('mmdet', 'mmdet3d', 'mmpretrain', 'mmseg')
 SPLITS = ('train', 'val', 'test')
@@ -202,7 +203,8 @@ def metrics_of(cfg: Config, splits: tuple[str, ...] = SPLITS
 def _advice(file: str) -> str:
     if 'drawn_scenes' in file:
         return ('Draw it with: python tools/dataset_converters/drawn_scenes.py data/drawn_scenes.')
-    return ('Put the dataset there, or set data_root and the paths below it with --cfg-options.')
+    return ('Put the dataset there, or set data_root and the paths below it, in the config or with '
+            '--cfg-options.')
 
 
 def _must_exist(entry: str, what: str, file: str) -> None:
@@ -216,20 +218,21 @@ def _must_exist(entry: str, what: str, file: str) -> None:
 def _check_dataset(dataset: DatasetEntry, split: str) -> None:
     file, kind = dataset.ann_file(), dataset.kind
     first: Optional[str] = None  # name of an image in the annotation file
-    reads_lines = _keeps(kind, 'BaseSegDataset', 'load_data_list')
+    reads_lines, layout = _keeps(kind, 'BaseSegDataset', 'load_data_list'), layout_of(kind)
     if reads_lines and file is not None and os.path.isdir(file):
         file = None  # as mmsegmentation takes it
-    if file is not None and (reads_lines or _keeps(kind, 'CocoDataset', 'load_data_list')
+    if file is not None and (reads_lines or layout or _keeps(kind, 'CocoDataset', 'load_data_list')
                              or _keeps(kind, 'BaseDataset', 'load_data_list')):
         _must_exist(f'{dataset.path}.ann_file', 'annotation file', file)
         if reads_lines:
             with open(file, encoding='utf-8', errors='replace') as stream:
                 first = stream.readline().strip()
-        elif _keeps(kind, 'CocoDataset', 'load_data_list', 'parse_data_info'):
+        elif layout is not None:
             filters = (dataset.node.get('filter_cfg') or {}).get('filter_empty_gt', False)
             with_mask = any(node.get('with_mask') for node in dataset.transforms('LoadAnnotations'))
             trains = split == 'train'
-            first = check_coco_dataset(file, dataset.classes, with_mask, trains, trains and filters)
+            first = check_coco_dataset(file, dataset.classes, with_mask, trains,
+                                       trains and filters and layout.drops_empty, layout)
     if first is not None and os.path.isabs(first):
         return  # the folders are not used
     if first is not None or reads_lines or _keeps(kind, 'Det3DDataset'):
@@ -265,6 +268,8 @@ def check_datasets(cfg: Config, splits: tuple[str, ...]) -> None:
                 _must_exist(f'{path}.ann_file', 'annotation file', file)
                 if _keeps(kind, 'CocoMetric', 'process', 'compute_metrics'):
                     check_coco_metric(file, metric, classes)
+                elif _keeps(kind, 'LVISMetric', 'process', 'compute_metrics'):
+                    check_lvis_metric(file, metric)
 
 
 def check_nuscenes_metric(cfg: Config, splits: tuple[str, ...]) -> None:
@@ -288,7 +293,7 @@ def check_nuscenes_metric(cfg: Config, splits: tuple[str, ...]) -> None:
                     f'{path}.data_root: the metric of nuScenes reads {Path(root, name)}, which '
                     f'does not exist (working directory {os.getcwd()}). Unpack the archives of '
                     'nuScenes there, "Metadata" holds the maps; or write predictions without '
-                    f'scores, with --cfg-options {path}.format_only=True '
+                    f'scores, in the config or with --cfg-options {path}.format_only=True '
                     f'{path}.jsonfile_prefix=predictions.')
 
 
@@ -305,7 +310,8 @@ def check_pretrained(cfg: Config) -> None:
                 and not os.path.isfile(os.path.expanduser(str(checkpoint))):
             raise MissingFile(
                 f'{path}.checkpoint: the pre-trained weights {checkpoint} do not exist. Download '
-                f'them there, or start from scratch with --cfg-options {path}=None.')
+                'them there, or start from scratch, in the config or with --cfg-options '
+                f'{path}=None.')
 
 
 def run_all(cfg: Config, splits: tuple[str, ...]) -> None:

@@ -238,7 +238,7 @@ def _table(found: Mismatch, shapes: Shapes, cfg: Optional[Config]) -> str:
 
 
 def check_match(model: Any, shapes: Shapes, path: str, cfg: Optional[Config] = None,
-                must_match: bool = True, option: Optional[str] = '--allow-mismatch') -> None:
+                must_match: bool = True, option: Optional[str] = None) -> None:
     """Refuses, or says, what of a checkpoint does not fit a model.
 
     Tensors of parts that the model has not at all, as heads for training, are no fault.
@@ -249,7 +249,7 @@ def check_match(model: Any, shapes: Shapes, path: str, cfg: Optional[Config] = N
         path: of the checkpoint, for the message.
         cfg: the config of the run, for the message.
         must_match: raise; else a warning, as for weights that a training starts from.
-        option: of the program, with which it goes on all the same; None: it has none.
+        option: what the user can set to go on all the same; None: there is nothing.
 
     Raises:
         ValueError: under a tenth of the weights of the model are in the file, in their shape; or

@@ -13,6 +13,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 
+from ..checks.checkpoints import check_checkpoint
 from ..checks.config import default_scope, type_name
 from ..errors import UserError
 from ..safe_files import read_safely
@@ -95,18 +96,27 @@ def apply_auto_scale_lr(cfg: Config) -> None:
 def apply_resume(cfg: Config, resume: Optional[str]) -> None:
     """Continues from a checkpoint, or with 'auto' from the newest in the work directory.
 
+    Args:
+        cfg: the config; its own `resume` without a `load_from` means 'auto', too.
+        resume: of the command line.
+
     Raises:
         UserError: the checkpoint does not exist.
     """
+    is_own = bool(cfg.get('resume')) and cfg.get('load_from') is None
+    if resume is None and is_own:
+        resume = 'auto'
     if resume is None:
         return
     if resume == 'auto':
         resume = find_resumable_checkpoint(cfg.work_dir)
         if resume is None:
+            if is_own:
+                cfg.resume = False  # else MMEngine takes a damaged one
             print_log(f'--resume: {cfg.work_dir} holds no checkpoint; training starts at the '
                       'beginning', logger='current', level=30)
             return
-    preflight.check_checkpoint(resume, '--resume')
+    check_checkpoint(resume, '--resume')
     cfg.resume, cfg.load_from = True, resume
 
 

@@ -94,13 +94,13 @@ def _hint_process(error: BaseException) -> Optional[str]:
         name.startswith('torch.utils.data.') for name in places)
     if is_cut or place.startswith('torch.utils.data.'):
         return ('a worker of the data loader ended or hangs. The kernel kills one when memory is '
-                'short (`dmesg`): try fewer num_workers or a smaller batch, and continue with '
-                '--resume')
+                'short (`dmesg`): try fewer num_workers or a smaller batch, and continue a '
+                'training with --resume')
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1 and \
             place.startswith(('torch.distributed.', 'torch.nn.parallel.', 'torch.autograd.')):
         return (f'this is process {dist.get_rank()} of {dist.get_world_size()}. If another one '
                 'was killed, failed or hangs, this one cannot go on: the first error in the '
-                'output of the others is the cause. Continue with --resume')
+                'output of the others is the cause. Continue a training with --resume')
     return None
 
 
@@ -116,7 +116,7 @@ def hint(error: BaseException, cfg: Optional[Config] = None) -> Optional[str]:
         if isinstance(link, FileNotFoundError):
             found = _hint_missing_file(link, cfg)
         elif isinstance(link, OSError) and link.errno == errno.ENOSPC:
-            found = 'the disk is full; free some space and continue with --resume'
+            found = 'the disk is full; free some space, and continue a training with --resume'
         elif isinstance(link, json.JSONDecodeError):
             found = _hint_broken_json(cfg)
         elif isinstance(link, ModuleNotFoundError):

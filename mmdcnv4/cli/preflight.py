@@ -19,10 +19,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner.checkpoint import CheckpointLoader
 
+from ..checks.checkpoints import damage
 from ..checks.config import is_local, type_name, walk
 from ..checks.weights import Shapes
-from ..errors import InvalidValue, MissingFile
-from .checkpoints import damage
+from ..errors import InvalidValue
 
 PICTURE_ENDINGS = ('.png', '.jpg', '.jpeg', '.pdf', '.svg')  # that matplotlib writes
 
@@ -57,26 +57,6 @@ def check_file(file: str, option: str, endings: Iterable[str]) -> None:
     if os.path.isdir(file):
         raise InvalidValue(f'{option} must be a file, got the folder {file}')
     check_folder(os.path.dirname(file) or '.', option)
-
-
-def check_checkpoint(path: Optional[str], source: str) -> None:
-    """Refuses a local file that is absent, was not written to its end, or is damaged.
-
-    Args:
-        path: of a checkpoint; None and addresses of other machines pass.
-        source: where the path comes from, for the message.
-
-    Raises:
-        UserError: no such file, not the whole file, or a check sum that does not fit.
-    """
-    if path is None or not is_local(path):
-        return
-    file = os.path.expanduser(path)  # as mmengine's loader does
-    if not os.path.isfile(file):
-        raise MissingFile(f'{source}: the checkpoint {file} does not exist or is no file.')
-    fault = damage(file)
-    if fault is not None:
-        raise InvalidValue(f'{source}: the checkpoint {file} cannot be used: {fault}.')
 
 
 def read_shapes(path: str) -> Shapes:

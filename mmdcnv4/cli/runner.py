@@ -14,6 +14,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import nn
 
+from ..checks.checkpoints import check_checkpoint
 from ..checks.config import run_all, type_name
 from ..checks.weights import check_match
 from . import preflight
@@ -82,7 +83,7 @@ def build_runner(cfg: Config, splits: tuple[str, ...], allow_mismatch: bool = Fa
     if hint:
         print_log(hint, level=30)
     preflight.check_folder(cfg.work_dir, '--work-dir')
-    preflight.check_checkpoint(cfg.get('load_from'), 'load_from')
+    check_checkpoint(cfg.get('load_from'), 'load_from')
     run_all(cfg, splits)
     allow_mmengine_checkpoints()
     adopt_saved_seed(cfg)
@@ -92,5 +93,6 @@ def build_runner(cfg: Config, splits: tuple[str, ...], allow_mismatch: bool = Fa
     file = cfg.get('load_from')
     if file is not None and isinstance(runner.model, nn.Module):  # some runners build it later
         must_match = ('train' not in splits or cfg.get('resume', False)) and not allow_mismatch
-        check_match(runner.model, preflight.read_shapes(file), file, cfg, must_match)
+        check_match(runner.model, preflight.read_shapes(file), file, cfg, must_match,
+                    '--allow-mismatch')
     return runner

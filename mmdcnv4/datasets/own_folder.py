@@ -230,8 +230,8 @@ def _class_names(root: Path, names: Optional[Sequence[str]], used: Sequence[int]
     if max(used) >= len(names):
         raise InvalidValue(f'the label maps of {root} have the labels {", ".join(map(str, used))}, '
                            f'and there are names for {len(names)} classes: {", ".join(names)}. If '
-                           'the last one stands for pixels without a class, name it as '
-                           '--ignore-index.')
+                           'the last one stands for pixels without a class, give it as '
+                           'ignore_index (--ignore-index of quick_start.py).')
     return tuple(names)
 
 

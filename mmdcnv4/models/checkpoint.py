@@ -117,7 +117,10 @@ def load_pretrained(model: nn.Module, checkpoint: str, prefix: Optional[str] = N
         ValueError: the file holds something else than weights, or weights that do not fit.
             What `rules.ignored` names may be left over, what `rules.optional` names missing.
     """
-    content = read_file(checkpoint, map_location, rules.source)
+    content = read_file(
+        checkpoint, map_location, f'{rules.source}. To train from scratch instead, set the '
+        'init_cfg of the backbone to None, in the config or with --cfg-options '
+        'model.backbone.init_cfg=None')
     weights = select_backbone(find_state_dict(content, checkpoint), prefix)
     own = model.state_dict()
     used = {key: value for key, value in weights.items() if not key.startswith(rules.ignored)}
@@ -199,13 +202,13 @@ def find_state_dict(content: Any, source: str) -> Mapping[str, Tensor]:
 
 @user_errors
 def read_file(checkpoint: str, map_location: str = 'cpu',
-              published: str = FLASH_WEIGHTS.source) -> Any:
+              advice: str = '') -> Any:
     """Reads a .pth or .safetensors file, weights only.
 
     Args:
         checkpoint: path or http(s) URL.
         map_location: where the tensors are read to.
-        published: a sentence on where such files can be found, for the error of a missing one.
+        advice: what to do where the file is missing, for the error.
 
     Raises:
         FileNotFoundError: no such file.
@@ -218,8 +221,7 @@ def read_file(checkpoint: str, map_location: str = 'cpu',
     if not path.is_file():
         raise FileNotFoundError(
             f'Pretrained: checkpoint must be an existing file or an http(s) URL, got '
-            f'{checkpoint!r}. {published}. To train from scratch instead, add '
-            '--cfg-options model.backbone.init_cfg=None')
+            f'{checkpoint!r}{advice and ". "}{advice}')
     if path.suffix == '.safetensors':
         try:
             from safetensors.torch import load_file

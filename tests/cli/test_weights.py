@@ -15,6 +15,7 @@ pytest.importorskip('mmengine', reason='mmengine is not installed')
 
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
+from mmengine.registry import HOOKS
 from torch import nn
 
 from mmdcnv4.checks import weights
@@ -41,7 +42,8 @@ def checkpoint_of(model: nn.Module, config: Config | None = None, **extra: Any) 
 
 def message(model: nn.Module, checkpoint: dict, config: Config) -> str:
     with pytest.raises(InvalidValue) as caught:
-        weights.check_match(model, weights.Shapes.of(checkpoint), 'a.pth', config)
+        weights.check_match(model, weights.Shapes.of(checkpoint), 'a.pth', config,
+                            option='--allow-mismatch')
     assert '--allow-mismatch' in str(caught.value)
     return str(caught.value)
 
@@ -126,8 +128,15 @@ def test_the_hook(resume: bool, in_training: bool, allowed: bool,
                              _resume=resume, _train_loop=loop)
     hook, content = RunChecksHook(allow_mismatch=allowed), checkpoint_of(make_model())
     if not allowed and (resume or not in_training):
-        with pytest.raises(InvalidValue, match='a.pth does not fit the model:\n2 of 15'):
+        with pytest.raises(InvalidValue, match='a.pth does not fit the model:\n2 of 15') as caught:
             hook.after_load_checkpoint(runner, content)
+        # what it advises is a line of a config
+        (advised,) = eval(re.search(r'custom_hooks = (\[.*?\])', str(caught.value))[1])
+        assert '--' not in str(caught.value)
+        HOOKS.build(advised).after_load_checkpoint(runner, content)
+        runner._load_from = None
+        with pytest.raises(InvalidValue, match='--allow-mismatch'):  # the tools add it so
+            RunChecksHook(check_config=False).after_load_checkpoint(runner, content)
         return
     hook.after_load_checkpoint(runner, content)
     printed = capsys.readouterr()

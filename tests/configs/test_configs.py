@@ -99,8 +99,8 @@ EXACT = {
 # InternImage: backbones (T with the layer scale of dense prediction), and mmdet's neck, which has
 # biases instead of norms.
 INTERN_IMAGE = {'t': 28_754_672 + 14_848, 's': 48_502_560, 'b': 94_909_920, 'l': 218_952_370,
-                'xl': 328_971_228}
-WIDTH = dict(t=64, s=80, b=112, l=160, xl=192)
+                'xl': 328_971_228, 'h': 1_073_122_480}
+WIDTH = dict(t=64, s=80, b=112, l=160, xl=192, h=320)
 for _size, _count in INTERN_IMAGE.items():
     _neck = 15 * WIDTH[_size] * 256 + 4 * 256 + 4 * (9 * 256 * 256 + 256)
     EXACT[f'upernet_intern-image-{_size}_'] = (  # its heads grow linearly with the width
@@ -108,7 +108,7 @@ for _size, _count in INTERN_IMAGE.items():
     if _size in ('l', 'xl'):
         EXACT[f'cascade-mask-rcnn_intern-image-{_size}_fpn_8xb2-1x'] = _count + _neck + 55_379_122
         EXACT[f'cascade-mask-rcnn_intern-image-{_size}_fpn_32xb2-3x'] = _count + _neck + 55_379_122
-    else:
+    elif _size != 'h':
         EXACT[f'mask-rcnn_intern-image-{_size}_fpn_8xb2-1x'] = _count + _neck + 17_543_920
         EXACT[f'mask-rcnn_intern-image-{_size}_fpn_8xb2-3x'] = _count + _neck + 17_543_920
 EXACT.update({f'image-classifier_intern-image-{_size}_': _count for _size, _count in dict(

@@ -16,7 +16,7 @@ from mmengine.optim import DefaultOptimWrapperConstructor
 
 from helpers.zoo import ZOO, build_model, build_optimiser, leaf, read
 
-K1, K22 = '1k_224', '22k_192to384'
+K1, K22, JOINT = '1k_224', '22k_192to384', 'jointto22k_384'
 DEPTHS = dict(t=(4, 4, 18, 4), s=(4, 4, 21, 4), b=(4, 4, 21, 4), l=(5, 5, 22, 5), xl=(5, 5, 24, 5))
 
 
@@ -55,6 +55,7 @@ RECIPES = [
       for size, drop in (('t', 0.2), ('s', 0.3), ('b', 0.4))),
     *(Recipe('upernet', size, '8xb2', 160000, 16, 2e-5, 0.4, 0.94, clip=0.1, weights=K22)
       for size in ('l', 'xl')),
+    Recipe('upernet', 'h', '16xb1', 160000, 16, 2e-5, 0.5, 0.95, clip=0.1, weights=JOINT),
     *(Recipe('image-classifier', size, '8xb128-300e', 300, 1024, 1e-3, drop, None, clip=5.0,
              weights=None, averages=True) for size, drop in (('t', 0.1), ('s', 0.4), ('b', 0.5))),
     Recipe('image-classifier', 'l', '16xb32-20e', 20, 512, 2e-5, 0.1, 0.9, clip=5.0, weights=None,
@@ -87,7 +88,8 @@ def test_settings(recipe):
     assert (backbone.type, backbone.arch, backbone.drop_path_rate, backbone.get('with_cp', False)
             ) == ('InternImage', recipe.size, recipe.drop_path, recipe.with_cp)
     is_classifier = recipe.method == 'image-classifier'
-    assert backbone.get('layer_scale') == (None if is_classifier else 1.0)
+    has_none = is_classifier or recipe.size == 'h'
+    assert backbone.get('layer_scale') == (None if has_none else 1.0)
     assert (backbone.get('init_cfg') or {}).get('checkpoint') == (
         recipe.weights and f'checkpoints/internimage_{recipe.size}_{recipe.weights}.pth')
     if is_classifier and recipe.length == 20:

@@ -15,9 +15,9 @@ from helpers.zoo import LEAVES, leaf, read
 from mmdcnv4.cli.config import apply_data_root
 from mmdcnv4.errors import UserError
 
-# Height and width of a test image of 512 x 683 as the network sees it: the short side becomes 512
-# or 640, and both sides multiples of 32 (512 x 682.67 and 640 x 853.75 before).
-MULTIPLE, PLAIN = {512: (512, 704), 640: (640, 864)}, (512, 683)
+# Height and width of a test image of 512 x 683 as the network sees it: the short side becomes 512,
+# 640 or 896, and both sides multiples of 32 (512 x 682.67, 640 x 853.75 and 896 x 1195.25 before).
+MULTIPLE, PLAIN = {512: (512, 704), 640: (640, 864), 896: (896, 1216)}, (512, 683)
 
 
 def pipeline_of(loader):
@@ -66,7 +66,7 @@ def test_top_level_pipelines_are_those_in_use(name):
     ('upernet_flash-intern-image-s', MULTIPLE[512]),
     ('upernet_flash-intern-image-b', MULTIPLE[512]),
     ('upernet_flash-intern-image-l', MULTIPLE[640]),
-    ('upernet_intern-image-t', MULTIPLE[512]),
+    ('upernet_intern-image-t', MULTIPLE[512]), ('upernet_intern-image-h', MULTIPLE[896]),
     ('upernet_dat-pp-t', PLAIN), ('semantic-fpn_dat-pp-t', PLAIN)])
 def test_demo_and_test_see_the_same_size(start, size):
     pytest.importorskip('mmseg')

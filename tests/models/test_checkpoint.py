@@ -17,7 +17,7 @@ from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS, DefaultScope
 
 from mmdcnv4.models import checkpoint as checkpoint_module
-from mmdcnv4.models.backbones import FlashInternImage
+from mmdcnv4.models.backbones import FlashInternImage, InternImage
 
 TINY = dict(channels=16, depths=(1, 1, 1, 1), groups=(1, 2, 4, 8))
 HEAD = {'conv_head.0.weight': torch.zeros(4, 4, 1, 1), 'conv_head.1.0.running_mean': torch.zeros(4),
@@ -226,6 +226,13 @@ def test_absent_file_says_where_the_weights_are_and_how_to_do_without():
     for part in ('flash_intern_image_t_1k_224.pth', 'OpenGVLab/DCNv4',
                  '--cfg-options model.backbone.init_cfg=None'):
         assert part in str(caught.value)
+    with pytest.raises(FileNotFoundError) as caught:  # where nothing is trained
+        checkpoint_module.read_file('absent.pth')
+    assert str(caught.value).endswith("got 'absent.pth'")
+    model = InternImage(channels=16, depths=(1, 1, 1, 1), groups=(1, 2, 4, 8), init_cfg=dict(
+        type='Pretrained', checkpoint='absent.pth'))
+    with pytest.raises(FileNotFoundError, match='OpenGVLab/InternImage'):
+        model.init_weights()
 
 
 def test_urls_are_read_from_the_cache_of_torch(tmp_path, monkeypatch):

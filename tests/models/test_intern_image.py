@@ -20,7 +20,7 @@ CLASSIFIERS = dict(t=(64, 29_918_424), s=(80, 50_079_880), b=(112, 97_461_832),
 H = dict(channels=320, depths=(6, 6, 32, 6), groups=(10, 20, 40, 80), dw_kernel_size=5,
          res_post_norm=True, level2_post_norm=True,
          level2_post_norm_block_ids=(5, 11, 17, 23, 29), center_feature_scale=True,
-         mlp_fc2_bias=True)
+         mlp_fc2_bias=True)  # every published argument
 
 
 def dcnv3_core(value, offset, mask, kernel, dilation, group, scale, remove_center):
@@ -152,11 +152,24 @@ def test_published_sizes(arch):
 
 def test_published_size_of_h():
     with torch.device('meta'):
-        model = InternImage(**H)
+        model, expected = InternImage('h'), InternImage(**H)
+    assert str(model) == str(expected)
+    assert {name: value.shape for name, value in model.state_dict().items()} == {
+        name: value.shape for name, value in expected.state_dict().items()}
     # the classifier: two 1x1 convolutions, attention pooling with three norms, norm, linear
     head = (2560 * 4096 + 4096) + (1280 * 1024 + 1024) + 3 * (1024 * 1024 + 1024)
     head += 1024 * 768 + 768 + 6 * 1024 + 2 * 768 + 768 * 1000 + 1000
     assert sum(p.numel() for p in model.parameters()) == 1_089_636_760 - head
+
+
+def test_an_argument_overrides_the_table_of_h():
+    with torch.device('meta'):
+        model = InternImage('h', res_post_norm=False, center_feature_scale=False,
+                            level2_post_norm=False, dw_kernel_size=3)
+    assert not any('post_norm' in name or 'center_feature' in name for name in model.state_dict())
+    assert model.levels[2].blocks[0].dcn.dw_conv[0].kernel_size == (3, 3)
+    with pytest.raises(ValueError, match='level2_post_norm'):
+        InternImage('t', level2_post_norm='no')
 
 
 @pytest.mark.parametrize('options', [

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from mmcv.transforms import LoadImageFromFile
@@ -191,6 +192,98 @@ def test_annotation_files(name: str, world: World) -> None:
     check_parity(world, change.method, change.words)
 
 
+# What every child of CocoDataset reads.
+SHARED = ('as they should be', 'tested', 'no area', 'no area where a box is outside', 'no height',
+          'no segmentation', 'no segmentation, boxes alone', 'a box that is null',
+          'a box that is null and ignored', 'an object that is listed twice',
+          'an image without objects', 'no labels, size unknown', 'no iscrowd')
+CHILDREN = ('CityscapesDataset', 'Objects365V1Dataset', 'Objects365V2Dataset', 'LVISV05Dataset',
+            'LVISV1Dataset')
+
+
+def use(world: World, kind: str) -> None:
+    """Makes the data sets those of a class."""
+    if kind.startswith('LVIS'):
+        pytest.importorskip('lvis', reason='lvis is not among the tested versions')
+    for split in ALL:
+        world.set(split, type=kind)
+        if kind == 'LVISV1Dataset':
+            for image in world.content[split]['images']:
+                image['coco_url'] = image.pop('file_name')
+
+
+@pytest.mark.parametrize('kind', CHILDREN)
+@pytest.mark.parametrize('name', SHARED)
+def test_annotation_files_of_other_classes(name: str, kind: str, world: World) -> None:
+    change = CHANGES[name]
+    change.edit(world)
+    use(world, kind)
+    words = change.words
+    if kind.startswith('LVIS') and name.startswith('no labels'):
+        words = ('test.json', "no list 'annotations'", 'add an empty one')
+    check_parity(world, change.method, words)
+
+
+def test_cityscapes_without_an_object_that_is_no_crowd(world: World) -> None:
+    use(world, 'CityscapesDataset')
+    world.change('annotations', TRAIN, only=1, iscrowd=1)
+    check_parity(world)
+    world.change('annotations', TRAIN, iscrowd=1)
+    check_parity(world, words=('train.json', 'no image left', 'iscrowd must be 0'))
+    world.set('train', filter_cfg=None)
+    check_parity(world)
+
+
+def test_objects365_reads_the_last_folder_and_leaves_images_out(world: World) -> None:
+    from mmdet.datasets.objects365 import objv2_ignore_list
+    use(world, 'Objects365V2Dataset')
+    folder = world.root / 'images/patch3'
+    folder.mkdir()
+    (world.root / 'images/1.png').rename(folder / '1.png')
+    for split in ALL:
+        world.content[split]['images'][0]['file_name'] = '/not/here/patch3/1.png'
+    check_parity(world)
+    world.content['train']['images'].append(
+        dict(id=3, file_name=f'/not/here/{objv2_ignore_list[0]}'))
+    world.content['train']['annotations'].append(dict(id=9, image_id=3, category_id=3))
+    check_parity(world)
+    world.content['train']['images'][-1]['file_name'] = 'patch3/1.png'
+    check_parity(world, words=('train.json', 'images[2]', 'width'))
+
+
+@pytest.mark.parametrize('kind', ['LVISV05Dataset', 'LVISV1Dataset'])
+def test_lvis_reads_no_names_and_another_field(kind: str, world: World) -> None:
+    use(world, kind)
+    world.change('categories', TRAIN, ('name',))
+    check_parity(world)
+    field = 'coco_url' if kind == 'LVISV1Dataset' else 'file_name'
+    world.change('images', TRAIN, (field,), only=1)
+    check_parity(world, words=('train.json', 'images[1]', field))
+
+
+@pytest.mark.parametrize('what, field', [
+    ('images', 'neg_category_ids'), ('images', 'not_exhaustive_category_ids'),
+    ('categories', 'frequency'), ('annotations', 'area'), ('annotations', 'bbox')])
+def test_the_metric_of_lvis(what: str, field: str, world: World,
+                            monkeypatch: pytest.MonkeyPatch) -> None:
+    use(world, 'LVISV05Dataset')
+    monkeypatch.setattr(np, 'float', float, raising=False)  # lvis 0.5.3 names it
+    world.change('images', neg_category_ids=[], not_exhaustive_category_ids=[])
+    world.change('categories', frequency='c')
+    for split in ('val', 'test'):
+        world.options[f'{split}_evaluator.type'] = 'LVISMetric'
+    check_parity(world)
+    world.change(what, VAL, (field,), only=1)
+    check_parity(world, words=('val.json', f'{what}[1]', field))
+
+
+def test_a_class_of_mine_that_filters_otherwise(world: World) -> None:
+    world.set('train', type='mmengine.FilterOfMine')
+    world.change('annotations', TRAIN, category_id=9)
+    world.set('train', pipeline__1__with_mask=False)
+    check_parity(world)
+
+
 # ---------------------------------------------------------------------------- files and folders
 
 
@@ -224,8 +317,15 @@ class FolderOfMine(CocoDataset):
                 for file in sorted(Path(self.ann_file).iterdir())]
 
 
+class FilterOfMine(CocoDataset):
+    """Stands for a data set of the user that keeps images without objects."""
+
+    def filter_data(self) -> list[dict]:
+        return self.data_list
+
+
 for registry, kind in ((TRANSFORMS, LoadImageOfMine), (DATASETS, DatasetOfMine),
-                       (DATASETS, FolderOfMine)):
+                       (DATASETS, FolderOfMine), (DATASETS, FilterOfMine)):
     registry.register_module(module=kind, force=True)
 
 

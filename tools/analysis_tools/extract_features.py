@@ -27,6 +27,7 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import TRANSFORMS, DefaultScope
 from mmengine.runner import load_checkpoint
 
+from mmdcnv4.checks.checkpoints import check_checkpoint
 from mmdcnv4.checks.samples import check_image
 from mmdcnv4.checks.weights import check_match
 from mmdcnv4.cli import analysis, arguments, checkpoints, config, preflight
@@ -55,7 +56,7 @@ def load_model(cfg: Config, checkpoint: Optional[str], device: str) -> Any:
         shapes = preflight.read_shapes(checkpoint)
         checkpoints.allow_mmengine_checkpoints()
         load_checkpoint(model, checkpoint, map_location='cpu')
-        check_match(model, shapes, checkpoint, cfg, option=None)
+        check_match(model, shapes, checkpoint, cfg)
     return model.to(device).eval()
 
 
@@ -99,7 +100,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
                             f'({", ".join(SUFFIXES)}).')
         cfg = config.read_config(args.config, args.cfg_options)
         checkpoint = None if args.checkpoint == 'none' else args.checkpoint
-        preflight.check_checkpoint(checkpoint, 'checkpoint')
+        check_checkpoint(checkpoint, 'checkpoint')
         preflight.check_device(args.device)
         preflight.check_folder(args.out, '--out')
         model = load_model(cfg, checkpoint, args.device)

@@ -29,12 +29,13 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import mmdcnv4  # noqa: F401  registers the classes
+from mmdcnv4.checks.checkpoints import check_checkpoint
 from mmdcnv4.checks.weights import Shapes, check_match
 from mmdcnv4.cli.analysis import ModelPart
 from mmdcnv4.cli.arguments import OptionsAction, add_config_arguments
 from mmdcnv4.cli.config import read_config
 from mmdcnv4.cli.explain import explain
-from mmdcnv4.cli.preflight import PICTURE_ENDINGS, check_checkpoint, check_file
+from mmdcnv4.cli.preflight import PICTURE_ENDINGS, check_file
 from mmdcnv4.errors import UserError, user_errors
 from mmdcnv4.models.checkpoint import find_state_dict, read_file
 from mmdcnv4.models.layers import dcnv3 as dcnv3_module
@@ -253,7 +254,7 @@ def draw(args: argparse.Namespace) -> None:
     image, images = prepare_image(args.image, args.size,
                                   cfg.model.get('data_preprocessor') or {})
     weights = dict(find_state_dict(read_file(args.checkpoint), args.checkpoint))
-    check_match(model.model, Shapes(weights), args.checkpoint, cfg, option=None)
+    check_match(model.model, Shapes(weights), args.checkpoint, cfg)
     model.model.load_state_dict(weights)
     samples = record(model.model.backbone, images)
     if not samples:

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 
+from mmdcnv4.checks.checkpoints import check_checkpoint
 from mmdcnv4.checks.config import default_scope
 from mmdcnv4.checks.weights import check_match
 from mmdcnv4.cli import arguments, checkpoints, config, preflight, video
@@ -113,7 +114,7 @@ def build_model(cfg: Config, args: argparse.Namespace) -> Any:
     cfg.model.cache_maps = True
     model = revert_sync_batchnorm(MODELS.build(cfg.model))
     check_match(model, preflight.read_shapes(args.checkpoint), args.checkpoint, cfg,
-                            not args.allow_mismatch)
+                not args.allow_mismatch, '--allow-mismatch')
     load_checkpoint(model, args.checkpoint, map_location='cpu')
     return model.to(args.device).eval()
 
@@ -218,7 +219,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         preflight.check_file(args.out, '--out', PICTURES if args.scene is None else VIDEOS)
         cfg = config.load_config(args)
         cfg.load_from = args.checkpoint
-        preflight.check_checkpoint(args.checkpoint, 'checkpoint')
+        check_checkpoint(args.checkpoint, 'checkpoint')
         scope = default_scope(cfg)
         if scope != 'mmdet3d':
             raise UserError(f'bev_demo.py draws for default_scope mmdet3d, got {scope}.')

@@ -18,6 +18,7 @@ import torch
 from mmengine.config import Config
 from mmengine.structures import PixelData
 
+from mmdcnv4.checks.checkpoints import check_checkpoint
 from mmdcnv4.checks.config import default_scope
 from mmdcnv4.checks.samples import check_image
 from mmdcnv4.checks.weights import check_match
@@ -82,7 +83,7 @@ def make_detector(cfg: Config, args: argparse.Namespace) -> Draw:
     from mmdet.registry import VISUALIZERS
     shapes = preflight.read_shapes(args.checkpoint)
     model = init_detector(cfg, args.checkpoint, palette=args.palette, device=args.device)
-    check_match(model, shapes, args.checkpoint, cfg, not args.allow_mismatch)
+    check_match(model, shapes, args.checkpoint, cfg, not args.allow_mismatch, '--allow-mismatch')
     visualizer: Any = VISUALIZERS.build(cfg.visualizer)
     visualizer.dataset_meta = model.dataset_meta
 
@@ -102,7 +103,7 @@ def make_segmentor(cfg: Config, args: argparse.Namespace) -> Draw:
     cfg.test_pipeline = deepcopy(config.innermost(cfg.test_dataloader.dataset).pipeline)
     shapes = preflight.read_shapes(args.checkpoint)
     model = init_model(cfg, args.checkpoint, device=args.device)
-    check_match(model, shapes, args.checkpoint, cfg, not args.allow_mismatch)
+    check_match(model, shapes, args.checkpoint, cfg, not args.allow_mismatch, '--allow-mismatch')
     visualizer: Any = VISUALIZERS.build(cfg.visualizer)
     visualizer.dataset_meta = model.dataset_meta
     visualizer.alpha = args.opacity
@@ -128,7 +129,8 @@ def make_classifier(cfg: Config, args: argparse.Namespace) -> Draw:
     shapes = preflight.read_shapes(args.checkpoint)
     classify: Any = ImageClassificationInferencer(cfg, pretrained=args.checkpoint,
                                                   device=args.device)
-    check_match(classify.model, shapes, args.checkpoint, cfg, not args.allow_mismatch)
+    check_match(classify.model, shapes, args.checkpoint, cfg, not args.allow_mismatch,
+                '--allow-mismatch')
     visualizer: Any = UniversalVisualizer()
 
     def draw(image: np.ndarray, name: str, out_file: Path) -> None:
@@ -153,7 +155,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     with explain(debug=args.debug):
         files = find_images(Path(args.image))
         cfg = config.load_config(args)
-        preflight.check_checkpoint(args.checkpoint, 'checkpoint')
+        check_checkpoint(args.checkpoint, 'checkpoint')
         preflight.check_device(args.device)
         preflight.check_folder(args.out_dir, '--out-dir')
         scope = default_scope(cfg)

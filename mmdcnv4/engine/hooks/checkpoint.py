@@ -49,8 +49,8 @@ class WholeFilesBackend(LocalBackend):
             partial.unlink(missing_ok=True)
             raise UserError(
                 f'cannot write the checkpoint {path} of {len(obj) / 2**20:.1f} MiB: '
-                f'{error.strerror}. The older checkpoints are whole; make room and go on with '
-                '--resume.') from error
+                f'{error.strerror}. The older checkpoints are whole; make room and resume the '
+                'training.') from error
 
 
 register_backend(_BACKEND, WholeFilesBackend, force=True)

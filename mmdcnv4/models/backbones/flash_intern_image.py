@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...errors import user_arguments
 from ...ops import DCNv4
+from ..checkpoint import FLASH_WEIGHTS
 from ..layers.arguments import Arguments, is_number
 from ..layers.backbone import Backbone
 from ..layers.dcnv3 import ACTIVATIONS, DCNv3
@@ -48,10 +49,15 @@ INTERN_IMAGE_SETTINGS: dict[str, dict[str, Any]] = {
               **_DCNV3_POST_NORM),
     'xl': dict(channels=192, depths=(5, 5, 24, 5), groups=(12, 24, 48, 96), offset_scale=2.0,
                **_DCNV3_POST_NORM),
+    'h': dict(_DCNV3, channels=320, depths=(6, 6, 32, 6), groups=(10, 20, 40, 80),
+              dw_kernel_size=5, res_post_norm=True, level2_post_norm=True,
+              level2_post_norm_block_ids=(5, 11, 17, 23, 29), center_feature_scale=True),
 }
 # What an argument is when neither the caller nor the size table gives it.
 _DEFAULTS = dict(mlp_ratio=4.0, layer_scale=None, offset_scale=1.0, post_norm=False,
-                 dw_kernel_size=None, mlp_fc2_bias=False, dcn_output_bias=False)
+                 dw_kernel_size=None, mlp_fc2_bias=False, dcn_output_bias=False,
+                 level2_post_norm=False, level2_post_norm_block_ids=None, res_post_norm=False,
+                 center_feature_scale=False)
 
 @MODELS.register_module()
 class FlashInternImage(Backbone):
@@ -123,9 +129,10 @@ class FlashInternImage(Backbone):
                  offset_scale: Optional[float] = None, post_norm: Optional[bool] = None,
                  dw_kernel_size: Union[int, str, None] = 'arch',
                  mlp_fc2_bias: Optional[bool] = None, dcn_output_bias: Optional[bool] = None,
-                 level2_post_norm: bool = False,
+                 level2_post_norm: Optional[bool] = None,
                  level2_post_norm_block_ids: Optional[Sequence[int]] = None,
-                 res_post_norm: bool = False, center_feature_scale: bool = False,
+                 res_post_norm: Optional[bool] = None,
+                 center_feature_scale: Optional[bool] = None,
                  mask_init: float = 0.0, core_op: str = 'DCNv4', with_cp: bool = False,
                  in_channels: int = 3,
                  out_indices: Sequence[int] = (0, 1, 2, 3), frozen_stages: int = -1,
@@ -140,14 +147,15 @@ class FlashInternImage(Backbone):
             channels=channels, depths=depths, groups=groups, mlp_ratio=mlp_ratio,
             layer_scale=layer_scale, offset_scale=offset_scale, post_norm=post_norm,
             dw_kernel_size=dw_kernel_size, mlp_fc2_bias=mlp_fc2_bias,
-            dcn_output_bias=dcn_output_bias))
+            dcn_output_bias=dcn_output_bias, level2_post_norm=level2_post_norm,
+            level2_post_norm_block_ids=level2_post_norm_block_ids, res_post_norm=res_post_norm,
+            center_feature_scale=center_feature_scale))
         if size['layer_scale'] is not None and not is_number(size['layer_scale']):
             raise check.refuse('layer_scale', "a number, None or 'arch'", size['layer_scale'])
         check.rate('drop_rate', drop_rate)
-        for name, value in dict(
-                res_post_norm=res_post_norm, center_feature_scale=center_feature_scale,
-                with_cp=with_cp, **{key: size[key] for key in (
-                    'post_norm', 'mlp_fc2_bias', 'dcn_output_bias')}).items():
+        for name, value in dict(with_cp=with_cp, **{key: size[key] for key in (
+                'post_norm', 'mlp_fc2_bias', 'dcn_output_bias', 'level2_post_norm',
+                'res_post_norm', 'center_feature_scale')}).items():
             check.flag(name, value)
         for name in ('mlp_ratio', 'offset_scale'):
             check.positive(name, size[name])
@@ -159,11 +167,11 @@ class FlashInternImage(Backbone):
         self.channels, self.depths, self.groups = channels, tuple(depths), tuple(groups)
         self.out_indices = check.out_indices(out_indices)
         self.frozen_stages = check.frozen_stages(frozen_stages)
-        post_norm_ids = _check_post_norm_ids(check, level2_post_norm,
-                                             level2_post_norm_block_ids, self.depths[2])
-        options = BlockOptions(
-            core_op=core_op, drop_rate=drop_rate, act_layer=act_layer, res_post_norm=res_post_norm,
-            center_feature_scale=center_feature_scale, mask_init=mask_init, with_cp=with_cp, **size)
+        post_norm_ids = _check_post_norm_ids(
+            check, size.pop('level2_post_norm'), size.pop('level2_post_norm_block_ids'),
+            self.depths[2])
+        options = BlockOptions(core_op=core_op, drop_rate=drop_rate, act_layer=act_layer,
+                               mask_init=mask_init, with_cp=with_cp, **size)
         drop_paths = check.drop_path_rates(drop_path_rate, self.depths, drop_path_type)
 
         self.patch_embed = Stem(in_channels, channels, act_layer)
@@ -263,15 +271,16 @@ class InternImage(FlashInternImage):
     kernel is needed.
 
     Args:
-        arch: 't', 's', 'b', 'l' or 'xl' (`INTERN_IMAGE_SETTINGS`). The largest published model, H,
-            is `channels=320, depths=(6, 6, 32, 6), groups=(10, 20, 40, 80), dw_kernel_size=5,
-            res_post_norm=True, level2_post_norm=True, level2_post_norm_block_ids=(5, 11, 17, 23,
-            29), center_feature_scale=True, mlp_fc2_bias=True`.
+        arch: 't', 's', 'b', 'l', 'xl' or 'h' (`INTERN_IMAGE_SETTINGS`); H has more than 10**9
+            parameters.
         core_op: 'DCNv3'; 'DCNv4' gives the layers of FlashInternImage in these sizes.
         options: the other arguments of :class:`FlashInternImage`, by name.
     """
 
     arch_settings = INTERN_IMAGE_SETTINGS
+    weight_rules = FLASH_WEIGHTS._replace(
+        source='The InternImage weights are published in the Hugging Face repository '
+               'OpenGVLab/InternImage: put the file there')
 
     @user_arguments()
     def __init__(self, arch: Union[str, dict, None] = None, *, core_op: str = 'DCNv3',

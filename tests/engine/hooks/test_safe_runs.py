@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.hooks import Hook
+from mmengine.runner import Runner
 
 from helpers.tiny_run import config, same_bits
 from mmdcnv4.cli.checkpoints import (
@@ -22,7 +24,7 @@ from mmdcnv4.cli.checkpoints import (
 from mmdcnv4.cli.config import apply_resume
 from mmdcnv4.cli.runner import build_runner
 from mmdcnv4.engine.hooks import checkpoint as checkpoint_hook
-from mmdcnv4.errors import UserError
+from mmdcnv4.errors import InvalidValue, UserError
 
 KEPT = ('state_dict', 'ema_state_dict', 'optimizer', 'param_schedulers')
 
@@ -192,3 +194,80 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(tmp_path, capsys, kind, word
     assert find_resumable_checkpoint(str(tmp_path)) is None
     text = capsys.readouterr()
     assert 'holds no other checkpoint' in text.out + text.err
+
+
+def foreign(folder, length, hooks=(), **options):
+    """The Runner of a program that knows nothing of this package, as `mim train` builds it."""
+    cfg = config(folder, folder / 'work', length=length, seed=1)
+    cfg.custom_hooks = [dict(type=name) for name in hooks]
+    cfg.update(experiment_name=f'{folder.name}-{length}-{len(hooks)}-{len(options)}', **options)
+    return Runner.from_cfg(cfg)
+
+
+@pytest.fixture
+def no_allowed_types():
+    """As in a fresh process, in which MMEngine cannot read what it has written."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    yield
+    torch.serialization.add_safe_globals(allowed)
+
+
+@pytest.mark.parametrize('kind', ['header', 'half'])
+def test_the_hook_passes_over_a_damaged_checkpoint(tmp_path, capsys, kind, no_allowed_types):
+    foreign(tmp_path, 2).train()
+    harm(tmp_path / 'work/epoch_2.pth', kind)
+    with pytest.raises((RuntimeError, EOFError, OSError, pickle.UnpicklingError)):
+        foreign(tmp_path, 3, resume=True).train()
+    runner = foreign(tmp_path, 3, ['RunChecksHook'], resume=True)
+    runner.train()
+    text = capsys.readouterr()
+    assert 'DAMAGED CHECKPOINT' in text.out + text.err
+    assert runner._load_from == str(tmp_path / 'work/epoch_1.pth')
+    assert runner.epoch == 3 and 'resumed epoch: 1, iter: 6' in text.out + text.err
+    for file in tmp_path.glob('work/epoch_*.pth'):
+        harm(file, kind)
+    runner = foreign(tmp_path, 1, ['RunChecksHook'], resume=True)
+    runner.train()
+    text = capsys.readouterr()
+    assert runner.iter == 6 and 'training starts at the beginning' in text.out + text.err
+
+
+def test_the_hook_refuses_a_damaged_checkpoint_that_is_named(tmp_path, no_allowed_types):
+    file = tmp_path / 'work/epoch_1.pth'
+    foreign(tmp_path, 1).train()
+    runner = foreign(tmp_path, 2, ['RunChecksHook'], resume=True, load_from=str(file))
+    runner.train()
+    assert runner.iter == 12
+    harm(file, 'half')
+    for resume in (True, False):
+        runner = foreign(tmp_path, 4 + resume, ['RunChecksHook'], resume=resume,
+                         load_from=str(file))
+        with pytest.raises(InvalidValue, match='load_from: the checkpoint .*epoch_1.pth cannot be '
+                           'used: it is truncated'):
+            runner.train()
+
+
+def test_a_config_that_resumes_by_itself(tmp_path):
+    """`resume = True` in the file is `--resume` of the command line."""
+    work = tmp_path / 'work'
+    work.mkdir()
+    for number in (1, 2):
+        torch.save({'a': torch.randn(400)}, work / f'epoch_{number}.pth')
+    harm(work / 'epoch_2.pth', 'zeros')
+    cfg = config(tmp_path, work)
+    cfg.resume = True
+    apply_resume(cfg, None)
+    assert cfg.resume and cfg.load_from == str(work / 'epoch_1.pth')
+    harm(work / 'epoch_1.pth', 'zeros')
+    cfg.load_from = None
+    apply_resume(cfg, None)
+    assert not cfg.resume and cfg.load_from is None
+
+
+def test_what_lies_elsewhere_is_left_to_mmengine(tmp_path):
+    (tmp_path / 'parts').mkdir()
+    torch.save({'a': torch.ones(4)}, tmp_path / 'epoch_1.pth')
+    for name in ('s3://bucket/epoch_2.pth', str(tmp_path / 'parts')):
+        (tmp_path / 'last_checkpoint').write_text(name)
+        assert find_resumable_checkpoint(str(tmp_path)) == name
