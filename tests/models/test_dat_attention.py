@@ -146,7 +146,9 @@ def windows_by_loops(layer, x):
                                                                    j - n + size - 1]
                     is_apart = (region(i, rows, size, shift), region(j, columns, size, shift)) != (
                         region(m, rows, size, shift), region(n, columns, size, shift))
-                    logits.append(logit - (100 if shift and is_apart else 0))
+                    is_padding = other[0] >= height or other[1] >= width
+                    is_left_out = is_padding and not layer.attend_padding
+                    logits.append(logit - 100 * (shift > 0 and is_apart) - 100 * is_left_out)
                     keys.append(v[:, other[0], other[1]])
             weights = torch.stack(logits).softmax(0)
             out[:, own[0], own[1]] = (weights[..., None] * torch.stack(keys)).sum(0)
@@ -154,9 +156,10 @@ def windows_by_loops(layer, x):
 
 
 @pytest.mark.parametrize('shifted', [False, True])
+@pytest.mark.parametrize('attend_padding', [True, False])
 @pytest.mark.parametrize('size', [(6, 9), (4, 5), (1, 1)])
-def test_windows_equal_loops(shifted, size):
-    layer = randomise(WindowAttention(4, 2, 3, shifted))
+def test_windows_equal_loops(shifted, size, attend_padding):
+    layer = randomise(WindowAttention(4, 2, 3, shifted, attend_padding))
     assert layer.shift == (2 if shifted else 0)
     x = torch.randn(2, 4, *size, dtype=torch.float64)
     torch.testing.assert_close(layer(x), windows_by_loops(layer, x))

@@ -138,8 +138,10 @@ def _core(channels: int, group: int, options: BlockOptions,
     if options.core_op in ('DWConv', 'DWConv7x7'):
         return DWConv(channels, options.dcn_output_bias, 3 if options.core_op == 'DWConv' else 7)
     if options.core_op == 'WindowAttention':
-        return nn.Sequential(ToChannelsFirst(), WindowAttention(channels, group, _WINDOW, shifted),
-                             ToChannelsLast())
+        return nn.Sequential(
+            ToChannelsFirst(),
+            WindowAttention(channels, group, _WINDOW, shifted, attend_padding=False),
+            ToChannelsLast())
     if options.core_op == 'DCNv3':
         return DCNv3(channels, group=group, offset_scale=options.offset_scale,
                      dw_kernel_size=options.dw_kernel_size, act_layer=options.act_layer,

@@ -254,11 +254,15 @@ class WindowAttention(nn.Module):
         window_size: side w of the windows.
         shifted: move the grid by ceil(w / 2) pixels down and right; the map wraps around, and
             pixels that are not neighbours do not attend to each other.
+        attend_padding: whether the zeros that fill windows up at the right and at the bottom are
+            attended to, as in the released models. Their share depends on the size of the map, and
+            with it what a trained network predicts.
     """
 
-    def __init__(self, channels: int, heads: int, window_size: int, shifted: bool) -> None:
+    def __init__(self, channels: int, heads: int, window_size: int, shifted: bool,
+                 attend_padding: bool = True) -> None:
         super().__init__()
-        self.heads, self.window_size = heads, window_size
+        self.heads, self.window_size, self.attend_padding = heads, window_size, attend_padding
         self.shift = -(-window_size // 2) if shifted else 0
         self.proj_qkv = nn.Linear(channels, 3 * channels)
         self.proj_out = nn.Linear(channels, channels)
@@ -294,6 +298,17 @@ class WindowAttention(nn.Module):
         region = self._cut(region[None, :, :, None])[..., 0].squeeze(0)  # (windows, w * w)
         return -100.0 * (region[:, None, :, None] != region[:, None, None, :]).float()
 
+    def _padding_mask(self, x: Tensor, rows: int, columns: int) -> Tensor:
+        """-100 for the keys that fill (N, C, H, W) up to `rows` and `columns`, else 0.
+
+        Returns:
+            (windows, 1, 1, w * w).
+        """
+        mask = torch.full((rows, columns), -100.0, device=x.device)
+        mask[:x.shape[2], :x.shape[3]] = 0
+        mask = mask.roll((-self.shift, -self.shift), (0, 1))
+        return self._cut(mask[None, :, :, None])[0].unsqueeze(1).transpose(2, 3)
+
     def _cut(self, x: Tensor) -> Tensor:
         """(N, H, W, C) -> (N, windows, w * w, C)."""
         size = self.window_size
@@ -304,9 +319,11 @@ class WindowAttention(nn.Module):
         """Maps (N, C, H, W) to (N, C, H, W)."""
         height, width = x.shape[2:]
         size = self.window_size
-        x = F.pad(x, (0, -width % size, 0, -height % size)).permute(0, 2, 3, 1)
-        rows, columns = x.shape[1:3]
+        rows, columns = height + -height % size, width + -width % size
         bias = self._bias()
+        if not self.attend_padding and (rows, columns) != (height, width):
+            bias = bias + self._padding_mask(x, rows, columns)
+        x = F.pad(x, (0, columns - width, 0, rows - height)).permute(0, 2, 3, 1)
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
             bias = bias + self._mask(rows, columns, x.device)
