@@ -8,7 +8,7 @@ Environment variables:
     MMDCNV4_LINEINFO=1    line numbers in the CUDA kernels, for profilers.
     MMDCNV4_NATIVE=0      no extension at all: the PyTorch path.
     MMDCNV4_SANITIZE=1    AddressSanitizer and UndefinedBehaviorSanitizer (`make sanitize`).
-    TORCH_CUDA_ARCH_LIST, MAX_JOBS: as for every torch extension.
+    TORCH_CUDA_ARCH_LIST, MAX_JOBS: as for every torch extension. Empty means not set.
 
 Without a working C++ compiler the package installs without kernels and says so. Without torch it
 does not install, unless MMDCNV4_NATIVE=0 says that this is meant: uv shows no warning of a build.
@@ -68,7 +68,7 @@ def compiler_problem() -> str:
     """Compiles a short program with the flags of the build; returns why that failed, or ''."""
     if os.name == 'nt':
         return ''  # setuptools finds MSVC by itself
-    compiler = os.environ.get('CXX', 'c++').split()
+    compiler = (os.environ.get('CXX') or 'c++').split()
     if shutil.which(compiler[0]) is None:
         return f'no C++ compiler was found ({compiler[0]})'
     flags = [*cpu_flags(), f'-std=c++{cpp_standard()}']
@@ -92,7 +92,7 @@ def cuda_wanted() -> bool:
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
     sources = list((ROOT / 'csrc' / 'cuda').rglob('*.cu'))
-    choice = os.environ.get('MMDCNV4_CUDA', os.environ.get('FORCE_CUDA', ''))
+    choice = os.environ.get('MMDCNV4_CUDA') or os.environ.get('FORCE_CUDA')
     if choice == '0' or not sources:
         return False
     possible = CUDA_HOME is not None and torch.version.cuda is not None
@@ -184,7 +184,8 @@ def write_kernel_hash() -> str:
 def cuda_flags(cuda_home: str) -> list:
     """Flags of our own CUDA files; sets TORCH_CUDA_ARCH_LIST where the user did not."""
     toolkit = toolkit_version(cuda_home)
-    os.environ.setdefault('TORCH_CUDA_ARCH_LIST', default_architectures(toolkit))
+    if not os.environ.get('TORCH_CUDA_ARCH_LIST'):
+        os.environ['TORCH_CUDA_ARCH_LIST'] = default_architectures(toolkit)
     # no fast math: comparisons at borders keep their IEEE meaning
     flags = ['-O3']
     if os.environ.get('MMDCNV4_LINEINFO') == '1':
@@ -200,7 +201,7 @@ def make_extension() -> dict:
         return {}
     problem = torch_problem()
     if problem:
-        pip = 'uv pip' if 'UV' in os.environ else 'pip'  # uv tells its children so
+        pip = 'uv pip' if os.environ.get('UV') else 'pip'  # uv tells its children so
         NEEDS_TORCH.append(
             f'{problem}. If you have it, the build was isolated from your environment; else '
             'install it first. Then type, in a clone:\n'

@@ -140,6 +140,21 @@ def test_default_architectures():
     assert ('11.0' in names) == ("'11.0a'" in source)
 
 
+def test_an_empty_variable_is_none():
+    value_of = setup_functions()
+    compiler, architectures = value_of(
+        "[scope['cuda_flags'].__globals__.update(toolkit_version=lambda home: (13, 0)), "
+        "os.environ.update(CXX='', TORCH_CUDA_ARCH_LIST=''), scope['cuda_flags']('/'), "
+        "(scope['compiler_problem']() or 'works') + ' | ' + os.environ['TORCH_CUDA_ARCH_LIST']"
+        "][-1]").split(' | ')
+    assert compiler in ('works', 'no C++ compiler was found (c++)')
+    assert architectures.startswith('7.5;')
+    if torch.version.cuda is None:
+        with pytest.raises(AssertionError, match='needs nvcc and a CUDA build of torch'):
+            value_of("[os.environ.update(MMDCNV4_CUDA='', FORCE_CUDA='1'), "
+                     "scope['cuda_wanted']()]")
+
+
 def test_probe_has_the_standard_of_torch(tmp_path):
     """A compiler that knows no C++20 must not pass where torch's headers are compiled as such."""
     compiler = tmp_path / 'old'

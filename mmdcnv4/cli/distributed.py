@@ -34,19 +34,19 @@ def _set_rendezvous(launcher: str) -> None:
     if launcher == 'slurm':
         env['RANK'], env['WORLD_SIZE'] = env['SLURM_PROCID'], env['SLURM_NTASKS']
         env['LOCAL_RANK'] = env['SLURM_LOCALID']
-        if 'MASTER_ADDR' not in env:
+        if not env.get('MASTER_ADDR'):
             env['MASTER_ADDR'] = _first_slurm_host()
     elif launcher == 'mpi':
         env['RANK'], env['WORLD_SIZE'] = env['OMPI_COMM_WORLD_RANK'], env['OMPI_COMM_WORLD_SIZE']
         env['LOCAL_RANK'] = env['OMPI_COMM_WORLD_LOCAL_RANK']
-        env.setdefault('MASTER_ADDR', '127.0.0.1')
-    env.setdefault('MASTER_PORT', '29500')
+        env['MASTER_ADDR'] = env.get('MASTER_ADDR') or '127.0.0.1'
+    env['MASTER_PORT'] = env.get('MASTER_PORT') or '29500'
 
 
 def _local_rank(launcher: str) -> int:
     variable = {'slurm': 'SLURM_LOCALID', 'mpi': 'OMPI_COMM_WORLD_LOCAL_RANK'}.get(launcher,
                                                                                   'LOCAL_RANK')
-    return int(os.environ.get(variable, 0))
+    return int(os.environ.get(variable) or 0)
 
 
 def prepare_distributed(cfg: Config) -> None:

@@ -284,6 +284,9 @@ def test_gloo_with_the_environment_of_each_launcher(launcher: str,
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('MASTER_ADDR', '')  # means not set
+    monkeypatch.setenv('LOCAL_RANK', '')
+    assert distributed._local_rank('pytorch') == 0
     variables = {
         'pytorch': dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR='127.0.0.1'),
         'slurm': dict(SLURM_PROCID=0, SLURM_NTASKS=1, SLURM_LOCALID=0, SLURM_NODELIST='here'),

@@ -92,8 +92,10 @@ def run_tool(name: str, *arguments: str) -> None:
     # Half of the cores: these models are too small to gain from more threads (on two cores two are
     # hardly faster than one), and threads that wait for each other lose several times that as soon
     # as another program wants a core. And no warnings of other packages.
-    environment = {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // 2)),
-                   'PYTHONWARNINGS': 'ignore::UserWarning', **os.environ}
+    environment = dict(os.environ)
+    for name, value in (('OMP_NUM_THREADS', str(max(1, (os.cpu_count() or 1) // 2))),
+                        ('PYTHONWARNINGS', 'ignore::UserWarning')):
+        environment[name] = environment.get(name) or value
     code = subprocess.run(command, check=False, env=environment).returncode
     if code != 0:
         raise SystemExit(code)
