@@ -18,17 +18,23 @@ from typing import Any, Optional, Union
 
 import cv2
 import numpy as np
+import pytest
 import torch
 from mmengine.config import Config
 from mmengine.fileio import BaseStorageBackend, register_backend
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
+from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor, nn
+
+from mmdcnv4.cli.runner import build_runner
+from mmdcnv4.errors import UserError
 
 SIZE = 16
 CLASSES = ('cat', 'dog')
 SPLITS = ('train', 'val', 'test')
+READ_BY = {'train': ('train', 'val'), 'test': ('test',)}  # method: the splits of its data
 _numbers = itertools.count()
 
 
@@ -223,3 +229,26 @@ def outcome(runner: Any, method: str) -> dict[str, Any]:
              if name.startswith('val/') and not name.endswith('time')}
     found.update(metrics if isinstance(metrics, dict) else {})
     return {**found, **{name: value.tolist() for name, value in runner.model.state_dict().items()}}
+
+
+def check_parity(world: World, method: str = 'train', words: tuple[str, ...] = ()) -> None:
+    """Runs the world twice.
+
+    Args:
+        world: files and config.
+        method: of the Runner.
+        words: of our message where the plain Runner fails; empty where it completes.
+    """
+    world.write()
+    work_dir = world.root.parent / 'work'
+    try:
+        expected = outcome(Runner.from_cfg(world.config(work_dir)), method)
+    except Exception as error:
+        assert words, f'the plain Runner fails: {error!r}'
+        with pytest.raises(UserError) as caught:
+            build_runner(world.config(work_dir), READ_BY[method])
+        for word in words:
+            assert word in str(caught.value)
+        return
+    assert not words, 'the plain Runner completes'
+    assert outcome(build_runner(world.config(work_dir), READ_BY[method]), method) == expected
