@@ -18,6 +18,9 @@ from typing import Any, Optional
 from ..errors import InvalidValue
 from .layouts import COCO, CocoLayout
 
+_BOX = 'It must be four numbers: [x, y, width, height] in pixels.'
+_CROWD = 'It must be 0, or 1 for a group of objects.'
+
 
 def read_coco(file: str) -> dict[str, Any]:
     """The content of a COCO file.
@@ -126,8 +129,7 @@ def _check_object(file: str, index: int, annotation: dict, image: dict, is_chose
     """The fields that mmdet reads of an object."""
     box = annotation.get('bbox')
     if not _is_box(box, finite=is_chosen):
-        raise _fault(file, 'annotations', index, annotation, 'bbox',
-                     'It must be four numbers: [x, y, width, height] in pixels.')
+        raise _fault(file, 'annotations', index, annotation, 'bbox', _BOX)
     if not _overlaps(annotation, image):
         return
     if not isinstance(annotation.get('area'), Real):
@@ -231,19 +233,22 @@ def _metric_kinds(metric: dict) -> set[str]:
     """What a metric computes from the entries of its annotation file, by its dict in the config."""
     kinds = metric.get('metric', 'bbox')
     kinds = {kinds} if isinstance(kinds, str) else set(kinds)
-    return set() if metric.get('format_only') else kinds & {'bbox', 'segm', 'proposal'}
+    return set() if metric.get('format_only') else kinds & {
+        'bbox', 'segm', 'proposal', 'proposal_fast'}
 
 
 def _check_metric_objects(file: str, content: dict, kinds: set[str], chosen: set,
                           fields: Sequence[tuple[str, str]]) -> None:
     """Refuses objects that cannot be evaluated; `fields` are numbers that they need, and why."""
+    if not kinds - {'proposal_fast'}:
+        return
     known = {image['id'] for image in content['images']}
     for index, annotation in enumerate(content.get('annotations') or []):
         if annotation.get('category_id') not in chosen or annotation.get('image_id') not in known:
             continue
         if {'bbox', 'proposal'} & kinds and not _is_box(annotation.get('bbox')):
-            raise _fault(file, 'annotations', index, annotation, 'bbox', 'The metric reads it. '
-                         'It must be four numbers: [x, y, width, height] in pixels.')
+            raise _fault(file, 'annotations', index, annotation, 'bbox',
+                         f'The metric reads it. {_BOX}')
         for field, remedy in fields:
             if not isinstance(annotation.get(field), Real):
                 raise _fault(file, 'annotations', index, annotation, field,
@@ -251,6 +256,21 @@ def _check_metric_objects(file: str, content: dict, kinds: set[str], chosen: set
         if 'segm' in kinds and not annotation.get('segmentation'):
             raise _fault(file, 'annotations', index, annotation, 'segmentation',
                          'The metric compares masks; set its metric=["bbox"] for boxes alone.')
+
+
+def _check_proposals(file: str, content: dict, has_crowds: bool) -> None:
+    """What mmdet's own `proposal_fast` reads: of all classes, and, for COCO, without crowds."""
+    known = {image['id'] for image in content['images']}
+    for index, annotation in enumerate(content.get('annotations') or []):
+        if annotation.get('image_id') not in known or has_crowds and annotation.get('ignore'):
+            continue
+        if has_crowds and not isinstance(annotation.get('iscrowd'), Real):
+            raise _fault(file, 'annotations', index, annotation, 'iscrowd',
+                         f'The metric reads it. {_CROWD}')
+        if not (has_crowds and annotation['iscrowd']) and not _is_box(annotation.get('bbox'),
+                                                                      finite=False):
+            raise _fault(file, 'annotations', index, annotation, 'bbox',
+                         f'The metric reads it. {_BOX}')
 
 
 def check_coco_metric(file: str, metric: dict, classes: Optional[Sequence[str]]) -> None:
@@ -270,11 +290,12 @@ def check_coco_metric(file: str, metric: dict, classes: Optional[Sequence[str]])
         _check_fields(file, 'images', content['images'], ('id',), 'Every image has one.')
         _check_fields(file, 'categories', content['categories'],
                       ('id',) if classes is None else ('id', 'name'), 'The metric reads it.')
+        if 'proposal_fast' in kinds:
+            _check_proposals(file, content, has_crowds=True)
         # for proposals classes count for nothing
         chosen = _chosen(content, None if 'proposal' in kinds else classes)
         _check_metric_objects(file, content, kinds, chosen, (
-            ('iscrowd', 'It must be 0, or 1 for a group of objects.'),
-            ('area', 'It must be the area in pixels.')))
+            ('iscrowd', _CROWD), ('area', 'It must be the area in pixels.')))
 
 
 def check_lvis_metric(file: str, metric: dict) -> None:
@@ -288,9 +309,11 @@ def check_lvis_metric(file: str, metric: dict) -> None:
         InvalidValue: names the file, the entry, the field and a remedy.
     """
     kinds = _metric_kinds(metric)
-    if not kinds:
+    content = read_coco(file) if kinds else {}
+    if 'proposal_fast' in kinds:
+        _check_proposals(file, content, has_crowds=False)
+    if not kinds - {'proposal_fast'}:
         return
-    content = read_coco(file)
     _check_fields(file, 'images', content['images'], (
         'id', 'neg_category_ids', 'not_exhaustive_category_ids'),
         'The LVIS metric reads it: a list of categories, which may be empty.')

@@ -22,6 +22,14 @@ pytestmark = pytest.mark.usefixtures('quick_runs')
 
 
 @DATASETS.register_module(force=True)
+class AllOfMine(CocoDataset):
+    """Stands for a data set of the user that reads no objects."""
+
+    def parse_data_info(self, raw_data_info: dict) -> dict:
+        return super().parse_data_info(dict(raw_data_info, raw_ann_info=[]))
+
+
+@DATASETS.register_module(force=True)
 class FilterOfMine(CocoDataset):
     """Stands for a data set of the user that keeps images without objects."""
 
@@ -227,6 +235,21 @@ def test_the_metric_of_lvis(what: str, field: str, world: World,
     check_parity(world)
     world.change(what, VAL, (field,), only=1)
     check_parity(world, words=('val.json', f'{what}[1]', field))
+
+
+@pytest.mark.parametrize('field, change, words', [
+    ('iscrowd', dict(category_id=9), ('val.json', 'annotations[1]', 'iscrowd')),
+    ('iscrowd', dict(ignore=1), ()), ('bbox', dict(iscrowd=1), ()),
+    ('bbox', dict(category_id=9), ('val.json', 'annotations[1]', 'bbox')), ('area', dict(), ()),
+    ('bbox', dict(image_id=77), ())])
+def test_the_fast_metric_of_proposals(field: str, change: dict, words: tuple[str, ...],
+                                      world: World) -> None:
+    world.set('val', pipeline=[dict(type='LoadImageFromFile'), dict(type='PackDetInputs')],
+              type='mmengine.AllOfMine')
+    world.options['val_evaluator.metric'] = 'proposal_fast'
+    for number in (1, 3):  # as many boxes in each picture; else mmdet fails with numpy >= 1.24
+        world.change('annotations', VAL, (field,), only=number, **change)
+    check_parity(world, words=words)
 
 
 def test_a_class_of_mine_that_filters_otherwise(world: World) -> None:
