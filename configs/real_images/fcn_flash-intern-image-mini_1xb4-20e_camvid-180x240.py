@@ -1,5 +1,6 @@
-# For comparisons of the layer that mixes positions, `model.backbone.core_op`, in a few CPU minutes a
-# run: docs/convergence.md. Images at half of their size, scores at the whole; an epoch has 92 steps.
+# For comparisons of the layer that mixes positions, `model.backbone.core_op`, in a few CPU minutes
+# a run: docs/convergence.md. Images at half of their size, scores at the whole; an epoch has 92
+# steps.
 _base_ = ['./fcn_flash-intern-image-mini_1xb4-4k_camvid-360x480.py']
 
 scale, crop_size = (240, 180), (112, 160)
