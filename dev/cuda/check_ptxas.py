@@ -6,26 +6,28 @@ Needs nvcc, no GPU. Instructions are counted where cuobjdump is found (beside nv
 in an installed triton); without it the vector loads are looked for in the PTX.
 
 Example:
-    python dev/cuda/check_ptxas.py --arch 80 90 100
+    python dev/cuda/check_ptxas.py --arch 80 90 100 --write csrc/cuda/compiled.md
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import hashlib
 import importlib.util
 import itertools
-import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
+
+from machine_code import functions, parts_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # types of `value` as they are in the names of kernels, and bytes per number
@@ -36,6 +38,9 @@ TYPES = {'d': ('float64', 8), 'f': ('float32', 4), 'Half': ('float16', 2),
 WINDOW_VECTORS = {'window_forward': 8, 'window_grad_offset': 2, 'window_grad_value': 2}
 ATTENTION = {f'attention_{name}' for name in ('forward', 'backward', 'rank', 'place')}
 DIRECTIONS = {'forward', 'backward', 'window_grad_rest', 'window_clear', *WINDOW_VECTORS}
+DEPTHS = (16, 32, 64)  # channels of a group, for which kernels are counted
+# run by each backward call on tensor cores, and leave at once as a rule
+RARE = ('window_grad_rest', 'window_clear')
 # direct kernels that most calls take, by their variant
 PLAIN = {'forward': 'K=9', 'backward': '', 'attention_forward': '', 'attention_backward': ''}
 # 65536 registers and 256 threads per block: this many blocks have to fit on a multiprocessor
@@ -45,21 +50,6 @@ ADDING = ('backward', 'window_grad_rest', 'attention_backward')
 # in machine code and in PTX: copies in the background, matrices from shared memory, their product
 TENSOR_CORE_WORDS = {'copy': r'\bLDGSTS\b|cp\.async\.cg', 'load': r'\bLDSM\b|ldmatrix\.sync',
                      'multiply': r'\bHMMA\b|mma\.sync'}
-
-
-INTRODUCTION = """# What the compiler makes of the kernels
-
-Written by `dev/cuda/check_ptxas.py --write`, with nvcc {nvcc}, for {archs}. One line per kind of
-kernel and dtype of `value`: the largest number among its kernels. Instructions are those in the
-code, and those that a warp executes for 256 outputs of a 3x3 kernel where offsets have the dtype of
-`value`: with the widest loads and groups of 32 channels, without softmax; on tensor cores a block
-of 16x8 pixels without far taps. For attention, outputs with 4 levels of 4 points, in heads of 32
-channels; backward as if every sample lay in another cell than the one before. For comparison, by
-nvcc 13.0: the released DCNv4 kernels in float16 with groups of 32 channels execute about 1670
-forward, with 56 registers and 40 bytes of stack, and about 21600 backward; the attention of mmcv
-2.1 in float32 about 12500 forward and 36600 backward, with 39 and 48 registers.
-
-"""
 
 
 @dataclass
@@ -75,7 +65,7 @@ class Kernel:
     stack: int = 0
     spills: int = 0
     instructions: Optional[int] = None
-    executed: Optional[float] = None  # per 256 outputs
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)  # of the shapes: see parts_of
     widest_load: Optional[int] = None
     widest_reduction: Optional[int] = None
     tensor_core_words: Optional[set[str]] = None
@@ -85,6 +75,16 @@ class Kernel:
         """For tables and messages."""
         shape = self.variant if self.is_window else f'vec {self.vec} {self.variant}'
         return (f'sm_{self.arch} {self.direction} {self.dtype} {shape}').strip()
+
+    @property
+    def shape(self) -> str:
+        """How its call is told from others in tables."""
+        return self.variant if self.is_window else 'all widths'
+
+    @property
+    def depth(self) -> int:
+        """Channels of a group, where the kernel is made for one number of them."""
+        return int(re.findall(r'\d+', self.variant)[0]) if self.is_window else 32
 
     @property
     def is_window(self) -> bool:
@@ -146,6 +146,16 @@ def parse_name(arch: str, mangled: str) -> Optional[Kernel]:
     return Kernel(arch, match[1], dtype, first, variant)
 
 
+def kernel_hash(root: Path = ROOT) -> str:
+    """What setup.py computes of the sources in a folder; the program itself would build."""
+    tree = ast.parse((ROOT / 'setup.py').read_text())
+    function = next(node for node in tree.body
+                    if isinstance(node, ast.FunctionDef) and node.name == 'kernel_hash')
+    names = {'hashlib': hashlib, 're': re, 'ROOT': root}
+    exec(compile(ast.Module([function], []), 'setup.py', 'exec'), names)
+    return names['kernel_hash']()
+
+
 def find_tool(name: str) -> Optional[str]:
     """A program beside nvcc, on the path, or in an installed triton."""
     nvcc = shutil.which('nvcc')
@@ -185,14 +195,6 @@ def words_in(code: str) -> set[str]:
     return {name for name, pattern in TENSOR_CORE_WORDS.items() if re.search(pattern, code)}
 
 
-def functions(sass: str) -> Iterator[tuple[str, list[tuple[int, str]]]]:
-    """Names of the kernels in disassembled code, with addresses and instructions."""
-    for part in sass.split('Function : ')[1:]:
-        name, _, code = part.partition('\n')
-        found = re.findall(r'^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);', code, re.MULTILINE)
-        yield name.strip(), [(int(at, 16), line) for at, line in found if 'NOP' not in line]
-
-
 def add_sass(kernels: dict[str, Kernel], sass: str) -> None:
     """Counts instructions and finds the widest load from global memory, in disassembled code."""
     for name, code in functions(sass):
@@ -220,126 +222,58 @@ def add_ptx(kernels: dict[str, Kernel], ptx: str) -> None:
         kernel.widest_reduction = max((4 * int(count or 1) for count in counts), default=None)
 
 
-def loop_bodies(lines: list[tuple[int, str]]) -> Iterator[tuple[int, int, str]]:
-    """Loops in machine code, inner ones first: first and last instruction, and the text."""
-    starts = {address: i for i, (address, _) in enumerate(lines)}
-    for i, (_, line) in enumerate(lines):
-        target = re.search(r'\bBRA\b.*?\b0x([0-9a-f]+)', line)
-        begin = starts.get(int(target[1], 16), i) if target else i
-        if begin < i:  # else not the end of a loop
-            yield begin, i, ' '.join(text for _, text in lines[begin:i + 1])
-
-
-def direct_turns(body: str, kernel: Kernel) -> float:
-    """How often a loop of a direct kernel runs: 9 taps, 32 channels."""
-    team = 32 // kernel.vec
-    if kernel.direction == 'backward' and 'RED' in body:
-        return 9 if 'SHFL' in body and 'STG' not in body else 1  # taps; taps by nines, channels
-    if 'SHFL' in body:
-        return math.log2(team)
-    if 'LDG.E.128' in body:  # forward, channels
-        return 1
-    if 'F2I' in body:  # coefficients
-        return -(-9 // team)
-    return -(-27 // team) if 'STG' in body and 'LDS' in body else 0  # results; borders, padding
-
-
-def attention_turns(body: str, kernel: Kernel) -> float:
-    """How often a loop of a kernel of attention runs: 4 levels, 4 points, 32 channels."""
-    team, count = 32 // kernel.vec, {'attention_forward': 16}.get(kernel.direction, 32)
-    has_math = 'F2I' in body
-    if kernel.direction == 'attention_forward':
-        if 'LDG.E.128' in body:  # two samples a turn; the loops around it once
-            return 1 if has_math or 'STG' in body or 'SHFL' in body else count / 2
-        return -(-count // team) if has_math else math.log2(team) if 'SHFL' in body else 0
-    if 'RED' in body:  # samples; around them once, with the last additions
-        return count if body.count('RED') <= (kernel.vec if 'F32x4' in body else 4 * kernel.vec) \
-            else 1
-    return math.log2(team) if 'SHFL' in body else -(-count // team)
-
-
-def window_turns(body: str, kernel: Kernel) -> float:
-    """How often a loop of a kernel on tensor cores runs: 16x8 pixels, 64 channels."""
-    depth, reach = map(int, re.findall(r'\d+', kernel.variant))
-    cells = (16 + 2 * reach) * (8 + 2 * reach)  # of 8 chunks, copied by all threads
-    # the gradient of value takes group after group, all of its warps together; the others take
-    # units of 32 rows
-    is_value = kernel.direction == 'window_grad_value'
-    warps = 4 if depth == 64 and not is_value else 8
-    if 'HMMA' in body and 'STG' in body:
-        return window_units(kernel)
-    if is_value and 'STS' not in body or 'LDG.E.128' in body:  # far taps; sums again
-        return 0
-    if is_value and 'F2I' in body:  # output pixels, a thread each
-        return -(-cells // (32 * warps))
-    rows = 32 if depth == 64 or is_value else 16  # of offset_mask, at a time
-    if 'LDGSTS' in body and 'SHFL' in body:
-        return rows * 8 / 32 / body.count('LDGSTS')
-    if 'STG' in body and 'LDS' in body:  # gradients of offset_mask
-        return rows / 4
-    if 'LDGSTS' in body:  # cells; the forward kernel copies them in its first turn
-        turns = window_units(kernel) if kernel.direction == 'window_forward' else 1
-        return cells * 8 / (32 * warps) / body.count('LDGSTS') / turns
-    return 1
-
-
-def window_units(kernel: Kernel) -> int:
-    """How many units of work a warp does in turn."""
-    depth = int(re.findall(r'\d+', kernel.variant)[0])
-    if kernel.direction == 'window_grad_value':
-        return 64 // depth
-    return {16: 2, 32: 1, 64: 1}[depth]
-
-
-def executed_instructions(lines: list[tuple[int, str]], kernel: Kernel) -> float:
-    """Instructions per 256 outputs that a warp executes, see INTRODUCTION.
-
-    From machine code: straight through, both sides of branches included, with loops weighed.
-    """
-    last = max(i for i, (_, line) in enumerate(lines) if 'EXIT' in line)  # then: detours
-    weights = [1.0] * (last + 1)
-    for begin, end, body in loop_bodies(lines[:last]):
-        turns = (attention_turns if kernel.direction in ATTENTION else
-                 window_turns if kernel.is_window else direct_turns)
-        factor = turns(body, kernel)
-        for i in range(begin, end + 1):
-            weights[i] *= factor
-    if not kernel.is_window:
-        samples = 16 / 32 if kernel.direction == 'attention_backward' else 1  # of an output
-        return sum(weights) * 256 * samples / (32 * kernel.vec)
-    depth = int(re.findall(r'\d+', kernel.variant)[0])
-    rows = 16 if kernel.direction == 'window_grad_value' else 32
-    return sum(weights) * 256 / (rows * depth * window_units(kernel))
-
-
-def add_executed(kernels: dict[str, Kernel], sass: str) -> None:
+def add_parts(kernels: dict[str, Kernel], sass: str) -> None:
     """Counts what warps execute of the kernels that INTRODUCTION names, in disassembled code."""
-    for name, lines in functions(sass):
+    for name, code in functions(sass):
         kernel = kernels[name]
         is_widest = kernel.vector_bytes == 16 and kernel.dtype != 'float64'
-        is_plain = is_widest and kernel.variant == PLAIN.get(kernel.direction)
-        if kernel.is_window or is_plain:
-            kernel.executed = executed_instructions(lines, kernel)
+        if kernel.is_window or kernel.direction in RARE:
+            kernel.parts = {kernel.shape: parts_of(code, kernel.direction, kernel.vec,
+                                                   kernel.depth)}
+        elif is_widest and kernel.variant == PLAIN.get(kernel.direction):
+            depths = (32,) if kernel.direction in ATTENTION else DEPTHS
+            kernel.parts = {f'D={depth}': parts_of(code, kernel.direction, kernel.vec, depth)
+                            for depth in depths}
 
 
-def compile_kernels(arch: str, source: Path, folder: Path, count: bool) -> list[Kernel]:
-    """Compiles one .cu file and returns its kernels; `count`: with what they execute."""
-    flags = ['-std=c++17', '-O3', f'-arch=sm_{arch}']
-    cubin = folder / f'{source.stem}-{arch}.cubin'
-    log = run('nvcc', *flags, '-cubin', '-Xptxas', '-v', '-o', str(cubin), str(source))
-    kernels = read_ptxas(arch, log)
-    disassembler = find_tool('cuobjdump')
-    if disassembler is not None and find_tool('nvdisasm') is not None:
-        add_sass(kernels, run(disassembler, '--dump-sass', str(cubin)))
-        if count:  # code for one dtype of offsets: a sum over both would say nothing
-            run('nvcc', *flags, '-DMMDCNV4_OFFSETS_AS_VALUE', '-cubin', '-o', str(cubin),
-                str(source))
-            add_executed(kernels, run(disassembler, '--dump-sass', str(cubin)))
-    else:
-        ptx = cubin.with_suffix('.ptx')
-        run('nvcc', *flags, '-ptx', '-o', str(ptx), str(source))
-        add_ptx(kernels, ptx.read_text())
-    return list(kernels.values())
+class Compiler:
+    """Compiles .cu files for an architecture.
+
+    Args:
+        folder: what was compiled is kept there and taken again where no source is newer.
+        is_counted: also with one type of offsets: a sum over two would say nothing.
+    """
+
+    def __init__(self, folder: Path, is_counted: bool) -> None:
+        self.folder, self.is_counted = folder, is_counted
+        self.changed = max(path.stat().st_mtime for path in (ROOT / 'csrc').rglob('*')
+                           if path.suffix in ('.cu', '.cuh', '.h'))
+        self.disassembler = find_tool('cuobjdump') if find_tool('nvdisasm') is not None else None
+
+    def make(self, path: Path, source: Path, *flags: str) -> Path:
+        """Runs nvcc for `path`, unless that is new; what it prints goes to `path`.log."""
+        if not path.exists() or path.stat().st_mtime < self.changed:
+            log = run('nvcc', *flags, '-o', f'{path}.new', str(source))
+            path.with_name(f'{path.name}.log').write_text(log)
+            path.with_name(f'{path.name}.new').replace(path)
+        return path
+
+    def __call__(self, arch: str, source: Path) -> list[Kernel]:
+        """The kernels of one .cu file."""
+        flags = ('-std=c++17', '-O3', f'-arch=sm_{arch}')
+        stem = self.folder / f'{source.stem}-{arch}'
+        cubin = self.make(Path(f'{stem}.cubin'), source, *flags, '-cubin', '-Xptxas', '-v')
+        kernels = read_ptxas(arch, cubin.with_name(f'{cubin.name}.log').read_text())
+        if self.disassembler is not None:
+            add_sass(kernels, run(self.disassembler, '--dump-sass', str(cubin)))
+            if self.is_counted:
+                if not source.stem.startswith('attention'):
+                    cubin = self.make(Path(f'{stem}-counted.cubin'), source, *flags, '-cubin',
+                                      '-DMMDCNV4_OFFSETS_AS_VALUE')
+                add_parts(kernels, run(self.disassembler, '--dump-sass', str(cubin)))
+        else:
+            add_ptx(kernels, self.make(Path(f'{stem}.ptx'), source, *flags, '-ptx').read_text())
+        return list(kernels.values())
 
 
 def print_table(kernels: list[Kernel]) -> None:
@@ -353,54 +287,33 @@ def print_table(kernels: list[Kernel]) -> None:
               f'{load:>5} {reduction:>9} {count:>13}')
 
 
-def summary(kernels: list[Kernel]) -> str:
-    """A Markdown table: one line per kind of kernel and dtype, the largest number of each."""
-    archs = list(dict.fromkeys(kernel.arch for kernel in kernels))
-    kinds: dict[tuple[str, str, str], list[Kernel]] = {}
-    for kernel in kernels:
-        shape = kernel.variant if kernel.is_window else 'all widths'
-        kinds.setdefault((kernel.direction, shape, kernel.dtype), []).append(kernel)
-
-    def cells(group: list[Kernel], name: str, spec: str = '') -> str:
-        numbers = []
-        for arch in archs:
-            known = [getattr(kernel, name) for kernel in group if kernel.arch == arch]
-            known = [number for number in known if number is not None]
-            numbers.append(format(max(known), spec) if known else '-')
-        return ' / '.join(numbers)
-
-    lines = [f'| kernel | shape | dtype | kernels | registers, {" / ".join(archs)} | stack '
-             '| spills | instructions | executed per 256 outputs |',
-             '| --- | --- | --- | --- | --- | --- | --- | --- | --- |']
-    for (direction, shape, dtype), group in sorted(kinds.items()):
-        lines.append(f'| {direction} | {shape} | {dtype} | {len(group) // len(archs)} '
-                     f'| {cells(group, "registers")} | {max(k.stack for k in group)} '
-                     f'| {max(k.spills for k in group)} | {cells(group, "instructions")} '
-                     f'| {cells(group, "executed", ".0f")} |')
-    nvcc = re.search(r'release ([\d.]+)', run('nvcc', '--version'))
-    return INTRODUCTION.format(nvcc=nvcc[1] if nvcc else '?', archs=', '.join(
-        f'sm_{arch}' for arch in archs)) + '\n'.join(lines) + '\n'
-
-
 def main() -> int:
     """Returns the number of broken rules."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--arch', nargs='+', default=['80', '90', '100'], help='without sm_')
     parser.add_argument('--quiet', action='store_true', help='print problems only')
-    parser.add_argument('--write', type=Path, help='write a summary to this Markdown file')
+    parser.add_argument('--write', type=Path, help='write tables to this Markdown file')
+    parser.add_argument('--objects', type=Path, metavar='FOLDER',
+                        help='keep what was compiled, and take what is there and not too old')
     args = parser.parse_args()
     if shutil.which('nvcc') is None:
         raise SystemExit('check_ptxas: nvcc is not installed')
     sources = sorted(path for path in (ROOT / 'csrc' / 'cuda').rglob('*.cu')
                      if not path.name.endswith('_cuda.cu'))
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        files = pool.map(lambda pair: compile_kernels(*pair, Path(folder), args.write is not None),
-                         itertools.product(args.arch, sources))
+        compiler = Compiler(args.objects or Path(folder), args.write is not None)
+        compiler.folder.mkdir(parents=True, exist_ok=True)
+        if args.write is not None and compiler.disassembler is None:
+            raise SystemExit('check_ptxas: --write counts in machine code: needs cuobjdump and '
+                             'nvdisasm, beside nvcc or of triton')
+        files = pool.map(lambda pair: compiler(*pair), itertools.product(args.arch, sources))
         kernels = [kernel for file in files for kernel in file]
     if not args.quiet:
         print_table(kernels)
     if args.write is not None:
-        args.write.write_text(summary(kernels))
+        from compiled_tables import tables  # needs torch
+        nvcc = re.search(r'release ([\d.]+)', run('nvcc', '--version'))
+        args.write.write_text(tables(kernels, nvcc[1] if nvcc else '?', kernel_hash()))
     problems = [text for kernel in kernels for text in kernel.problems()]
     print(f'{len(kernels)} kernels, {len(kernels) // len(args.arch)} per architecture; '
           f'{len(problems)} problems')

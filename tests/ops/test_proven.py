@@ -4,8 +4,7 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
+import importlib
 import json
 import re
 import shutil
@@ -85,14 +84,16 @@ def test_every_proof_is_written_down(monkeypatch):
         assert re.fullmatch('[0-9a-f]{16}', proof.kernels) and proof.kernels in text
 
 
-def kernel_hash(root):
-    """What setup.py computes of the sources in a folder; the program itself would build."""
-    tree = ast.parse((ROOT / 'setup.py').read_text())
-    function = next(node for node in tree.body
-                    if isinstance(node, ast.FunctionDef) and node.name == 'kernel_hash')
-    names = {'hashlib': hashlib, 're': re, 'ROOT': root}
-    exec(compile(ast.Module([function], []), 'setup.py', 'exec'), names)
-    return names['kernel_hash']()
+@pytest.fixture
+def kernel_hash(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'dev' / 'cuda'))
+    return importlib.import_module('check_ptxas').kernel_hash
+
+
+def test_the_tables_are_of_these_kernels(kernel_hash):
+    """Instructions in compiled.md, from which times are predicted: anew after each change."""
+    assert f'`{kernel_hash()}`' in (ROOT / 'csrc' / 'cuda' / 'compiled.md').read_text(), (
+        'dev/cuda/check_ptxas.py --write csrc/cuda/compiled.md')
 
 
 @pytest.mark.parametrize('changed, counts', [
@@ -100,11 +101,11 @@ def kernel_hash(root):
     ('launch_plan.cpp', True), ('bilinear.h', True), ('cuda/dcnv4_cuda.cu', False),
     ('cuda/binding.h', False), ('cuda/attention/attention_forward.cuh', False),
     ('ms_deform_attn_check.cpp', False)])
-def test_the_hash_names_the_kernels_of_dcnv4(tmp_path, changed, counts):
+def test_the_hash_names_the_kernels_of_dcnv4(kernel_hash, tmp_path, changed, counts):
     """What was proven on a GPU stays proven whatever becomes of bindings and of attention."""
     shutil.copytree(ROOT / 'csrc', tmp_path / 'csrc')
     before = kernel_hash(tmp_path)
-    assert before == kernel_hash(ROOT)
+    assert before == kernel_hash()
     with (tmp_path / 'csrc' / changed).open('a') as file:
         file.write('\n// a comment\n')
     assert kernel_hash(tmp_path) == before

@@ -1,0 +1,160 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a launch of a kernel executes: how often each part of it runs, and what that amounts to.
+
+A kernel is instructions per part, which `dev/cuda/check_ptxas.py --write` counts in machine code
+and writes to csrc/cuda/compiled.md; `read_compiled` reads them from there. How often the parts run
+follows from the launch plan and, for those that only far taps need, from `FarRates`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+from far_taps import TAPS, WARP, FarRates
+
+COMPILED = Path(__file__).resolve().parents[1] / 'csrc' / 'cuda' / 'compiled.md'
+SLICE = 64  # channels of a block on tensor cores, kWindowSliceChannels
+BLOCK_PIXELS = 16  # 4x4
+COLUMNS = ['kernel', 'shape', 'dtype', 'arch', 'registers', 'instructions per part']
+
+
+class Kernel(NamedTuple):
+    """A row of the second table of compiled.md."""
+
+    registers: int
+    parts: dict[str, float]  # instructions per run of a part; of `warps`: per warp
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel.
+
+    Attributes:
+        direction: the kernel, 'forward', 'window_grad_value', …
+        depth: channels of a group.
+        blocks, threads: of the grid, and of a block.
+        rows: output pixels times groups.
+        tile_h, tile_w, reach: of kernels on tensor cores, else 0.
+        owned: groups of 4x4 input pixels, of `window_grad_value`.
+        rates: of far taps; None where there are no kernels on tensor cores.
+    """
+
+    direction: str
+    depth: int
+    blocks: int
+    threads: int
+    rows: int
+    tile_h: int = 0
+    tile_w: int = 0
+    reach: int = 0
+    owned: int = 0
+    rates: Optional[FarRates] = None
+
+    @property
+    def warps(self) -> int:
+        """Of all blocks."""
+        return self.blocks * self.threads // WARP
+
+    @property
+    def cells(self) -> int:
+        """Pixels of a tile and of its halo."""
+        return (self.tile_h + 2 * self.reach) * (self.tile_w + 2 * self.reach)
+
+    @property
+    def units(self) -> int:
+        """Pairs of 4x4 pixels and group; a warp takes one at a time."""
+        return self.blocks * self.tile_h * self.tile_w // BLOCK_PIXELS * (SLICE // self.depth) // 2
+
+    @property
+    def stencils(self) -> int:
+        """Turns of 32 pixels of tile and halo, of every group."""
+        return self.blocks * (SLICE // self.depth) * -(-self.cells // WARP)
+
+
+def read_compiled(path: Path = COMPILED) -> dict[tuple[str, str, str, str], Kernel]:
+    """(kernel, shape, dtype, architecture) -> kernel, from compiled.md."""
+    lines = path.read_text().splitlines()
+    head = '| ' + ' | '.join(COLUMNS) + ' |'
+    if head not in lines:
+        raise SystemExit(f'{path} has no table {head}: dev/cuda/check_ptxas.py --write makes it')
+    kernels = {}
+    for line in lines[lines.index(head) + 2:]:
+        if not line.startswith('|'):
+            break
+        direction, shape, dtype, arch, registers, parts = (
+            cell.strip() for cell in line.strip('|').split('|'))
+        counts = (part.split() for part in parts.split(','))
+        kernels[direction, shape, dtype, arch] = Kernel(
+            int(registers), {name: float(count) for name, count in counts})
+    return kernels
+
+
+def executions(launch: Launch) -> dict[str, float]:
+    """How often each part of a kernel runs in a launch; in machine_code.py they get their names."""
+    runs: dict[str, float] = dict(warps=launch.warps)
+    rates = launch.rates
+    if rates is None or not launch.reach:
+        return runs
+    lines = launch.blocks * (launch.tile_h + 2 * launch.reach)
+    runs.update(lines=lines, copies=lines * ((launch.tile_w + 2 * launch.reach) // 4))
+    if launch.direction == 'window_grad_value':
+        runs.update(passes=launch.warps * (SLICE // launch.depth), stencils=launch.stencils,
+                    prefetches=launch.stencils - launch.warps, blocks=launch.owned,
+                    list_turns=rates.list_turns * launch.rows,
+                    list_eights=rates.list_eights * launch.rows)
+        return runs
+    runs.update(units=launch.units)
+    if launch.direction == 'window_grad_offset':
+        runs.update(left_units=rates.left_units * launch.rows,
+                    collects=rates.collects * launch.rows, takes=rates.takes * launch.rows)
+        return runs
+    gathered = rates.gathered * launch.rows
+    passes = gathered * launch.depth / 8
+    runs.update(fetches=rates.round_units * launch.rows, rounds=rates.rounds * launch.rows,
+                refetches=(rates.rounds - rates.round_units) * launch.rows, gathered=gathered,
+                gather_passes=passes, gather_taps=passes * TAPS)
+    return runs
+
+
+def instructions(kernel: Kernel, launch: Launch) -> float:
+    """Warp instructions of a launch."""
+    runs = executions(launch)
+    unknown = kernel.parts.keys() - runs.keys()
+    if unknown:
+        raise ValueError(f'{launch.direction}: nothing says how often {sorted(unknown)} run')
+    return sum(count * runs[part] for part, count in kernel.parts.items())
+
+
+def shared_wavefronts(launch: Launch) -> float:
+    """Wavefronts of shared memory of a launch of a kernel on tensor cores.
+
+    From the layouts (dense_window.cuh, stencil_pitch): each access takes as many as it has lines of
+    128 bytes, and more where far_taps counts conflicts. Numbers of offset_mask are 16 bits wide.
+    """
+    runs, rates, depth = executions(launch), launch.rates, launch.depth
+    assert rates is not None
+    side = 4 + 2 * launch.reach
+    window = side * side
+    corners = 4 * TAPS
+    total = 4 * runs['copies']  # 32 lanes, 16 bytes each
+    pair = 2 if depth < SLICE else 1  # groups whose numbers lie side by side
+    pitch = ((pair * 54 - 2 + 16 + 15) // 16 | 1) * 16
+    numbers = WARP // pair * pitch / 128
+    if launch.direction == 'window_grad_value':
+        plane = 2 * launch.reach + 1
+        # words of 256 pixels share a bank by fours; weights are read and written
+        per_stencil = WARP * 80 / 128 + 15 * 4 + plane * plane
+        per_stencil += 2 * corners * rates.stencil_conflicts
+        # the lines of a window that no cell of a fragment's half reaches are left out; in a window
+        # of 12 eight pixels may lie on two lines
+        weights = window / 2 * (3 / 4 if launch.reach == 2 else 5 / 6 * 1.4)
+        return (total + per_stencil * launch.stencils
+                + (weights + window * depth / 64) * launch.owned)
+    per_unit = numbers + 16 * 2 + window * depth / 32
+    if launch.direction == 'window_grad_offset':
+        per_unit += window + corners * rates.window_conflicts + 80  # dots out, read; results
+        return total + per_unit * launch.units + 4 * runs['takes']
+    per_unit += 2 * window + 2 * depth  # A cleared and read, results out and back
+    per_unit += 2 * corners * rates.window_conflicts
+    return total + per_unit * launch.units + depth / 2 * runs['rounds']

@@ -1,0 +1,214 @@
+# Copyright (c) mmdcnv4 contributors.
+# SPDX-License-Identifier: Apache-2.0
+"""How often the tensor-core kernels run the parts that only far taps need.
+
+The kernels decide tap by tap (csrc/cuda/window/window_taps.cuh), and a warp does for 32 rows what
+any of them needs. What a count of instructions wants follows from offsets drawn as the benchmark
+draws them and from the kernels' rules: counted here on one image, its edges included.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from gpu_peers import make_problem
+from torch import Tensor
+
+BLOCK = 4  # side of the pixels that share a window, kWindowBlock
+WARP = 32
+DISTRIBUTIONS = ('D0', 'D1', 'D2', 'D3', 'D4')  # see make_problem
+TAPS = 9
+MOST_FAR = 96  # far taps of a unit that the forward kernel multiplies, kManyFarTaps
+ROWS_AT_A_TIME = 4  # of a round of the forward kernel, FarRound::kRows
+SAMPLED_ROWS = 20_000  # as many groups are looked at as make about this many rows
+# pixels around a tile of 16x8 (of 8x8 with reach 4): they give the stencils their banks
+STENCIL_PIXELS = {2: 240, 4: 256}
+
+
+class FarRates(NamedTuple):
+    """Averages per row (an output pixel and a group), so that they serve any number of rows.
+
+    Each is a count of one row's share: of units of 32 rows, of turns of a loop.
+    """
+
+    rounds: float  # forward: of four far taps, in units that are not gathered
+    round_units: float  # units that have any
+    gathered: float  # units that are gathered instead
+    left_units: float  # gradient of offsets: units with taps that are left over
+    collects: float  # turns of the loop that collects these
+    takes: float  # turns of the loop in which teams take them
+    list_turns: float  # gradient of value: turns over the lists of blocks, 32 taps each
+    list_eights: float  # products of 8 taps
+    listed: float  # entries of the lists
+    has_full: bool  # whether a list is full, which no other rate knows of
+    window_conflicts: float  # wavefronts of an access to the corners of 32 rows in their windows
+    stencil_conflicts: float  # the same in the stencils of 32 neighbouring pixels
+
+
+def reach_of(offsets: str) -> int:
+    """How far from its pixel a tap is near: depends on offset_scale, which is 2 for D3 and D4."""
+    return 4 if offsets in ('D3', 'D4') else 2
+
+
+def in_units(rows: Tensor, depth: int) -> Tensor:
+    """(K, H, W, G) -> (K, units, 32): two groups of 4x4 pixels, or two such blocks if D is 64."""
+    count, height, width, groups = rows.shape
+    blocks, groups_of_unit = (2, 1) if depth == 64 else (1, 2)
+    rows = F.pad(rows, (0, -groups % groups_of_unit, 0, -width % (blocks * BLOCK),
+                        0, -height % BLOCK))
+    rows = rows.reshape(count, rows.shape[1] // BLOCK, BLOCK, -1, blocks, BLOCK,
+                        rows.shape[3] // groups_of_unit, groups_of_unit)
+    # unit: line, pair of blocks, pair of groups; row: block or group, y, x
+    return rows.permute(0, 1, 3, 6, 4, 7, 2, 5).reshape(count, -1, WARP)
+
+
+def conflicts(banks: Tensor, is_active: Tensor) -> float:
+    """Wavefronts per access of a warp: (…, 32) banks, every lane another word; idle ones free."""
+    lanes = banks.reshape(-1, WARP).long() + WARP * torch.arange(banks.numel() // WARP)[:, None]
+    active = is_active.reshape(-1)
+    counts = torch.bincount(lanes.reshape(-1)[active], minlength=banks.numel())
+    most = counts.reshape(-1, WARP).amax(1)
+    return most.sum().item() / max(1, (most > 0).sum().item())
+
+
+def corner_banks(upper_left: Tensor, right: int, below: int) -> Tensor:
+    """(…) -> (4, …): the four corners of samples, in words."""
+    return torch.stack([upper_left, upper_left + right, upper_left + below,
+                        upper_left + right + below])
+
+
+def rounds_of(far: Tensor) -> tuple[int, int, int]:
+    """Of (units, 32) far taps per row: rounds, units with rounds, units that are gathered."""
+    total = far.sum(1)
+    gathered = int((total > MOST_FAR).sum())
+    left = far[(total > 0) & (total <= MOST_FAR)]
+    units, rounds = len(left), 0
+    while len(left):
+        waits = left > 0
+        rounds += len(left)
+        left = left - (waits & (waits.cumsum(1) <= ROWS_AT_A_TIME)).to(left.dtype)
+        left = left[left.sum(1) > 0]
+    return rounds, units, gathered
+
+
+def lists_of(x: Tensor, y: Tensor, is_listed: Tensor) -> Tensor:
+    """How many taps are listed for each block of 4x4 input pixels and group.
+
+    Args:
+        x, y: (K, H, W, G), where taps sample the image.
+        is_listed: which of them are to be listed, if they sample it at all.
+    """
+    _, height, width, groups = x.shape
+    blocks_h, blocks_w = -(-height // BLOCK), -(-width // BLOCK)
+    inside = is_listed & (x > -1) & (x < width) & (y > -1) & (y < height)
+    group = torch.arange(groups).expand_as(x)[inside]
+    left, top = (t[inside].floor().long() for t in (x, y))
+    ends = [((at.clamp(min=0) // BLOCK), (at + 1).clamp(max=side - 1) // BLOCK)
+            for at, side in ((left, width), (top, height))]
+    (first_x, last_x), (first_y, last_y) = ends
+    counts = torch.zeros(blocks_h * blocks_w * groups, dtype=torch.long)
+    for block_x, is_x in ((first_x, True), (last_x, first_x != last_x)):
+        for block_y, is_y in ((first_y, True), (last_y, first_y != last_y)):
+            chosen = torch.ones_like(group, dtype=torch.bool) & is_x & is_y
+            index = ((block_y * blocks_w + block_x) * groups + group)[chosen]
+            counts += torch.bincount(index, minlength=len(counts))
+    return counts
+
+
+class Taps(NamedTuple):
+    """(K, H, W, G) each: from a pixel at rest to the sample of a tap, and where the pixel is."""
+
+    move_x: Tensor
+    move_y: Tensor
+    pixel_x: Tensor
+    pixel_y: Tensor
+
+
+def taps_of(numbers: Tensor, scale: float) -> Taps:
+    """Of a 3x3 kernel with padding 1; `numbers`: (H, W, G, 27) of offset_mask."""
+    tap = torch.arange(TAPS)[:, None, None, None]  # column by column
+    offset = numbers[..., :2 * TAPS].permute(3, 0, 1, 2)
+    pixel_y, pixel_x = torch.meshgrid(*map(torch.arange, numbers.shape[:2]), indexing='ij')
+    return Taps((tap // 3 - 1 + offset[::2]) * scale, (tap % 3 - 1 + offset[1::2]) * scale,
+                pixel_x[None, :, :, None], pixel_y[None, :, :, None])
+
+
+def draw_taps(height: int, width: int, offsets: str, seed: int = 0) -> Taps:
+    """Those of a map of this size, offsets drawn as the benchmark draws them."""
+    groups = max(2, SAMPLED_ROWS // (height * width) // 2 * 2)
+    problem = make_problem((1, height, width, groups), 1, torch.float32, offsets, 'cpu', seed)
+    return taps_of(problem.offset_mask[0, ..., :27 * groups].unflatten(-1, (groups, 27)),
+                   problem.offset_scale)
+
+
+@functools.cache
+def far_rates(height: int, width: int, depth: int, offsets: str, seed: int = 0) -> FarRates:
+    """Rates on a map of this size.
+
+    Args:
+        height, width: of the map.
+        depth: channels of a group, 16, 32 or 64.
+        offsets: a distribution, see `make_problem`.
+        seed: of the offsets.
+    """
+    return rates_of(draw_taps(height, width, offsets, seed), depth, reach_of(offsets))
+
+
+def rates_of(taps: Taps, depth: int, reach: int) -> FarRates:
+    """Rates of known taps."""
+    move_x, move_y, pixel_x, pixel_y = taps
+    _, height, width, _ = move_x.shape
+    rows = move_x[0].numel()
+
+    # forward: within the window of the pixel's block
+    side = BLOCK + 2 * reach
+    column, line = ((move + at % BLOCK + reach).floor() for move, at in ((move_x, pixel_x),
+                                                                         (move_y, pixel_y)))
+    is_near = (column >= 0) & (column < side - 1) & (line >= 0) & (line < side - 1)
+    rounds, round_units, gathered = rounds_of(in_units((~is_near).sum(0, True), depth)[0])
+    cell = in_units((line * side + column) * is_near, depth)  # not near: nobody asks
+    cells = corner_banks(cell.long(), 1, side)
+    window = conflicts(torch.arange(WARP) ^ (cells & 6) << 2,
+                       in_units(is_near.to(torch.uint8), depth).bool().expand_as(cells))
+
+    # backward: within reach of its own pixel, and not on the edge
+    is_edge = (move_x == -1 - pixel_x) | (move_y == -1 - pixel_y)
+    is_near = (torch.minimum(move_x, move_y) >= -reach) & (torch.maximum(move_x, move_y) < reach)
+    is_left = ~is_near & ~is_edge
+    left = in_units(is_left.sum(0, True), depth)[0]
+    taken = left.sum(1)
+    lists = lists_of(pixel_x + move_x, pixel_y + move_y, is_left)
+    eights = lists // WARP * (WARP // 8) + -(-(lists % WARP) // 8)
+    pitch = (STENCIL_PIXELS[reach] + 7) // 16 * 16 + 8
+    below = (2 * reach + 1) * pitch | 1
+    count = height * width // WARP * WARP
+    place = (move_y.floor() * below + move_x.floor() * pitch).long().flatten(1, 2)[:, :count]
+    place = place.transpose(1, 2) + torch.arange(count)
+    near = is_near.flatten(1, 2)[:, :count].transpose(1, 2)
+    stencils = corner_banks(place, pitch, below)
+    return FarRates(*(number / rows for number in (
+        rounds, round_units, gathered, (taken > 0).sum().item(), left.amax(1).sum().item(),
+        (-(-taken // (WARP * 8 // depth))).sum().item(), (-(-lists // WARP)).sum().item(),
+        eights.sum().item(), lists.sum().item())),
+        has_full=bool((lists > BLOCK * BLOCK * depth).any()), window_conflicts=window,
+        stencil_conflicts=conflicts(stencils % WARP, near.expand_as(stencils)))
+
+
+@functools.cache
+def pixels_per_row(height: int, width: int, offsets: str, tile_h: int, tile_w: int) -> float:
+    """Input pixels of a group that a tile of output pixels reads, per output pixel.
+
+    A block that keeps what it has read in its L1 cache fetches as many.
+    """
+    move_x, move_y, pixel_x, pixel_y = draw_taps(height, width, offsets)
+    x, y, groups = pixel_x + move_x, pixel_y + move_y, move_x.shape[-1]
+    tile = torch.arange(height)[:, None] // tile_h * width + torch.arange(width) // tile_w
+    tile = tile[None, :, :, None] * groups + torch.arange(groups)
+    read = [tile.expand_as(x) * (height * width)
+            + (y.floor() + down).clamp(0, height - 1).long() * width
+            + (x.floor() + right).clamp(0, width - 1).long()
+            for down in (0, 1) for right in (0, 1)]
+    return len(torch.stack(read).unique()) / (height * width * groups)
