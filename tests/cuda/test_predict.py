@@ -121,6 +121,14 @@ def test_parts_of_machine_code(tools):
         'warps': 2, 'copies': 2, 'units': 5, 'fetches': 2, 'rounds': 3}
 
 
+@pytest.mark.parametrize('depth', [16, 64])
+def test_nothing_is_far_at_rest(tools, depth):
+    """Not even the taps of border pixels, which lie exactly on line or column -1."""
+    rates = tools.far_taps.far_rates(5, 7, depth, 'D0')
+    assert rates[:10] == (0.0,) * 9 + (False,)
+    assert rates.window_conflicts == rates.stencil_conflicts == 1
+
+
 @pytest.mark.parametrize('spread', [0.3, 0.5, 2])
 def test_rates_against_the_emulator(tools, emulator, tmp_path, spread):
     """Rounds, left-over taps, lists and wavefronts, as the kernels' own source has them."""
