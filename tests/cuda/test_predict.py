@@ -71,6 +71,7 @@ def test_against_counters(tools):
         assert 0.94 < launch.instructions / float(cells[1]) < 1.01
 
 
+@pytest.mark.slow
 @needs_extension
 def test_measured_rows(tools, capsys):
     """Each row of the results that is ours stands beside its prediction, which is no guess."""
