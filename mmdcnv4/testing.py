@@ -332,9 +332,13 @@ def assert_within(actual: Tensor, exact: Tensor, bound: Tensor, name: str = 'res
 
 
 def assert_accurate(actual: Sequence[Optional[Tensor]], inputs: Inputs, grad_output: Tensor, *,
-                    weight_error: float = 0.0, **geometry: Any) -> None:
+                    weight_error: float = 0.0, **geometry: Any) -> tuple[Tensor, ...]:
     """Compares output, gradient of value, gradient of offset_mask (None: not computed) with the
-    float64 reference, each number with its own bound (see :func:`error_bounds`)."""
+    float64 reference, each number with its own bound (see :func:`error_bounds`).
+
+    Returns:
+        What the reference gives, the output alone where no gradient was computed.
+    """
     wide = inputs.leaves(torch.float64, torch.float64)
     if all(tensor is None for tensor in actual[1:]):
         exact: tuple[Tensor, ...] = (dcnv4_reference(*wide, **geometry).detach(),)
@@ -345,6 +349,7 @@ def assert_accurate(actual: Sequence[Optional[Tensor]], inputs: Inputs, grad_out
     for name, tensor, right, bound in zip(names, actual, exact, bounds):
         if tensor is not None:
             assert_within(tensor, right, bound, name)
+    return exact
 
 
 def random_grad_output(inputs: Inputs) -> Tensor:

@@ -1,6 +1,6 @@
 # Copyright (c) mmdcnv4 contributors.
 # SPDX-License-Identifier: Apache-2.0
-"""For all tests: the option --slow; no test leaves random states or named objects of MMEngine."""
+"""For all tests: options; no test leaves random states or named objects of MMEngine."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from mmdcnv4.testing import fixed_seed
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption('--slow', action='store_true', help='run the tests marked slow as well')
+    parser.addoption('--schedules', default='', metavar='NAMES',
+                     help='of the emulated CUDA threads, separated by commas, or all: each test '
+                          'with each of them; otherwise each test has one, in rotation')
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

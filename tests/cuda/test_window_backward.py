@@ -10,8 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.cuda_cases import BF16, F16, hostile_offsets, make_call, size_name
-from helpers.emulate import ONE_PROCESSOR, ORDERS, emulate_window_backward
+from helpers.cuda_cases import BF16, F16, assert_norms, hostile_offsets, make_call, size_name
+from helpers.emulate import ONE_PROCESSOR, THREE, emulate_window_backward
 from helpers.window_cases import GEOMETRIES, HALVES, SIZES
 from mmdcnv4.ops import dcnv4_reference
 from mmdcnv4.ops.contract import make_geometry
@@ -22,13 +22,15 @@ NAMES = ('grad_value', 'grad_offset_mask')
 
 def assert_window(actual, inputs, grad_output, **geometry):
     """Compares with the reference; weights are rounded to TF32, which has 11 bits."""
-    assert_accurate([None, *actual], inputs, grad_output, weight_error=2.0**-11, **geometry)
+    results = [None, *actual]
+    assert_norms(results, assert_accurate(results, inputs, grad_output, weight_error=2.0**-11,
+                                          **geometry))
 
 
 def check(emulator, tmp_path, inputs, grad_output, **options):
     """Compares one call with the reference; returns gradients and what was printed."""
     geometry = {key: value for key, value in options.items()
-                if key not in ('order', 'device', 'count')}
+                if key not in ('schedule', 'device', 'count')}
     actual, run = emulate_window_backward(emulator, tmp_path / 'call', inputs, grad_output,
                                           **options)
     assert all(tensor.isfinite().all() for tensor in actual)
@@ -67,6 +69,14 @@ def test_sizes(emulator, tmp_path, size, dtypes):
           **GEOMETRIES['3x3'])
 
 
+@pytest.mark.parametrize('padding', [0, 3])
+def test_maps_of_two_sizes(emulator, tmp_path, padding):
+    """The output is smaller than the input, or larger, so that it has fewer tiles, or more."""
+    geometry = dict(kernel_size=3, padding=padding)
+    inputs, grad_output = make_call((1, 9, 10, 2, 16), HALVES['f16'], geometry)
+    check(emulator, tmp_path, inputs, grad_output, groups=2, **geometry)
+
+
 @pytest.mark.parametrize('shared_bytes', [227, 163, 99])
 @pytest.mark.parametrize('dtypes', ['f16', 'f16-f32'])
 def test_little_shared_memory(emulator, tmp_path, shared_bytes, dtypes):
@@ -94,8 +104,8 @@ def test_nothing_left_over(emulator, tmp_path, dtypes):
     inputs, grad_output = make_call((2, 9, 17, 3, 32), HALVES[dtypes], GEOMETRIES['3x3'])
     inputs = near_offsets(inputs, 3, 0.2)
     results = []
-    for order in ORDERS:
-        actual, run = check(emulator, tmp_path, inputs, grad_output, groups=3, order=order,
+    for order in THREE:
+        actual, run = check(emulator, tmp_path, inputs, grad_output, groups=3, schedule=order,
                             **GEOMETRIES['3x3'])
         assert not run.listed
         results.append(actual)
@@ -142,7 +152,7 @@ def test_far_taps_are_listed(emulator, tmp_path, spread):
     assert not run.has_full
 
 
-@pytest.mark.parametrize('order', ORDERS)
+@pytest.mark.parametrize('order', THREE)
 @pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
 def test_full_lists(emulator, tmp_path, dtypes, order):
     """All taps of one group meet in a few cells, more than their lists hold; another group's lists
@@ -153,7 +163,7 @@ def test_full_lists(emulator, tmp_path, dtypes, order):
     meeting = used[..., 1, :18].unflatten(-1, (9, 2))  # a view
     meeting[..., 0] = 6.25 - torch.arange(9).view(-1, 1) - (tap // 3 - 1)
     meeting[..., 1] = 3.5 - torch.arange(10).view(-1, 1, 1) - (tap % 3 - 1)
-    _, run = check(emulator, tmp_path, inputs, grad_output, groups=3, order=order,
+    _, run = check(emulator, tmp_path, inputs, grad_output, groups=3, schedule=order,
                    **GEOMETRIES['3x3'])
     assert run.has_full and run.listed > 2 * (810 - 200)
 
@@ -232,13 +242,15 @@ def test_masks_of_every_size(emulator, tmp_path, dtypes):
 @pytest.mark.parametrize('dtypes', ['f16', 'bf16'])
 @pytest.mark.parametrize('name', ['3x3', '3x3-wide'])
 def test_order_of_threads(emulator, tmp_path, name, dtypes):
-    """Three orders of threads: one result, but for the order of additions of what is left over."""
+    """Threads in three orders, copies late and early: one result, but for the order of additions
+    of what is left over."""
     options = dict(GEOMETRIES[name], groups=5)
     inputs, grad_output = make_call((1, 9, 7, 5, 16), HALVES[dtypes], GEOMETRIES[name])
     inputs = hostile_offsets(inputs, 9)
     grad_output[:, 4, 4] = torch.nan
-    results = [emulate_window_backward(emulator, tmp_path / order, inputs, grad_output,
-                                       order=order, count=True, **options) for order in ORDERS]
+    results = [emulate_window_backward(emulator, tmp_path / schedule, inputs, grad_output,
+                                       schedule=schedule, count=True, **options)
+               for schedule in THREE]
     (grad_value, grad_packed), run = results[0]
     assert run.listed and grad_value.isnan().any() and not grad_value.isnan().all()
     for (other_value, other_packed), other_run in results[1:]:
@@ -246,6 +258,16 @@ def test_order_of_threads(emulator, tmp_path, name, dtypes):
         eps = torch.finfo(grad_value.dtype).eps
         torch.testing.assert_close(other_value, grad_value, rtol=eps, atol=eps, equal_nan=True)
         assert other_run.accesses == run.accesses
+
+
+@pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
+def test_two_units_of_a_warp(emulator, tmp_path, dtypes):
+    """One after the other in the same memory, without a barrier of the block in between."""
+    inputs, grad_output = make_call((1, 16, 32, 4, 16), HALVES[dtypes], GEOMETRIES['3x3'])
+    _, run = check(emulator, tmp_path, inputs, grad_output, groups=4, device=ONE_PROCESSOR,
+                   **GEOMETRIES['3x3'])
+    plan = run.offset_mask_plan
+    assert plan['tile_h'] * plan['tile_w'] * 4 / 32 == 2 * plan['threads'] / 32
 
 
 def accesses_per_unit(emulator, tmp_path, depth, dtype, spread, offset_scale=1.0):

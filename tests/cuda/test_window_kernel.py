@@ -9,13 +9,12 @@ ASan and UBSan watch. Bank conflicts are compared with what the layouts are desi
 from __future__ import annotations
 
 import json
-import subprocess
 
 import pytest
 import torch
 
-from helpers.cuda_cases import BF16, F16, hostile_offsets, make_call, size_name
-from helpers.emulate import GPU, ONE_PROCESSOR, ORDERS, emulate_window
+from helpers.cuda_cases import BF16, F16, assert_norms, hostile_offsets, make_call, size_name
+from helpers.emulate import GPU, ONE_PROCESSOR, THREE, emulate_window
 from helpers.window_cases import GEOMETRIES, HALVES, SIZES
 from mmdcnv4.ops import dcnv4_reference
 from mmdcnv4.ops.contract import make_geometry
@@ -24,14 +23,15 @@ from mmdcnv4.testing import assert_accurate, random_grad_output
 
 def assert_window(actual, inputs, **geometry):
     """Compares with the reference; weights are rounded to float16, or to two bfloat16 numbers."""
-    assert_accurate([actual], inputs, random_grad_output(inputs), **geometry,
-                    weight_error=2.0**-11 if actual.dtype == F16 else 2.0**-16)
+    assert_norms([actual], assert_accurate(
+        [actual], inputs, random_grad_output(inputs), **geometry,
+        weight_error=2.0**-11 if actual.dtype == F16 else 2.0**-16))
 
 
 def check(emulator, tmp_path, inputs, *, groups, **options):
     """Compares one call with the reference; returns output, plan and accesses."""
     geometry = {key: value for key, value in options.items()
-                if key not in ('order', 'device', 'count')}
+                if key not in ('schedule', 'device', 'count')}
     actual, plan, accesses = emulate_window(emulator, tmp_path / 'call', inputs, groups=groups,
                                             **options)
     assert_window(actual, inputs, groups=groups, **geometry)
@@ -129,17 +129,26 @@ def test_masks_of_every_size(emulator, tmp_path, dtypes):
 @pytest.mark.parametrize('dtypes', ['f16', 'bf16'])
 @pytest.mark.parametrize('name', ['3x3', '3x3-wide'])
 def test_order_of_threads(emulator, tmp_path, name, dtypes):
-    """Three orders of threads, bitwise one result: anything else is a race."""
+    """Threads in three orders, copies late and early, bitwise one result: else there is a race."""
     options = dict(GEOMETRIES[name], groups=5)
     inputs, _ = make_call((1, 9, 7, 5, 16), HALVES[dtypes], GEOMETRIES[name])
     inputs = hostile_offsets(inputs, 9)
     inputs.value[:, 4, 4] = torch.nan
-    results = [emulate_window(emulator, tmp_path / order, inputs, order=order, count=True,
+    results = [emulate_window(emulator, tmp_path / name, inputs, schedule=name, count=True,
                               **options)
-               for order in ORDERS]
+               for name in THREE]
     for output, _, accesses in results[1:]:
         torch.testing.assert_close(output, results[0][0], rtol=0, atol=0, equal_nan=True)
         assert accesses == results[0][2]
+
+
+@pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
+def test_two_units_of_a_warp(emulator, tmp_path, dtypes):
+    """One after the other in the same memory, without a barrier of the block in between."""
+    inputs, _ = make_call((1, 16, 32, 4, 16), HALVES[dtypes], GEOMETRIES['3x3'])
+    _, plan, _ = check(emulator, tmp_path, inputs, groups=4, device=ONE_PROCESSOR,
+                       **GEOMETRIES['3x3'])
+    assert plan['tile_h'] * plan['tile_w'] * 4 / 32 == 2 * plan['threads'] / 32
 
 
 def accesses_per_unit(emulator, tmp_path, depth, dtype, spread, offset_scale=1.0):
@@ -233,8 +242,6 @@ def test_not_made_for(emulator, tmp_path):
         calls.append(f'{c["alignment"]} {c["dtype"]} 0 {" ".join(map(str, GPU))} 2 9 11 3 '
                      f'{c["depth"]} {pairs} 1 1 {c["dilation"]} {c["dilation"]} {c["scale"]} 0 '
                      f'{c["softmax"]}')
-    result = subprocess.run([emulator, 'cover'], input='\n'.join(calls), capture_output=True,
-                            text=True)
-    assert result.returncode == 0, result.stderr
-    reaches = [json.loads(line)[1]['reach'] for line in result.stdout.splitlines()]
+    printed = emulator('cover', '\n'.join(calls))
+    reaches = [json.loads(line)[1]['reach'] for line in printed.splitlines()]
     assert reaches == [reach for _, reach in expected]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +26,32 @@ class WindowRun(NamedTuple):
     has_full: int  # whether a list was full
 
 
+class Emulator(NamedTuple):
+    """The program, and the schedule of calls that name none."""
+
+    program: Path
+    schedule: str
+
+    def __call__(self, mode, calls, *options):
+        """What the program prints for lines of calls."""
+        result = subprocess.run([self.program, mode, *options], input=calls, capture_output=True,
+                                text=True)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return result.stdout
+
+    def code(self, schedule):
+        return SCHEDULES[schedule or self.schedule]
+
+
 CODE = {F64: 0, F32: 1, F16: 2, BF16: 3}
-ORDERS = {'forward': 0, 'backward': 1, 'shuffled': 2}
+# of the threads of a block: meeting by meeting, and warp by warp
+ORDERS = ('forward', 'backward', 'shuffled', 'warps', 'warps-backward')
+# copies in the background land when they are waited for, or at once; the direct kernels have none
+SCHEDULES = {order + when: number for number, (when, order) in enumerate(
+    (when, order) for when in ('', '-at-once') for order in ORDERS)}
+# as different as any three: for tests that compare the results of several; other tests take turns
+# through all of them
+THREE = ('forward', 'shuffled', 'warps-backward-at-once')
 # multiprocessors, shared bytes without and with opting in, blocks per launch
 GPU = (132, 48 * 1024, 227 * 1024, 2**31 - 1)
 ONE_PROCESSOR = (1, *GPU[1:])  # blocks as large as they get
@@ -51,18 +76,16 @@ def sizes_text(value, groups, geometry):
     return ' '.join(map(str, numbers))
 
 
-def call_emulator(emulator, mode, path, tensors, *, groups, order='forward', device=GPU,
+def call_emulator(emulator, mode, path, tensors, *, groups, schedule=None, device=GPU,
                   count=False, **geometry):
     """Bytes that the call has appended to its file, and what it has printed."""
     value, packed = tensors[:2]
     data = b''.join(map(to_bytes, tensors))
     path.write_bytes(data)
-    call = (f'{path} {ORDERS[order]} 16 {CODE[value.dtype]} {CODE[packed.dtype]} '
+    call = (f'{path} {emulator.code(schedule)} 16 {CODE[value.dtype]} {CODE[packed.dtype]} '
             f'{" ".join(map(str, device))} {sizes_text(value, groups, geometry)}\n')
-    result = subprocess.run([emulator, mode, *['count'] * count], input=call,
-                            capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return path.read_bytes()[len(data):], json.loads(result.stdout)
+    printed = emulator(mode, call, *['count'] * count)
+    return path.read_bytes()[len(data):], json.loads(printed)
 
 
 def emulate_window(emulator, path, inputs, **options):

@@ -25,7 +25,7 @@ using namespace mmdcnv4::cuda;
 
 struct AttentionCall {
   std::string file;
-  int order, alignment, dtype;
+  int schedule, alignment, dtype;
   bool float_locations, float_weights, is_deterministic;
   double scale;
   DeviceLimits limits;
@@ -34,7 +34,7 @@ struct AttentionCall {
 };
 
 void read_call(std::istream& line, AttentionCall& call) {
-  line >> call.file >> call.order >> call.alignment >> call.dtype >> call.float_locations;
+  line >> call.file >> call.schedule >> call.alignment >> call.dtype >> call.float_locations;
   line >> call.float_weights >> call.is_deterministic >> call.scale;
   line >> call.limits.multiprocessors >> call.limits.shared_bytes;
   line >> call.limits.most_shared_bytes >> call.limits.blocks_per_launch;
@@ -160,7 +160,7 @@ void run_attention(std::istream& line) {
   AttentionCall call{};
   read_call(line, call);
   std::fstream file(call.file, std::ios::in | std::ios::out | std::ios::binary);
-  emulator::set_order(emulator::Order(call.order));
+  emulator::set_schedule(call.schedule);
   with_type(Dtype(call.dtype), Dtype(call.dtype),
             [&](auto type) { run<typename decltype(type)::type>(call, file); });
 }

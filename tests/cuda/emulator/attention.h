@@ -3,7 +3,7 @@
 //
 // attention.h — runs a call of multi-scale deformable attention on the emulator.
 //
-//     <file> <order> <alignment> <dtype> <locations are float32> <weights are float32>
+//     <file> <schedule> <alignment> <dtype> <locations are float32> <weights are float32>
 //     <is deterministic> <scale> <device> <B> <Q> <M> <D> <K> <L> then height and width per level
 //
 // <device> is as in main.cpp; a launch takes so few images that neither blocks nor pixels times

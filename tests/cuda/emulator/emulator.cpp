@@ -15,6 +15,8 @@
 #include <random>
 #include <vector>
 
+#include "races.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
@@ -50,7 +52,7 @@ void* scheduler_fake_stack = nullptr;
 const void* scheduler_stack = nullptr;
 size_t scheduler_stack_bytes = 0;
 int current = 0;
-Order order = Order::kForward;
+Schedule schedule{Order::kForward, false};
 const std::function<void()>* body = nullptr;
 unsigned char* shared = nullptr;
 
@@ -115,7 +117,11 @@ bool release_warp(int first) {
     if (fibre.mask != 0xffffffffu) fail("a mask of less than the warp is not emulated", thread);
   }
   if (fibres[first].is_at_block) return false;
-  if (fibres[first].operation != nullptr) fibres[first].operation(lanes);
+  if (fibres[first].operation != nullptr) {
+    fibres[first].operation(lanes);
+  } else {
+    pass_warp_barrier(first / kWarp);
+  }
   for (int thread = first; thread < first + kWarp; ++thread) fibres[thread].is_waiting = false;
   return true;
 }
@@ -124,25 +130,57 @@ bool release_warp(int first) {
 bool release_block(int threads) {
   for (int thread = 0; thread < threads; ++thread)
     if (!fibres[thread].is_waiting || !fibres[thread].is_at_block) return false;
+  pass_block_barrier();
   for (int thread = 0; thread < threads; ++thread) fibres[thread].is_waiting = false;
   return true;
 }
 
+// Gives each thread that can go on a turn, up to its next meeting; returns whether there was one.
+bool take_turns(const int* turns, int count, int& done) {
+  bool has_moved = false;
+  for (int i = 0; i < count; ++i) {
+    const int thread = turns[i];
+    if (fibres[thread].is_waiting || fibres[thread].is_done) continue;
+    switch_to_fibre(thread);
+    done += fibres[thread].is_done;
+    has_moved = true;
+  }
+  return has_moved;
+}
+
+// All warps, meeting by meeting.
+bool run_in_step(const std::vector<int>& turns, int& done) {
+  const int threads = int(turns.size());
+  bool has_moved = take_turns(turns.data(), threads, done);
+  for (int first = 0; first < threads; first += kWarp) has_moved |= release_warp(first);
+  return has_moved;
+}
+
+// Warp by warp, each as far as it can go alone.
+bool run_warps(const std::vector<int>& turns, int& done) {
+  bool has_moved = false;
+  for (size_t i = 0; i < turns.size(); i += kWarp) {
+    bool goes_on = true;
+    while (goes_on) {
+      goes_on = take_turns(turns.data() + i, kWarp, done);
+      goes_on |= release_warp(turns[i] / kWarp * kWarp);
+      has_moved |= goes_on;
+    }
+  }
+  return has_moved;
+}
+
 void run_block(int threads, std::mt19937& random) {
+  const Order order = schedule.order;
+  const bool is_by_warp = order == Order::kWarps || order == Order::kWarpsBackward;
   std::vector<int> turns(threads);
   std::iota(turns.begin(), turns.end(), 0);
-  if (order == Order::kBackward) std::reverse(turns.begin(), turns.end());
+  if (order == Order::kBackward || order == Order::kWarpsBackward)
+    std::reverse(turns.begin(), turns.end());
   for (int thread = 0; thread < threads; ++thread) start_fibre(fibres[thread]);
   for (int done = 0; done < threads;) {
-    bool has_moved = false;
     if (order == Order::kShuffled) std::shuffle(turns.begin(), turns.end(), random);
-    for (int thread : turns) {
-      if (fibres[thread].is_waiting || fibres[thread].is_done) continue;
-      switch_to_fibre(thread);
-      done += fibres[thread].is_done;
-      has_moved = true;
-    }
-    for (int first = 0; first < threads; first += kWarp) has_moved |= release_warp(first);
+    bool has_moved = is_by_warp ? run_warps(turns, done) : run_in_step(turns, done);
     has_moved |= release_block(threads);
     if (!has_moved) fail("threads wait for one that has returned or waits elsewhere", turns[0]);
   }
@@ -150,7 +188,12 @@ void run_block(int threads, std::mt19937& random) {
 
 } // namespace
 
-void set_order(Order chosen) { order = chosen; }
+void set_schedule(int number) {
+  schedule = {Order(number % kOrders), number / kOrders == 1};
+  if (number < 0 || number >= 2 * kOrders) fail("there is no such schedule", number);
+}
+
+bool copies_land_at_once() { return schedule.copies_land_at_once; }
 
 unsigned char* shared_memory() { return shared; }
 
@@ -190,6 +233,7 @@ void run_grid(int64_t blocks, int threads, int shared_bytes, const std::function
   for (int64_t block = 0; block < blocks; ++block) {
     std::memset(shared, 0xff, shared_bytes); // NaN: nothing is left over from the last block
     block_index = {unsigned(block), 0, 0};
+    forget_accesses(shared_bytes, threads);
     run_block(threads, random);
   }
   std::free(shared);

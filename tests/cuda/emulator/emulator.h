@@ -42,10 +42,21 @@ namespace emulator {
 
 extern Index3 thread_index, block_index, block_size, grid_size;
 
-// Order in which the threads of a block take turns; what is right in one order only is a race.
-enum class Order { kForward, kBackward, kShuffled };
+// Order in which the threads of a block take turns; what is right in one order only is a race. With
+// the first three all warps go on to their next meeting before any goes further; with the others a
+// warp goes as far as it can alone, to its end or to where it waits for the block.
+enum class Order { kForward, kBackward, kShuffled, kWarps, kWarpsBackward };
+constexpr int kOrders = 5;
 
-void set_order(Order order);
+// Copies in the background land when they are asked for, or when they are waited for: a GPU may do
+// either. By number: the order, and kOrders more where they land at once.
+struct Schedule {
+  Order order;
+  bool copies_land_at_once;
+};
+
+void set_schedule(int number);
+bool copies_land_at_once();
 unsigned char* shared_memory();
 void run_grid(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel);
 

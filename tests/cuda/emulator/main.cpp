@@ -3,20 +3,20 @@
 //
 // main.cpp — runs calls of DCNv4 on the emulator, or checks how they are cut into blocks.
 //
-//     emulator run < calls     <file> <order> <alignment> <dtype> <offset dtype> <device> <sizes>
+//     emulator run < calls     <file> <schedule> <alignment> <dtype> <offset dtype> <device> <sizes>
 //     emulator fixed < calls   the same; the backward kernel with sums in fixed point alone
 //     emulator window < calls  the same; the forward kernel on tensor cores alone
 //     emulator window_backward < calls  the same; the backward kernels on tensor cores alone
 //     emulator attention < calls  multi-scale deformable attention: attention.h
 //     emulator cover < calls   <alignment> <dtype> <backward> <device> <sizes>
 //
-// One line is one call. <device>: multiprocessors, shared bytes without and with opting in, blocks
-// per launch. <sizes>: N, H,
-// W, G, D, then kernel, stride, padding and dilation as pairs (height, width), offset_scale,
-// remove_center, softmax. <file> holds value, offset_mask and grad_output; output, grad_value (in
-// the type in which it is summed) and grad_offset_mask are appended; with window, the output alone.
-// The plans go to standard output, as JSON; with window, [plan, accesses to shared memory], which
-// are counted where the program has `count` as a second argument: it takes its time.
+// One line is one call. <schedule>: number of an emulator::Schedule. <device>: multiprocessors,
+// shared bytes without and with opting in, blocks per launch. <sizes>: N, H, W, G, D, then kernel,
+// stride, padding and dilation as pairs (height, width), offset_scale, remove_center, softmax.
+// <file> holds value, offset_mask and grad_output; output, grad_value (in the type in which it is
+// summed) and grad_offset_mask are appended; with window, the output alone. The plans go to
+// standard output, as JSON; with window, [plan, accesses to shared memory], which are counted where
+// the program has `count` as a second argument: it takes its time.
 
 #include <algorithm>
 #include <cstdlib>
@@ -194,12 +194,12 @@ void run_window_backward(const Dcnv4Params& p, const DeviceLimits& limits, int a
 
 void run_call(std::istream& line, const std::string& mode) {
   std::string name;
-  int order, alignment, dtype, offset_dtype;
-  line >> name >> order >> alignment >> dtype >> offset_dtype;
+  int schedule, alignment, dtype, offset_dtype;
+  line >> name >> schedule >> alignment >> dtype >> offset_dtype;
   const DeviceLimits limits = read_device(line);
   const Dcnv4Params p = read_sizes(line);
   std::fstream file(name, std::ios::in | std::ios::out | std::ios::binary);
-  emulator::set_order(emulator::Order(order));
+  emulator::set_schedule(schedule);
   const bool are_float = Dtype(offset_dtype) == Dtype::kFloat32;
   with_type(Dtype(dtype), Dtype(offset_dtype), [&](auto type) {
     using T = typename decltype(type)::type;

@@ -16,7 +16,7 @@ namespace {
 
 constexpr int kLanes = 32, kBanks = 32, kBankBytes = 4, kWavefrontBytes = 128;
 
-struct Access {
+struct Counted {
   uint32_t key; // number of the step and of the access within it
   int phase, lane;
   uintptr_t word;
@@ -44,18 +44,18 @@ struct Count {
 
 bool is_counting = false;
 std::vector<PerThread> threads(1024);
-std::map<int, std::vector<Access>> accesses; // of each warp of the current block
+std::map<int, std::vector<Counted>> accesses; // of each warp of the current block
 uint32_t counted_block = ~0u;
 std::map<int, Count> counts;
 
 // Wavefronts of one instruction: lanes are served in groups of at most 128 bytes, and in a group a
 // bank gives one word at a time, to all who want it.
-int wavefronts_of(const Access* begin, const Access* end) {
+int wavefronts_of(const Counted* begin, const Counted* end) {
   const int lanes_at_once = std::min(kLanes, kWavefrontBytes / (begin->words * kBankBytes));
   int total = 0;
   for (int first = 0; first < kLanes; first += lanes_at_once) {
     std::map<int, std::vector<uintptr_t>> banks;
-    for (const Access* access = begin; access != end; ++access)
+    for (const Counted* access = begin; access != end; ++access)
       if (access->lane >= first && access->lane < first + lanes_at_once)
         for (int i = 0; i < access->words; ++i)
           banks[int((access->word + i) % kBanks)].push_back(access->word + i);
@@ -72,7 +72,7 @@ int wavefronts_of(const Access* begin, const Access* end) {
 void count_block() {
   for (auto& [warp, list] : accesses) {
     std::stable_sort(list.begin(), list.end(),
-                     [](const Access& a, const Access& b) { return a.key < b.key; });
+                     [](const Counted& a, const Counted& b) { return a.key < b.key; });
     for (size_t begin = 0, end; begin < list.size(); begin = end) {
       for (end = begin; end < list.size() && list[end].key == list[begin].key;) ++end;
       Count& count = counts[list[begin].phase];
@@ -107,8 +107,9 @@ void enter_step(int phase) {
   thread.phase = phase;
 }
 
-void note_access(const void* address, int bytes) {
+void note_access(const void* address, int bytes, Access access) {
   PerThread& thread = own();
+  check_access(address, bytes, access);
   if (!is_counting) return;
   if (counted_block != block_index.x) count_block();
   counted_block = block_index.x;
@@ -133,9 +134,22 @@ std::string take_counts(const char* const* phases, int count) {
   return text + "}";
 }
 
+namespace {
+
+void land(void* to, const void* from, int bytes, bool exists) {
+  if (exists) {
+    std::memcpy(to, from, size_t(bytes));
+  } else {
+    std::memset(to, 0, size_t(bytes));
+  }
+}
+
+} // namespace
+
 void copy_later(void* to, const void* from, int bytes, bool exists) {
   PerThread& thread = own();
   thread.copies.push_back({to, from, bytes, exists, thread.groups});
+  if (copies_land_at_once()) land(to, from, bytes, exists);
 }
 
 void commit_copies() { ++own().groups; }
@@ -146,10 +160,9 @@ void wait_copies(int pending) {
   for (const auto& copy : thread.copies) {
     if (copy.group >= thread.groups - pending) {
       left.push_back(copy);
-    } else if (copy.exists) {
-      std::memcpy(copy.to, copy.from, size_t(copy.bytes));
     } else {
-      std::memset(copy.to, 0, size_t(copy.bytes));
+      check_access(copy.to, copy.bytes, Access::kCopyLands);
+      if (!copies_land_at_once()) land(copy.to, copy.from, copy.bytes, copy.exists);
     }
   }
   thread.copies.swap(left);

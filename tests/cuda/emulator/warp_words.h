@@ -12,18 +12,19 @@
 
 #include "../../../csrc/cuda/vector_io.cuh"
 #include "emulator.h"
+#include "races.h"
 
 namespace emulator {
 
-// Accesses to shared memory are counted by phase. All threads of a warp enter the same steps in the
+// Accesses to shared memory are checked for races, and counted by phase. All threads of a warp enter the same steps in the
 // same order; the n-th accesses of its threads within a step are one instruction of the warp.
 void set_counting(bool on);
 void enter_step(int phase);
-void note_access(const void* address, int bytes);
+void note_access(const void* address, int bytes, Access access);
 // {"clear": {"instructions": 16, "wavefronts": 64}, ...}: sums over all warps since the last call.
 std::string take_counts(const char* const* phases, int count);
 
-// A copy happens when the thread that asked for it waits for it, not before.
+// A copy lands when the thread that asked for it waits for it, or at once: see Schedule.
 void copy_later(void* to, const void* from, int bytes, bool exists);
 void commit_copies();
 void wait_copies(int pending);
@@ -55,17 +56,17 @@ inline void enter_step(SharedPhase phase) { emulator::enter_step(int(phase)); }
 
 template <typename T>
 inline T read_shared(const unsigned char* from) {
-  emulator::note_access(from, sizeof(T));
+  emulator::note_access(from, sizeof(T), emulator::Access::kRead);
   return *reinterpret_cast<const T*>(from);
 }
 template <typename T>
 inline void write_shared(unsigned char* to, const T& data) {
-  emulator::note_access(to, sizeof(T));
+  emulator::note_access(to, sizeof(T), emulator::Access::kWrite);
   *reinterpret_cast<T*>(to) = data;
 }
 
 inline void copy_async(unsigned char* to_shared, const void* from, bool exists) {
-  emulator::note_access(to_shared, 16);
+  emulator::note_access(to_shared, 16, emulator::Access::kCopyBegins);
   emulator::copy_later(to_shared, from, 16, exists);
 }
 inline void commit_copies() { emulator::commit_copies(); }
@@ -75,13 +76,13 @@ inline void wait_copies() {
 }
 
 inline void load_matrices(const unsigned char* row, uint32_t (&to)[4]) {
-  emulator::note_access(row, 16);
+  emulator::note_access(row, 16, emulator::Access::kRead);
   emulator::Matrices own{row, {}};
   emulator::meet(&emulator::load_matrices, 0xffffffffu, &own);
   std::memcpy(to, own.received, sizeof(to));
 }
 inline void load_matrices_transposed(const unsigned char* row, uint32_t (&to)[4]) {
-  emulator::note_access(row, 16);
+  emulator::note_access(row, 16, emulator::Access::kRead);
   emulator::Matrices own{row, {}};
   emulator::meet(&emulator::load_matrices_transposed, 0xffffffffu, &own);
   std::memcpy(to, own.received, sizeof(to));
