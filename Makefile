@@ -14,10 +14,11 @@ export MPLBACKEND ?= Agg
 NATIVE_SOURCES := $(shell find csrc -type f -not -name '*.md') setup.py pyproject.toml \
                   mmdcnv4/version.py
 
-.PHONY: help setup build test test-all demo lint format bench sanitize cuda-build test-gpu first-contact bench-gpu clean
+.PHONY: help setup build test test-all mutate demo lint format bench sanitize cuda-build test-gpu first-contact bench-gpu clean
 help:
 	@echo 'make demo      set up, train the quick start on the CPU, draw its pictures'
 	@echo 'make test      set up, run the tests; test-all: the slow ones as well'
+	@echo 'make mutate    put faults into the kernels, one at a time: does a test see each?'
 	@echo 'make bench     time the operator on this machine'
 	@echo 'make sanitize  hostile inputs under AddressSanitizer and UBSan'
 	@echo 'make lint      ruff and mypy; format: what ruff can mend, clang-format on changed lines'
@@ -49,6 +50,10 @@ test: $(VENV)/.built
 # Also those marked slow, by hand every now and then: they take 9 GiB of memory and much more time.
 test-all:
 	$(MAKE) test TEST_PROCESSES=0 PYTEST_ARGS="--slow $(PYTEST_ARGS)"
+
+# 190 faults, each compiled and tested: about 15 minutes of one core.
+mutate: $(VENV)/.built
+	$(BIN)/python tests/cuda/mutations.py $(MUTATE_ARGS)
 
 demo: $(VENV)/.built
 	$(BIN)/python tools/demo/quick_start.py

@@ -5,7 +5,8 @@
 python dev/reliability/inject.py [--work-dir DIR]
 
 The faults of the operator are put into its specification, which the kernels are compared with; a
-test that cannot tell the two apart would stay green.
+test that cannot tell the two apart would stay green. Faults in the kernels themselves:
+tests/cuda/mutations.py.
 """
 
 from __future__ import annotations
@@ -17,22 +18,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / 'tests'))
+
+from helpers.faults import Fault  # noqa: E402
+
 REFERENCE, RANDOMNESS = 'mmdcnv4/ops/reference.py', 'mmdcnv4/engine/hooks/randomness.py'
 OPERATOR = ('tests/ops/test_reference.py', 'tests/ops/test_dcnv4_backward.py')
 RUNS = ('tests/engine/hooks/test_safe_runs.py',)
-
-
-class Fault(NamedTuple):
-    """A fault: in `file`, `right` becomes `wrong`."""
-
-    name: str
-    file: str
-    right: str
-    wrong: str
-    tests: tuple[str, ...]
 
 
 FAULTS = [
@@ -84,12 +78,9 @@ def main() -> int:
         print(f'red without a fault: {red}')
         return 1
     for fault in faults:
-        file = folder / fault.file
-        right = file.read_text()
-        assert right.count(fault.right) == 1, f'{fault.name}: not once in {fault.file}'
-        file.write_text(right.replace(fault.right, fault.wrong))
+        before = fault.put_into(folder)
         red = red_tests(folder, fault.tests)
-        file.write_text(right)
+        (folder / fault.file).write_text(before)
         missed += [] if red else [fault.name]
         print(f'{fault.name}: {len(red)} red, e.g. {", ".join(red[:2])}', flush=True)
     print(f'{len(faults) - len(missed)} of {len(faults)} faults found; missed: {missed}')
