@@ -51,7 +51,7 @@ test: $(VENV)/.built
 test-all:
 	$(MAKE) test TEST_PROCESSES=0 PYTEST_ARGS="--slow $(PYTEST_ARGS)"
 
-# 190 faults, each compiled and tested: about 15 minutes of one core.
+# 195 faults, each compiled and tested: 15 to 20 minutes of one core.
 mutate: $(VENV)/.built
 	$(BIN)/python tests/cuda/mutations.py $(MUTATE_ARGS)
 

@@ -33,7 +33,7 @@ FAULTS = [
     fault('softmax without its sum', TAPS, 'logits[k] /= total;', 'logits[k] /= T(1);', SIMPLE),
     fault('softmax without the largest logit (CPU)', TAPS,
           'largest = logits[k] > largest ? logits[k] : largest;', ';',
-          F + 'test_nan_masks_reach_their_group_alone', SIMPLE),
+          F + 'test_softmax_of_large_logits'),
     fault('positions of a block one pixel apart', TAPS,
           '(*this)[Tap::kColumn][s] = T(position * p.stride_w);',
           '(*this)[Tap::kColumn][s] = T(position);', SIMPLE),
@@ -52,7 +52,7 @@ FAULTS = [
           F + 'test_a_bad_pixel_beside_a_missing_corner'),
     fault('taps without a column count', TAPS,
           'return (corners & kBothX) && (corners & kBothY);', 'return (corners & kBothY) != 0;',
-          F + 'test_bad_pixels_stay_where_they_are', F + 'test_samples_nowhere', SIMPLE),
+          F + 'test_samples_outside_along_one_axis_read_nothing'),
     fault('interior rows by one tap', TAPS, 'all &= corners[k];', 'all = corners[k];', BACK),
     fault('a guess of one pixel less', TAPS, 'kMargin = 2;', 'kMargin = 1;', SIMPLE,
           equivalent='only a guess whether to try: compute_interior_taps() tells whether it was '

@@ -48,7 +48,7 @@ FAULTS = [*mutants_window.FAULTS, *mutants_direct.FAULTS, *mutants_cpu.FAULTS]
 SECONDS = 300  # for the tests of one fault; a barrier that is missing may make them hang
 # half of the time of -O1, and the sanitizers see as much
 QUICK = ['-O0' if flag == '-O1' else flag for flag in FLAGS if not flag.startswith('-W')] + ['-w']
-NATIVE = ['-std=c++20', '-O1', '-fPIC', '-w', '-fvisibility=hidden', '-fno-math-errno',
+NATIVE = ['-std=c++20', '-O0', '-fPIC', '-w', '-fvisibility=hidden', '-fno-math-errno',
           '-fno-trapping-math', '-fopenmp', '-DMMDCNV4_COMPILER="mutant"',
           '-DTORCH_EXTENSION_NAME=_C']
 # compiled once, for all sources that know torch

@@ -157,15 +157,15 @@ def test_far_taps_are_listed(emulator, tmp_path, spread):
 def test_full_lists(emulator, tmp_path, dtypes, order):
     """All taps of one group meet in a few cells, more than their lists hold; another group's lists
     have room; NaN reaches what it should."""
-    inputs, grad_output = make_call((2, 10, 9, 3, 16), HALVES[dtypes], GEOMETRIES['3x3'])
+    inputs, grad_output = make_call((2, 10, 13, 3, 16), HALVES[dtypes], GEOMETRIES['3x3'])
     used = inputs.offset_mask[..., :81].unflatten(-1, (3, 27))
     tap = torch.arange(9)
     meeting = used[..., 1, :18].unflatten(-1, (9, 2))  # a view
-    meeting[..., 0] = 6.25 - torch.arange(9).view(-1, 1) - (tap // 3 - 1)
+    meeting[..., 0] = 11.25 - torch.arange(13).view(-1, 1) - (tap // 3 - 1)
     meeting[..., 1] = 3.5 - torch.arange(10).view(-1, 1, 1) - (tap % 3 - 1)
     _, run = check(emulator, tmp_path, inputs, grad_output, groups=3, schedule=order,
                    **GEOMETRIES['3x3'])
-    assert run.has_full and run.listed > 2 * (810 - 200)
+    assert run.has_full and run.listed > 2 * (1170 - 200)
 
 
 @pytest.mark.hostile
@@ -218,6 +218,20 @@ def test_numbers_that_are_infinite(emulator, tmp_path):
     for name, one, other in zip(NAMES, actual, expected):
         is_bad = ~other.isfinite()
         assert is_bad.any() and not is_bad.all() and torch.equal(~one.isfinite(), is_bad), name
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize('content', [float('nan'), 1e4])
+def test_padding_of_any_content(emulator, tmp_path, content):
+    """Chunks of numbers and units of two groups reach into it."""
+    inputs, grad_output = make_call((1, 5, 7, 3, 16), HALVES['f16'], GEOMETRIES['3x3'])
+    inputs = near_offsets(inputs, 3, 0.3)
+    results = []
+    for filling in (0.0, content):
+        inputs.offset_mask[..., 81:] = filling
+        results.append(emulate_window_backward(emulator, tmp_path / 'call', inputs, grad_output,
+                                               groups=3, **GEOMETRIES['3x3'])[0])
+    assert all(map(torch.equal, *results))
 
 
 @pytest.mark.hostile

@@ -104,6 +104,19 @@ def test_pixels_that_are_not_finite(emulator, tmp_path, name, dtypes, bad):
 
 
 @pytest.mark.hostile
+@pytest.mark.parametrize('content', [float('nan'), 1e4])
+def test_padding_of_any_content(emulator, tmp_path, content):
+    """Chunks of numbers and units of two groups reach into it."""
+    inputs, _ = make_call((1, 5, 7, 3, 16), HALVES['f16'], GEOMETRIES['3x3'])
+    results = []
+    for filling in (0.0, content):
+        inputs.offset_mask[..., 81:] = filling
+        results += emulate_window(emulator, tmp_path / 'call', inputs, groups=3,
+                                  **GEOMETRIES['3x3'])[:1]
+    assert torch.equal(*results)
+
+
+@pytest.mark.hostile
 @pytest.mark.parametrize('dtypes', HALVES)
 def test_masks_of_every_size(emulator, tmp_path, dtypes):
     """Each row is as accurate as its own masks allow; bad masks outside the image do not count."""

@@ -252,6 +252,29 @@ def test_nan_masks_reach_their_group_alone(instruction_set, softmax):
 
 
 @pytest.mark.hostile
+@pytest.mark.parametrize('axis', [0, 1])
+@pytest.mark.parametrize('offset', [-10., 10.])
+def test_samples_outside_along_one_axis_read_nothing(instruction_set, axis, offset):
+    """Not even the nearest pixels, which are NaN here."""
+    packed = torch.zeros(1, 3, 4, 32)
+    packed[..., axis:18:2] = offset
+    packed[..., 18:27] = 1
+    out = native(torch.full((1, 3, 4, 20), math.nan), packed, groups=1, **SAME)
+    assert not out.any()
+
+
+@pytest.mark.hostile
+@pytest.mark.parametrize('tap', [0, 4, 8])
+def test_softmax_of_large_logits(instruction_set, tap):
+    """The largest one is subtracted first, wherever it stands: no exponential overflows."""
+    geometry = dict(groups=2, softmax=True, **SAME)
+    inputs = make_inputs(1, 5, 7, 6, dtype=torch.float32, **geometry)
+    inputs.offset_mask[..., 18 + tap::27] += 1000
+    assert native(*inputs, **geometry).isfinite().all()
+    assert_forward(inputs, **geometry)
+
+
+@pytest.mark.hostile
 @pytest.mark.parametrize('scale', [0.0, -1.5, 1e30, 1e300])
 def test_extreme_offset_scale(instruction_set, scale):
     geometry = dict(groups=2, offset_scale=scale, **SAME)

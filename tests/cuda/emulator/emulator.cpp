@@ -170,13 +170,17 @@ bool run_warps(const std::vector<int>& turns, int& done) {
   return has_moved;
 }
 
+// Threads within a block, and blocks, one after the other.
+bool runs_backward(Order order) {
+  return order == Order::kBackward || order == Order::kWarpsBackward;
+}
+
 void run_block(int threads, std::mt19937& random) {
   const Order order = schedule.order;
   const bool is_by_warp = order == Order::kWarps || order == Order::kWarpsBackward;
   std::vector<int> turns(threads);
   std::iota(turns.begin(), turns.end(), 0);
-  if (order == Order::kBackward || order == Order::kWarpsBackward)
-    std::reverse(turns.begin(), turns.end());
+  if (runs_backward(order)) std::reverse(turns.begin(), turns.end());
   for (int thread = 0; thread < threads; ++thread) start_fibre(fibres[thread]);
   for (int done = 0; done < threads;) {
     if (order == Order::kShuffled) std::shuffle(turns.begin(), turns.end(), random);
@@ -230,9 +234,10 @@ void run_grid(int64_t blocks, int threads, int shared_bytes, const std::function
   void* memory = nullptr;
   if (posix_memalign(&memory, 128, size_t(shared_bytes)) != 0) fail("no memory", 0);
   shared = static_cast<unsigned char*>(memory);
-  for (int64_t block = 0; block < blocks; ++block) {
+  const bool is_backward = runs_backward(schedule.order);
+  for (int64_t i = 0; i < blocks; ++i) {
     std::memset(shared, 0xff, shared_bytes); // NaN: nothing is left over from the last block
-    block_index = {unsigned(block), 0, 0};
+    block_index = {unsigned(is_backward ? blocks - 1 - i : i), 0, 0};
     forget_accesses(shared_bytes, threads);
     run_block(threads, random);
   }

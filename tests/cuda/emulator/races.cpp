@@ -53,7 +53,7 @@ bool is_before(const Touch& touch, int thread) {
 void touch_place(size_t index, int thread, Access access) {
   Place& place = places[index];
   if (place.is_awaited && access != Access::kCopyLands)
-    fail("touches what a copy is on its way to, of", place.written, thread, index);
+    fail("touches where a copy has not landed yet, that of", place.written, thread, index);
   if (!is_before(place.written, thread))
     fail(access == Access::kRead ? "reads what is written by" : "writes what is written by",
          place.written, thread, index);
