@@ -113,7 +113,7 @@ BARRIERS = [
 
 PRODUCTS = [
     fault('half of the weights is not cleared', FORWARD, 'i < Layout::kAreaBytes; i += kWarp * 16',
-          'i < Layout::kAreaBytes / 2; i += kWarp * 16', F, TWO),
+          'i < Layout::kAreaBytes / 2; i += kWarp * 16', F, BANKS),
     fault('weights replace each other', FORWARD, 'read_shared<float>(area + at[c]) + weight[c]',
           'weight[c]', F, SIMPLE),
     fault('rows of A are exchanged', FORWARD, 'm * kMatrixRows + half * 8 + g);',
