@@ -47,7 +47,7 @@ def barrier(name, file, right, unit, *tests, equivalent=''):
 
 DIRECT = [
     barrier('coefficients are written, then read (forward)', FORWARD,
-            'packed, first, slots, taps);\n    __syncwarp();\n', F, NAN),
+            'packed, first, slots, taps);\n    __syncwarp();\n', F, ORDER),
     barrier('coefficients are read, then overwritten (forward)', FORWARD,
             'int32_t slots) {\n    __syncwarp();\n', F, MANY),
     barrier('coefficients are written, then read (backward)', BACKWARD,
@@ -127,7 +127,7 @@ DIRECT = [
     fault('vectors that are not aligned', PLAN, ' && request.alignment % bytes == 0)', ')', PLAN,
           K + 'test_alignment[1-f32]'),
     fault('a block too many in a launch', PLAN, 'limits.blocks_per_launch / blocks));',
-          'limits.blocks_per_launch / blocks + 1));', PLAN, PLANS),
+          'limits.blocks_per_launch / blocks + 1));', PLAN, LAUNCHES),
     fault('half of the shared memory', PLAN, 'plan.shared_bytes = rows * kTapsPerPass *',
           'plan.shared_bytes = rows / 2 * kTapsPerPass *', PLAN, SIMPLE),
     fault('tiles of the input', PLAN, 'plan.tiles_h = divide_up(p.out_height, plan.tile_h);',
