@@ -17,7 +17,7 @@ from helpers.zoo import BASES, CONFIGS, LEAVES, ZOO, build_model, build_optimise
 
 PART = r'[a-z0-9]+([-.][a-z0-9]+)*'
 # {algorithm}_{components ...}_{devices}xb{images}-{schedule}_{dataset}; `_` between parts
-LEAF_NAME = re.compile(rf'{PART}(_{PART})+_\d+xb\d+-\d+(e|k|x)_{PART}\.py')
+LEAF_NAME = re.compile(rf'{PART}(_{PART})+_\d+xb\d+-\d+(\.\d+)?(e|k|x)_{PART}\.py')
 BASE_NAME = re.compile(rf'{PART}(_{PART})*\.py')
 
 T_1X = 'flash_intern_image/mask-rcnn_flash-intern-image-t_fpn_8xb2-1x_coco.py'
@@ -178,11 +178,11 @@ def test_grammar_refuses(name):
 @pytest.mark.parametrize('name', LEAVES)
 def test_name_says_batch_size_and_schedule(name):
     cfg = read(name)
-    devices, images, length, unit = re.search(r'_(\d+)xb(\d+)-(\d+)(e|k|x)_', name).groups()
+    devices, images, length, unit = re.search(r'_(\d+)xb(\d+)-([\d.]+)(e|k|x)_', name).groups()
     assert cfg.train_dataloader.batch_size == int(images)
     assert cfg.auto_scale_lr.base_batch_size == int(devices) * int(images)
     if unit == 'k':
-        assert cfg.train_cfg.max_iters == 1000 * int(length)
+        assert cfg.train_cfg.max_iters == 1000 * float(length)
     else:
         assert cfg.train_cfg.max_epochs == int(length) * (12 if unit == 'x' else 1)
 

@@ -31,7 +31,7 @@ PREDICTORS = ('offset_mask.weight', 'dcn.mask.weight', 'conv_offset.3.weight',
               'static_weight')  # in them, and what is learned at once in dynamic convolutions
 QUERIES = 50  # of DINO; its maps must have that many positions
 NAMES = [name for name in LEAVES if not name.startswith('bevformer_v2/')]
-ORDER = ('mini', 'xxs', 'xs', 't', 's', 'b', 'l', 'xl')
+ORDER = ('mini', 'xxs', 'xs', 't', 's', 'b', 'l', 'xl', 'h')
 
 
 HOSTS = ('convnext_dcnv4', 'dcnv4', 'vit_dcnv4')  # of DCNv4 in other networks
@@ -93,6 +93,8 @@ def make_smaller(cfg):
     backbone.init_cfg = None
     if 'InternImage' in backbone.type:
         backbone.update(depths=(1, 1, 1, 1), drop_path_rate=0.0)  # every block takes part
+        if backbone.get('arch') == 'h':
+            backbone.level2_post_norm_block_ids = (0,)
     elif backbone.type == 'ConvNeXtDCNv4':
         widths = CONVNEXT[backbone.arch]['channels']
         backbone.update(arch=dict(depths=(1, 1, 1, 1), channels=widths), drop_path_rate=0.0)
