@@ -27,7 +27,8 @@ PLACEHOLDER = re.compile(r'<[a-z][a-z ]*>')
 STAND_INS = ('python', 'pip', 'make', 'mim', 'git')
 # ending of a config's name: what a page must name that trains with it
 DATA = {'coco': 'COCO', 'ade20k': 'ADE20K', 'nus': 'nuScenes', 'in1k': 'ImageNet',
-        'drawn-scenes': 'drawn_scenes.py', 'synthetic-rig': 'synthetic_rig.py', 'bccd': 'BCCD'}
+        'drawn-scenes': 'drawn_scenes.py', 'synthetic-rig': 'synthetic_rig.py', 'bccd': 'BCCD',
+        'camvid': 'CamVid'}
 
 
 def commands(page: Path, tmp_path: Path) -> list[list[str]]:
