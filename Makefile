@@ -51,7 +51,7 @@ test: $(VENV)/.built
 test-all:
 	$(MAKE) test TEST_PROCESSES=0 PYTEST_ARGS="--slow $(PYTEST_ARGS)"
 
-# 195 faults, each compiled and tested: 15 to 20 minutes of one core.
+# Each of the 195 faults is compiled and tested: see docs/reliability.md for the time it takes.
 mutate: $(VENV)/.built
 	$(BIN)/python tests/cuda/mutations.py $(MUTATE_ARGS)
 

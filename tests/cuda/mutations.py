@@ -44,6 +44,7 @@ from helpers.emulator_build import FLAGS, EmulatorBuild  # noqa: E402
 from helpers.faults import Fault  # noqa: E402
 
 FOLDER = ROOT / '.build' / 'mutants'
+CXX = os.environ.get('CXX') or 'g++'
 FAULTS = [*mutants_window.FAULTS, *mutants_direct.FAULTS, *mutants_cpu.FAULTS]
 SECONDS = 300  # for the tests of one fault; a barrier that is missing may make them hang
 # half of the time of -O1, and the sanitizers see as much
@@ -55,7 +56,6 @@ NATIVE = ['-std=c++20', '-O0', '-fPIC', '-w', '-fvisibility=hidden', '-fno-math-
 TORCH_HEADERS = ('torch/library.h', 'torch/csrc/autograd/custom_function.h', 'ATen/Parallel.h',
                  'ATen/core/Tensor.h', 'torch/csrc/autograd/python_variable.h')
 NOT_COMPILED = ('groups must have 16, 32 or 64', 'the reach must be 2 or 4')
-
 
 _objects: dict[Path, Path] = {}  # of the emulator, without faults
 
@@ -90,7 +90,6 @@ class Compiler:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.cxx = os.environ.get('CXX', 'g++')
         for name in ('csrc', 'tests/cuda/emulator'):
             shutil.rmtree(folder / name, ignore_errors=True)
             shutil.copytree(ROOT / name, folder / name)
@@ -102,12 +101,12 @@ class Compiler:
         objects = []
         for number, unit in enumerate(fault.units):
             objects.append(str(self.folder / f'{number}.o'))
-            run(self.cxx, *QUICK, '-I', str(self.folder / 'tests/cuda/emulator'), '-x', 'c++', '-c',
+            run(CXX, *QUICK, '-I', str(self.folder / 'tests/cuda/emulator'), '-x', 'c++', '-c',
                 str(self.folder / unit), '-o', objects[-1])
         others = [str(compiled) for unit, compiled in _objects.items()
                   if unit.relative_to(ROOT).as_posix() not in fault.units]
         program = self.folder / 'emulator'
-        run(self.cxx, *QUICK, *objects, *others, '-o', str(program))
+        run(CXX, *QUICK, *objects, *others, '-o', str(program))
         return program
 
     def keep(self, widths: Sequence[int], reaches: Sequence[int]) -> None:
@@ -124,7 +123,7 @@ class Compiler:
         objects = []
         for number, unit in enumerate(fault.units):
             objects.append(str(self.folder / f'{number}.o'))
-            run(self.cxx, *native_flags(unit), '-c', str(self.folder / unit), '-o', objects[-1])
+            run(CXX, *native_flags(unit), '-c', str(self.folder / unit), '-o', objects[-1])
         others = [str(native_object(unit)) for unit in native_units() if unit not in fault.units]
         package = self.folder / 'native' / 'mmdcnv4'
         package.mkdir(parents=True, exist_ok=True)
@@ -134,7 +133,7 @@ class Compiler:
                 (package / path.name).symlink_to(path)
         library = package / f'_C{sysconfig.get_config_var("EXT_SUFFIX")}'
         library.unlink(missing_ok=True)
-        run(self.cxx, '-shared', *objects, *others, '-o', str(library),
+        run(CXX, '-shared', *objects, *others, '-o', str(library),
             *(f'-L{path}' for path in cpp_extension.library_paths()),
             '-lc10', '-ltorch', '-ltorch_cpu', '-ltorch_python')
         return package.parent
@@ -180,9 +179,9 @@ def build_native() -> None:
              or native_object(unit).stat().st_mtime < newest]
     if units:
         flags = native_flags('kernels_')
-        run('g++', *flags, '-x', 'c++-header', str(header), '-o', str(header) + '.gch')
+        run(CXX, *flags, '-x', 'c++-header', str(header), '-o', str(header) + '.gch')
     for unit in units:
-        run('g++', *native_flags(unit), '-c', str(ROOT / unit), '-o', str(native_object(unit)))
+        run(CXX, *native_flags(unit), '-c', str(ROOT / unit), '-o', str(native_object(unit)))
 
 
 class FirstFailure:

@@ -31,7 +31,7 @@ class EmulatorBuild:
     """
 
     def __init__(self) -> None:
-        self.compiler = os.environ.get('CXX', 'g++')
+        self.compiler = os.environ.get('CXX') or 'g++'
         self.folder = ROOT / '.build' / 'emulator'
         # all but the bindings, which know torch
         kernels = sorted(path for path in (CSRC / 'cuda').rglob('*.cu')

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -69,7 +70,7 @@ class RunChecksHook(Hook):
             runner._resume = runner._load_from is not None
             if not runner._resume:
                 print_log(f'resume: {runner.work_dir} holds no checkpoint; training starts at the '
-                          'beginning', logger='current', level=30)
+                          'beginning', logger='current', level=logging.WARNING)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         """Refuses weights of another model, and an optimizer that groups the parameters otherwise.
