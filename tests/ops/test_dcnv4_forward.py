@@ -184,6 +184,17 @@ def test_integer_positions_and_borders(instruction_set, x, y):
 
 
 @pytest.mark.hostile
+@pytest.mark.parametrize('x, y', [(-0.5, 10.5), (55.5, 10.5), (32.5, -0.5), (32.5, 19.5)])
+def test_one_tap_strays_over_a_border(instruction_set, x, y):
+    """From the middle of a map, where a whole block of outputs rests away from the borders."""
+    geometry = dict(groups=1, **SAME)
+    inputs = make_inputs(3, 20, 56, 4, dtype=torch.float32, **geometry)
+    inputs.offset_mask[..., :18] = 0.25
+    inputs.offset_mask[1, 10, 32, 8:10] = torch.tensor([x - 32, y - 10])  # of the tap in the middle
+    assert_forward(inputs, **geometry)
+
+
+@pytest.mark.hostile
 @pytest.mark.parametrize('axis', [0, 1])
 @pytest.mark.parametrize('bad', [math.nan, math.inf, -math.inf, 1e9, -1e9, 3e38, -3e38, 2**31,
                                  -2**31 - 1])
