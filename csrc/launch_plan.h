@@ -74,6 +74,7 @@ inline int32_t fixed_sum_bits(const Dcnv4Params& p) {
 // pixels of one image and a slice of kWindowSliceChannels channels.
 constexpr int32_t kWindowBlock = 4;          // output pixels that share a window, along each axis
 constexpr int32_t kWindowSliceChannels = 64; // 128 bytes of 16-bit numbers
+constexpr int32_t kForwardReach = 2;         // of the forward kernel; the gradients also have 4
 constexpr int32_t window_side(int32_t reach) { return kWindowBlock + 2 * reach; }
 
 struct WindowPlan {

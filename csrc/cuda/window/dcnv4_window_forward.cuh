@@ -11,7 +11,8 @@
 //             while it is multiplied, teams of D / 8 lanes per row when the results are finished
 // Far taps    samples outside the window are noted, one bit per tap of a row, and multiplied on as
 //             cells of their own (far_taps.cuh): any offset is as exact as one within the window.
-//             Units with very many of them are gathered tap by tap
+//             A unit with many of them, judged by two taps of each row, is gathered without a
+//             product (unit_gather.cuh)
 // NaN         A . V multiplies every cell of a window with every row, and 0 * NaN is NaN. A finite
 //             result proves that no such cell was there; results that are not finite are thrown
 //             away and the row's channels gathered tap by tap, as in dcnv4_forward.cuh. So NaN and
@@ -31,44 +32,77 @@
 #include "../dispatch.h"
 #include "../launch.h"
 #include "far_taps.cuh"
-#include "window_taps.cuh"
+#include "unit_gather.cuh"
 
 namespace mmdcnv4 {
 namespace cuda {
 
-constexpr uint32_t kNanBits = 0x7fffffffu; // of a float32
+// A sample seen from the window of its row. Numbers from 2^23 on are whole: their last bits are the
+// floor of what was added to that.
+template <typename Layout, int kReach>
+struct WindowSample {
+  static constexpr float kWhole = 8388608.0f;         // 2^23
+  static constexpr uint32_t kWholeBits = 0x4b000000u; // its bits
+  float x, y, column_up, line_up;
+  uint32_t column, line; // of its upper left cell
+
+  MMDCNV4_DEVICE WindowSample(const WindowArguments& a, uint32_t lane, int k, float dx, float dy) {
+    const Place moved = move_of_tap(a, k, dx, dy);
+    x = float(lane % kBlockSide + kReach) + moved.x; // from where the row's pixel is
+    y = float(lane / kBlockSide % kBlockSide + kReach) + moved.y;
+    column_up = __fadd_rd(x, kWhole);
+    line_up = __fadd_rd(y, kWhole);
+    column = __float_as_uint(column_up) - kWholeBits;
+    line = __float_as_uint(line_up) - kWholeBits;
+  }
+  MMDCNV4_DEVICE bool is_near() const { // not so below zero, nor for NaN
+    constexpr uint32_t kLast = Layout::kSide - 1;
+    return (column < kLast) & (line < kLast);
+  }
+};
+
+// Whether the product is cheaper than gathering all taps of a unit, judged by two taps of each row
+// that exists. Wider groups make the product cheaper, for as many taps; where both take the same
+// time was measured on an H200.
+template <typename Layout, int kReach>
+MMDCNV4_DEVICE bool is_worth_a_product(const WindowArguments& a, const Tile& tile, uint32_t unit,
+                                       uint32_t lane, const RowNumbers& numbers) {
+  const bool exists = Layout::locate_row(a, tile, unit, lane).is_valid;
+  const auto count = [&](bool is_counted) {
+    return uint32_t(__popc(__ballot_sync(kAllLanes, is_counted)));
+  };
+  uint32_t far = 0;
+#pragma unroll
+  for (int k = 1; k < 8; k += 4) {
+    const WindowSample<Layout, kReach> sample(a, lane, k, numbers.offset[2 * k],
+                                              numbers.offset[2 * k + 1]);
+    far += count(exists & !sample.is_near());
+  }
+  constexpr uint32_t kRowsPerFar = Layout::kTeam == 2 ? 8 : Layout::kTeam == 4 ? 4 : 3;
+  return kRowsPerFar * far <= count(exists);
+}
 
 // Adds the weights of a row to its column of A; returns the taps outside the window.
 template <typename Layout, int kReach>
 MMDCNV4_DEVICE FarTaps add_weights(const WindowArguments& a, uint32_t lane,
                                    const RowNumbers& numbers, float factor, unsigned char* area) {
-  // where the row's pixel is in the window
-  const float rest_x = float(lane % kBlockSide + kReach);
-  const float rest_y = float(lane / kBlockSide % kBlockSide + kReach);
+  using Sample = WindowSample<Layout, kReach>;
   const bool is_ring = a.call.points < kTaps;
-  constexpr uint32_t kLast = Layout::kSide - 1;
-  constexpr float kWhole = 8388608.0f;         // 2^23
-  constexpr uint32_t kWholeBits = 0x4b000000u; // its bits
   FarTaps far{};
 #pragma unroll
   for (int k = 0; k < kTaps; ++k) {
     enter_step(SharedPhase::kScatter);
     if (k == kTaps - 1 && is_ring) continue;
     const float dx = numbers.offset[2 * k], dy = numbers.offset[2 * k + 1];
-    const Place moved = move_of_tap(a, k, dx, dy);
-    const float x = rest_x + moved.x, y = rest_y + moved.y;
+    const Sample sample(a, lane, k, dx, dy);
     const float mask = numbers.mask[k] * factor;
-    // numbers from 2^23 on are whole: their last bits are the floor of what was added
-    const float column_up = __fadd_rd(x, kWhole), line_up = __fadd_rd(y, kWhole);
-    const uint32_t column = __float_as_uint(column_up) - kWholeBits;
-    const uint32_t line = __float_as_uint(line_up) - kWholeBits;
-    const bool is_near = (column < kLast) & (line < kLast); // not so below zero, nor for NaN
-    if (!is_near) {
+    if (!sample.is_near()) {
       far = {far.bits | 1u << k, {dx, dy, mask}};
     } else {
-      const float fx = x - (column_up - kWhole), fy = y - (line_up - kWhole);
+      const float fx = sample.x - (sample.column_up - Sample::kWhole);
+      const float fy = sample.y - (sample.line_up - Sample::kWhole);
       const CornerWeights<float> w = corner_weights(mask, 1.0f - fx, fx, 1.0f - fy, fy);
-      const uint32_t cell = line * Layout::kSide + column;
+      const uint32_t cell = sample.line * Layout::kSide + sample.column;
       const float weight[4] = {w.w00, w.w01, w.w10, w.w11};
       uint32_t at[4];
       Layout::corners_at(cell, lane, at);
@@ -80,15 +114,6 @@ MMDCNV4_DEVICE FarTaps add_weights(const WindowArguments& a, uint32_t lane,
     }
   }
   return far;
-}
-
-// Sets one sum of each chunk that finish_row() looks at to NaN.
-template <int kChunks>
-MMDCNV4_DEVICE void spoil(float (&sum)[2][kChunks][4]) {
-#pragma unroll
-  for (int m = 0; m < 2; ++m)
-#pragma unroll
-    for (int i = 0; i < kChunks; ++i) sum[m][i][0] = sum[m][i][2] = __uint_as_float(kNanBits);
 }
 
 // A . V of both matrices of a unit; sum[matrix][8 channels][fragment].
@@ -242,10 +267,6 @@ MMDCNV4_DEVICE void finish(const WindowArguments& a, const Tile& tile, uint32_t 
     finish_row<true, T, kDepth, kReach>(a, tile, unit, pass, lane, inverse, image, area);
 }
 
-// Of 288 taps of a unit. A round of four executes about 220 instructions, and the window 1400; with
-// more of them gathering all rows is cheaper, about 7000.
-constexpr uint32_t kManyFarTaps = 96;
-
 template <typename T, int kDepth, int kReach>
 __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
                                   kDepth == 64 ? 3 : 2)
@@ -282,38 +303,48 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
     __syncwarp();
     const RowNumbers numbers = Numbers::load(a, lane, first_group, image.packed, area);
     __syncwarp();
+    const bool has_product = is_worth_a_product<Layout, kReach>(a, tile, unit, lane, numbers);
+    Scale scale{1.0f, 1.0f};
+    FarTaps far{};
+    FarLayer<T, kDepth, kReach> layer;
+    bool has_far = false;
+    if (has_product) {
 #pragma unroll
-    for (uint32_t i = 0; i < Layout::kAreaBytes; i += kWarp * 16) {
-      enter_step(SharedPhase::kClear);
-      write_shared(area + i + lane * 16, make_uint4(0, 0, 0, 0));
+      for (uint32_t i = 0; i < Layout::kAreaBytes; i += kWarp * 16) {
+        enter_step(SharedPhase::kClear);
+        write_shared(area + i + lane * 16, make_uint4(0, 0, 0, 0));
+      }
+      scale = scale_of_row<T>(numbers, points);
+      __syncwarp();
+      far = add_weights<Layout, kReach>(a, lane, numbers, scale.factor, area);
+      // what was read as the numbers of a group that does not exist may be anything
+      if (first_group + lane / Numbers::kPixels >= uint32_t(a.call.groups)) far.bits = 0;
+      has_far = __any_sync(kAllLanes, far.bits != 0);
+      if (has_far) layer.take(a, tile, unit, lane, scale.factor, image, far);
+    } else {
+      write_taps<kDepth, kReach>(a, tile, unit, lane, numbers, area);
     }
-    const Scale scale = scale_of_row<T>(numbers, points);
-    __syncwarp();
-    FarTaps far = add_weights<Layout, kReach>(a, lane, numbers, scale.factor, area);
-    // what was read as the numbers of a group that does not exist may be anything
-    if (first_group + lane / Numbers::kPixels >= uint32_t(a.call.groups)) far.bits = 0;
-    const bool has_many = __reduce_add_sync(kAllLanes, uint32_t(__popc(far.bits))) > kManyFarTaps;
-    uint32_t waiting = has_many ? 0 : __ballot_sync(kAllLanes, far.bits != 0);
-    FarRound<T, kDepth, kReach> round;
-    if (waiting != 0) round.fetch(a, tile, unit, lane, waiting, scale.factor, image, far);
     if (unit == warp) {
       wait_copies<0>();
       __syncthreads();
     }
     __syncwarp();
-    float sum[2][kDepth / 8][4] = {};
-    multiply<T, kDepth, kReach>(a, unit, lane, area, cells, sum);
-    if (has_many) spoil(sum); // finish() gathers the rows
-    __syncwarp();
+    if (has_product) {
+      float sum[2][kDepth / 8][4] = {};
+      multiply<T, kDepth, kReach>(a, unit, lane, area, cells, sum);
+      __syncwarp();
 #pragma unroll 1
-    while (waiting != 0) {
-      round.multiply(lane, area, sum);
-      waiting = __ballot_sync(kAllLanes, far.bits != 0);
-      if (waiting != 0) round.fetch(a, tile, unit, lane, waiting, scale.factor, image, far);
+      while (has_far) {
+        layer.add(a, tile, unit, lane, image, area, cells, sum);
+        has_far = __any_sync(kAllLanes, far.bits != 0);
+        if (has_far) layer.take(a, tile, unit, lane, scale.factor, image, far);
+      }
+      collect<kDepth, kReach>(lane, sum, area);
+      __syncwarp();
+      finish<T, kDepth, kReach>(a, tile, unit, lane, scale.inverse, image, area);
+    } else {
+      gather_unit<T, kDepth, kReach>(a, tile, unit, lane, image.value, image.output, area, cells);
     }
-    collect<kDepth, kReach>(lane, sum, area);
-    __syncwarp();
-    finish<T, kDepth, kReach>(a, tile, unit, lane, scale.inverse, image, area);
     __syncwarp();
   }
 #endif
@@ -325,9 +356,8 @@ bool launch_dcnv4_window_forward(const Dcnv4Params& p, const WindowPlan& plan, S
                                  const T* value, const OffsetNumbers<T>& offset_mask, T* output) {
   const WindowArguments arguments = make_window_arguments(p, plan);
   bool is_launched = false;
-  with_window(p.group_channels, plan.reach, [&](auto depth, auto reach) {
-    auto* kernel =
-        &dcnv4_window_forward_kernel<T, decltype(depth)::value, decltype(reach)::value>;
+  with_depth(p.group_channels, [&](auto depth) {
+    auto* kernel = &dcnv4_window_forward_kernel<T, decltype(depth)::value, kForwardReach>;
     if (!prepare_tensor_core_kernel(kernel)) return;
     for_each_launch(p, plan, [&](int64_t image, int64_t blocks) {
       launch(kernel, blocks, plan.threads, plan.shared_bytes, stream, arguments,

@@ -4,13 +4,14 @@
 // far_taps.cuh — samples of the tensor-core forward kernel that lie outside the window of their
 // pixel: four of them make one more step of its product.
 //
-//     far taps of a unit    row 3: tap 0    row 9: tap 6    row 17: tap 2    row 30: taps 0 and 2
-//     first round           cells 0 ... 3   cells 4 ... 7   cells 8 ... 11   cells 12 ... 15: tap 2
-//     second round                                                           cells 0 ... 3: tap 0
+//     far taps of a unit      row 3: tap 0   row 9: tap 6   row 17: tap 2   row 30: taps 0 and 2
+//     first layer, a round    cells 0 ... 3  cells 4 ... 7  cells 8 ... 11  cells 12 ... 15: tap 2
+//     second layer, a round                                                 cells 0 ... 3: tap 0
 //
 // The four cells of a tap are the corners of its sample: left and right above, then below.
 #pragma once
 
+#include "tap_place.cuh"
 #include "window_numbers.cuh"
 
 namespace mmdcnv4 {
@@ -66,21 +67,20 @@ MMDCNV4_DEVICE OffsetNumbers<T> numbers_of(const WindowArguments& a, const Row& 
                                    uint32_t(row.group) * uint32_t(3 * a.call.points)));
 }
 
-// Far taps, four at a time: a round. The corners of four taps are sixteen more cells, and their
-// weights one more step of the product, so that tensor cores multiply these as well. At most one
-// tap of a row is in a round; both matrices of the unit take the same cells, with weights of zero
-// for taps of the other one. Pixels wait in registers while the product of the window goes on.
+// One far tap of each row that has any, the lane's own: a layer. Its rows take turns in rounds of
+// four. The corners of four taps are sixteen more cells, and their weights one more step of the
+// product; both matrices of the unit take the same cells, with weights of zero for taps of the other
+// one. Where all corners of a round are among the tile's cells, it reads them there.
 template <typename T, int kDepth, int kReach>
-struct FarRound {
+struct FarLayer {
   using Layout = DenseWindow<kDepth, kReach>;
   static constexpr int kRows = 4;                   // of a round: a tap each, four cells each
   static constexpr int kCopies = Layout::kTeam / 2; // chunks of 16 cells, by 32 lanes
   using Fragment = WeightFragment<T>;
   static constexpr int kParts = Fragment::kIsSplit ? 2 : 1;
 
-  uint32_t rows[kRows];        // those of the round, kAllLanes where there are fewer
-  uint32_t weights[kParts][2]; // of the lane's own tap: upper and lower pair of corners
-  uint4 chunks[kCopies];       // of the round's cells
+  uint32_t weights[kParts][2]; // of the lane's tap: upper and lower pair of corners
+  TapPlace place;              // none where the lane has no tap in this layer
 
   // Where chunk `chunk` of cell 0 ... 15 is in a warp's area; eight cells meet every bank once.
   static MMDCNV4_HD uint32_t chunk_at(uint32_t cell, uint32_t chunk) {
@@ -88,68 +88,92 @@ struct FarRound {
     return (cell * Layout::kTeam + (chunk ^ key)) * kChunkBytes;
   }
 
-  // Takes the first rows of `waiting`, those with far taps, and asks for the pixels of their last.
-  MMDCNV4_DEVICE void fetch(const WindowArguments& a, const Tile& tile, uint32_t unit,
-                            uint32_t lane, uint32_t waiting, float factor, const Image<T>& image,
-                            FarTaps& far) {
-    uint32_t later = waiting;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      rows[i] = uint32_t(__ffs(int(later)) - 1);
-      later &= later - 1;
-    }
-    uint32_t pixel = 0, right = 0, below = 0; // upper left corner; distance to the others
+  // Takes the last far tap of each row, and asks for the numbers of the next.
+  MMDCNV4_DEVICE void take(const WindowArguments& a, const Tile& tile, uint32_t unit, uint32_t lane,
+                           float factor, const Image<T>& image, FarTaps& far) {
+    place = TapPlace::none();
 #pragma unroll
     for (int part = 0; part < kParts; ++part) weights[part][0] = weights[part][1] = 0;
-    if ((waiting & ~later) >> lane & 1) {
-      const Row row = Layout::locate_row(a, tile, unit, lane);
-      const int32_t k = 31 - __clz(int(far.bits));
-      const Sample<float> sample = make_sample<false>(a.call, row, MaskRule<float>{}, far.last, k);
-      if (sample.bilinear.inside) {
-        const Four<float> weight = sample_weights(sample);
-        pack(0, weight.x, weight.y);
-        pack(1, weight.z, weight.w);
-        const uint4 corners = corner_pixels(a.call, sample.bilinear);
-        pixel = corners.x;
-        right = corners.y - corners.x;
-        below = corners.z - corners.x;
-      }
-      far.bits ^= 1u << k;
-      if (far.bits != 0) {
-        far.last = numbers_of(a, row, image).load_tap(31 - __clz(int(far.bits)), a.call.points);
-        far.last.mask *= factor;
-      }
+    if (far.bits == 0) return;
+    const Row row = Layout::locate_row(a, tile, unit, lane);
+    const int32_t k = 31 - __clz(int(far.bits));
+    const Sample<float> sample = make_sample<false>(a.call, row, MaskRule<float>{}, far.last, k);
+    far.bits ^= 1u << k;
+    if (far.bits != 0) {
+      far.last = numbers_of(a, row, image).load_tap(31 - __clz(int(far.bits)), a.call.points);
+      far.last.mask *= factor;
     }
+    if (!sample.bilinear.inside) return;
+    const Four<float> weight = sample_weights(sample);
+    pack(0, weight.x, weight.y);
+    pack(1, weight.z, weight.w);
+    place = TapPlace::make<Layout, kReach>(
+        a, tile, sample.bilinear, (uint32_t(row.group) - tile.first_group) * Layout::kTeam);
+  }
+
+  // Adds all taps of the layer to the sums.
+  MMDCNV4_DEVICE void add(const WindowArguments& a, const Tile& tile, uint32_t unit, uint32_t lane,
+                          const Image<T>& image, unsigned char* area, const unsigned char* cells,
+                          float (&sum)[2][kDepth / 8][4]) const {
+    uint32_t waiting = __ballot_sync(kAllLanes, place.exists());
+    const uint32_t elsewhere = __ballot_sync(kAllLanes, !place.is_cell());
+#pragma unroll 1
+    while (waiting != 0) {
+      uint32_t rows[kRows], later = waiting; // kAllLanes where there are fewer
 #pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const uint32_t cell = (lane + i * kWarp) / Layout::kTeam;
-      const uint32_t row = row_of_cell(cell);
-      uint32_t from = __shfl_sync(kAllLanes, pixel, int(row % kWarp));
-      const uint32_t to_right = __shfl_sync(kAllLanes, right, int(row % kWarp));
-      const uint32_t to_below = __shfl_sync(kAllLanes, below, int(row % kWarp));
-      if (cell % 2 != 0) from += to_right;
-      if (cell / 2 % 2 != 0) from += to_below;
-      const uint32_t group =
-          tile.first_group + Layout::locate_matrix(a, 2 * unit + row % kWarp / kMatrixRows).group;
-      const uint32_t channel = group * kDepth + lane % Layout::kTeam * kChunkNumbers;
-      chunks[i] = make_uint4(0, 0, 0, 0);
-      if (row != kAllLanes)
-        chunks[i] = VectorIo<T, kChunkNumbers>::load(image.value +
-                                                     uint64_t(from) * a.call.channels + channel);
+      for (int i = 0; i < kRows; ++i) {
+        rows[i] = uint32_t(__ffs(int(later)) - 1);
+        later &= later - 1;
+      }
+      Fragment fragment[2];
+      spread_weights(lane, rows, fragment);
+      const bool are_cells = (waiting & ~later & elsewhere) == 0;
+      if (!are_cells) {
+        copy_corners(a, tile, unit, lane, rows, image, area, cells);
+        __syncwarp();
+      }
+      // what a row's corners would be, of a round with fewer: those of another row, weighing zero
+      const uint32_t cell = lane % 16, row = row_of_cell(rows, cell);
+      const TapPlace from = place.of_lane(row < uint32_t(kWarp) ? row : rows[0]);
+      const unsigned char* base = are_cells ? cells : area;
+      const uint32_t at = are_cells ? from.cell(cell % 4) ^ (lane / 16 * kChunkBytes)
+                                    : chunk_at(cell, lane / 16);
+#pragma unroll
+      for (int pair = 0; pair < kCopies; ++pair) { // 16 channels at a time
+        uint32_t pixels[4];
+        enter_step(SharedPhase::kFar);
+        load_matrices_transposed(base + (at ^ (2 * pair * kChunkBytes)), pixels);
+#pragma unroll
+        for (int m = 0; m < 2; ++m)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            fragment[m].multiply(pixels[2 * half], pixels[2 * half + 1], sum[m][2 * pair + half]);
+      }
+      __syncwarp();
+      waiting = later;
     }
   }
 
-  // Adds the round to the sums.
-  MMDCNV4_DEVICE void multiply(uint32_t lane, unsigned char* area,
-                               float (&sum)[2][kDepth / 8][4]) const {
-#pragma unroll
-    for (int i = 0; i < kCopies; ++i) {
-      const uint32_t cell = (lane + i * kWarp) / Layout::kTeam;
-      enter_step(SharedPhase::kFar);
-      write_shared(area + chunk_at(cell, lane % Layout::kTeam), chunks[i]);
+ private:
+  MMDCNV4_DEVICE void pack(int line, float left, float right) {
+    weights[0][line] = narrow_pair(left, right, T());
+    if constexpr (Fragment::kIsSplit) {
+      const float2 rounded = widen_pair(weights[0][line], T());
+      weights[1][line] = narrow_pair(left - rounded.x, right - rounded.y, T());
     }
+  }
+
+  // The row to whose tap a cell of a round belongs.
+  static MMDCNV4_DEVICE uint32_t row_of_cell(const uint32_t (&rows)[kRows], uint32_t cell) {
+    const uint32_t upper = cell / 4 % 2 != 0 ? rows[1] : rows[0];
+    const uint32_t lower = cell / 4 % 2 != 0 ? rows[3] : rows[2];
+    return cell / 8 != 0 ? lower : upper;
+  }
+
+  // Weights of a round as fragments of A.
+  MMDCNV4_DEVICE void spread_weights(uint32_t lane, const uint32_t (&rows)[kRows],
+                                     Fragment (&fragment)[2]) const {
     const uint32_t g = lane / 4, t = lane % 4;
-    Fragment fragment[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) { // cells 2t, 2t + 1, and those eight further on
       const uint32_t row = t / 2 != 0 ? rows[2 * half + 1] : rows[2 * half];
@@ -166,35 +190,32 @@ struct FarRound {
         }
       }
     }
-    __syncwarp();
+  }
+
+  // Brings the corners of a round into the area, from the image and from the cells.
+  MMDCNV4_DEVICE void copy_corners(const WindowArguments& a, const Tile& tile, uint32_t unit,
+                                   uint32_t lane, const uint32_t (&rows)[kRows],
+                                   const Image<T>& image, unsigned char* area,
+                                   const unsigned char* cells) const {
 #pragma unroll
-    for (int pair = 0; pair < kCopies; ++pair) { // 16 channels at a time
-      uint32_t pixels[4];
+    for (int i = 0; i < kCopies; ++i) {
+      const uint32_t cell = (lane + i * kWarp) / Layout::kTeam, chunk = lane % Layout::kTeam;
+      const uint32_t row = row_of_cell(rows, cell);
+      const TapPlace from = place.of_lane(row);
+      const uint32_t group =
+          tile.first_group + Layout::locate_matrix(a, 2 * unit + row % kWarp / kMatrixRows).group;
+      uint4 pixels = make_uint4(0, 0, 0, 0);
       enter_step(SharedPhase::kFar);
-      load_matrices_transposed(area + chunk_at(lane % 16, 2 * pair + lane / 16), pixels);
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          fragment[m].multiply(pixels[2 * half], pixels[2 * half + 1], sum[m][2 * pair + half]);
+      if (row < uint32_t(kWarp)) {
+        pixels = from.is_cell()
+                     ? read_shared<uint4>(cells + (from.cell(cell % 4) ^ (chunk * kChunkBytes)))
+                     : VectorIo<T, kChunkNumbers>::load(
+                           image.value + uint64_t(from.pixel(cell % 4)) * a.call.channels +
+                           group * kDepth + chunk * kChunkNumbers);
+      }
+      enter_step(SharedPhase::kFar);
+      write_shared(area + chunk_at(cell, chunk), pixels);
     }
-    __syncwarp();
-  }
-
- private:
-  MMDCNV4_DEVICE void pack(int line, float left, float right) {
-    weights[0][line] = narrow_pair(left, right, T());
-    if constexpr (Fragment::kIsSplit) {
-      const float2 rounded = widen_pair(weights[0][line], T());
-      weights[1][line] = narrow_pair(left - rounded.x, right - rounded.y, T());
-    }
-  }
-
-  // The row to whose tap a cell belongs.
-  MMDCNV4_DEVICE uint32_t row_of_cell(uint32_t cell) const {
-    const uint32_t upper = cell / 4 % 2 != 0 ? rows[1] : rows[0];
-    const uint32_t lower = cell / 4 % 2 != 0 ? rows[3] : rows[2];
-    return cell / 8 != 0 ? lower : upper;
   }
 };
 
