@@ -86,6 +86,13 @@ def inside(part):
     return part.module if part.type == 'with_dcnv4' else part
 
 
+SMALL = ('bccd', 'camvid')  # datasets of small images, which keep their size
+
+
+def has_small_images(cfg):
+    return any(name in cfg.train_dataloader.dataset.get('data_root', '') for name in SMALL)
+
+
 def make_smaller(cfg):
     """One block per stage, few boxes, predictions without a threshold, weights from scratch."""
     model = cfg.model
@@ -108,7 +115,7 @@ def make_smaller(cfg):
         backbone.update(blocks=('ND', 'D', 'D', 'D'), drop_path_rate=0.0)
     elif backbone.type == 'DynamicMobileFormer':
         backbone.update(frozen_stages=-1, drop_path_rate=0.0)
-    if 'size' in model.get('data_preprocessor', {}):
+    if 'size' in model.get('data_preprocessor', {}) and not has_small_images(cfg):
         model.data_preprocessor.size = divide(model.data_preprocessor.size)
     if 'num_queries' in model:
         model.num_queries = QUERIES
@@ -129,9 +136,6 @@ def drawn(tmp_path_factory):
     return write_drawn_scenes(tmp_path_factory.mktemp('drawn') / 'scenes', 2, 2)
 
 
-SMALL = ('bccd', 'camvid')  # datasets of small images
-
-
 def real_images(cfg):
     """Options of a dataset that point it at real images."""
     if not SHARED_DATA.is_dir():
@@ -150,7 +154,7 @@ def load(cfg, loader, drawn):
     """Two images, each through the pipeline of `loader`."""
     options = Config(dict(dataset=cfg[loader].dataset))._cfg_dict.to_dict()['dataset']
     is_drawn = 'drawn_scenes' in options['data_root']
-    if not is_drawn and not any(name in options['data_root'] for name in SMALL):
+    if not is_drawn and not has_small_images(cfg):
         options['pipeline'] = shrink(options['pipeline'])
     import_module(f'{cfg.default_scope}.datasets')
     with DefaultScope.overwrite_default_scope(cfg.default_scope):

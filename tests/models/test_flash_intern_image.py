@@ -360,15 +360,16 @@ def assert_start_state(model):
             assert module.bias is None or not module.bias.any()
 
 
-def test_start_of_the_masks():
-    model = FlashInternImage(mask_init=1 / 9, **TINY)
+@pytest.mark.parametrize('mask_init, masks', [
+    (1 / 9, 1 / 9), ('box', 1 / 9), ('center', torch.eye(9)[4])])
+def test_start_of_the_masks(mask_init, masks):
+    model = FlashInternImage(mask_init=mask_init, **TINY)
     model.init_weights()
     for layer in (module for module in model.modules() if isinstance(module, DCNv4)):
-        groups = layer.channels // 16
-        bias = layer.offset_mask.bias[:27 * groups].view(groups, 27)
-        assert not bias[:, :18].any() and (bias[:, 18:] == 1 / 9).all()
+        bias = layer.offset_mask.bias[:27 * layer.channels // 16].view(-1, 27)
+        assert not bias[:, :18].any() and (bias[:, 18:] == torch.as_tensor(masks)).all()
         assert not layer.offset_mask.weight.any()
-        x = torch.ones(1, 4, 5, layer.channels)  # inside, the mean of nine equal pixels
+        x = torch.ones(1, 4, 5, layer.channels)  # inside, masks of sum 1 on equal pixels
         expected = layer.output_proj(layer.value_proj(x))[:, 1:-1, 1:-1]
         torch.testing.assert_close(layer(x)[:, 1:-1, 1:-1], expected)
 

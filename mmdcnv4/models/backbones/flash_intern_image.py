@@ -96,8 +96,9 @@ class FlashInternImage(Backbone):
             with `layer_scale` or `post_norm`.
         center_feature_scale: gate between the DCNv4 output and the projected input.
         mask_init: initial value of every mask of DCNv4. 0 as published: the layers start at zero.
-            With 1/9 they start as the mean over their window, which helped a little in a short
-            training from scratch (docs/convergence.md). Weights that are loaded replace it.
+            With 1/9, or 'box', they start as the mean over their window, which helped a little in a
+            short training from scratch (docs/convergence.md); with 'center' as the pixel itself.
+            Weights that are loaded replace it.
         core_op: 'DCNv4'. For comparisons in which nothing else differs: 'DCNv3'; 'DWConv' and
             'DWConv7x7', depthwise convolutions; 'WindowAttention', attention in windows of 7x7
             pixels, shifted in every other block, with a head per group (Swin Transformer,
@@ -133,8 +134,8 @@ class FlashInternImage(Backbone):
                  level2_post_norm_block_ids: Optional[Sequence[int]] = None,
                  res_post_norm: Optional[bool] = None,
                  center_feature_scale: Optional[bool] = None,
-                 mask_init: float = 0.0, core_op: str = 'DCNv4', with_cp: bool = False,
-                 in_channels: int = 3,
+                 mask_init: Union[float, str] = 0.0, core_op: str = 'DCNv4',
+                 with_cp: bool = False, in_channels: int = 3,
                  out_indices: Sequence[int] = (0, 1, 2, 3), frozen_stages: int = -1,
                  pretrained: Optional[str] = None,
                  init_cfg: Union[dict, list, None] = None) -> None:

@@ -44,7 +44,7 @@ class BlockOptions:
     dcn_output_bias: bool
     mlp_fc2_bias: bool
     center_feature_scale: bool
-    mask_init: float
+    mask_init: Union[float, str]
     with_cp: bool
 
 
