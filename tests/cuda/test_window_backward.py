@@ -292,7 +292,7 @@ def accesses_per_unit(emulator, tmp_path, depth, dtype, spread, offset_scale=1.0
     inputs = near_offsets(inputs, groups, spread)
     _, run = check(emulator, tmp_path, inputs, grad_output, groups=groups, device=ONE_PROCESSOR,
                    count=True, **geometry)
-    # groups of 64 channels with the wide window: three blocks of two warps hide more than one of four
+    # D = 64 with the wide window: three blocks of two warps hide more than one of four
     for plan in run[:2]:
         is_small = plan is run[0] and depth == 64 and offset_scale > 1
         assert (plan['tile_h'], plan['tile_w']) == ((8, 8) if is_small else (8, 16))
