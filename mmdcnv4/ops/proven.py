@@ -31,7 +31,7 @@ class Proof(NamedTuple):
 
 
 # filled from committed results of `make first-contact` alone
-PROVEN = (Proof('838c769864099cba', 90, 'nvidia-h200-20261127-third-run.md'),)
+PROVEN = (Proof('51484462d40d9a1a', 90, 'nvidia-h200-20261127-far-taps.md'),)
 
 
 def choice() -> str:
