@@ -60,6 +60,7 @@ class Case(NamedTuple):
     fast: bool = False
     with_nan: bool = False
     deterministic: bool = False
+    spread: float = 1.6  # most of an offset, in pixels, where it is not one of the far ones
 
 
 Compute = Callable[[Case, Tensors], Tensors]
@@ -81,7 +82,7 @@ def make_call(case: Case) -> Tensors:
     packed = noise(batch * out_h * out_w * channels, 2).view(batch, out_h, out_w, channels)
     used = packed[..., :groups * 3 * rules.points].unflatten(-1, (groups, -1))
     offsets = used[..., :2 * rules.points]
-    offsets.mul_(1.6)
+    offsets.mul_(case.spread)
     offsets[:, 1::3, ::4, :, 1::5] *= 5  # far from their pixel
     offsets[:, ::5, 2::5, :, ::7] = 1.0  # on whole positions, and on the border
     grad = noise(batch * out_h * out_w * groups * depth, 3).view(batch, out_h, out_w, -1)
@@ -128,6 +129,11 @@ def cases(family: str) -> Iterator[Case]:
                            every[dtype], geometry, fast=True)
             yield Case(f'{name} NaN', (2, 15, 17, 3, int(depth[2:])), every[dtype], geometry,
                        fast=True, with_nan=True)
+        # all rows multiplied, and all of them gathered; tiles that are not whole
+        for name, spread in (('near', 0.6), ('far', 7.0)):
+            for with_nan in (False, True):
+                yield Case(f'{name}{" NaN" * with_nan}', (1, 18, 29, 3, int(depth[2:])),
+                           every[dtype], SAME, fast=True, spread=spread, with_nan=with_nan)
 
 
 def families() -> list[str]:
