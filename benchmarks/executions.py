@@ -17,6 +17,13 @@ from far_taps import TAPS, WARP, FarRates
 COMPILED = Path(__file__).resolve().parents[1] / 'csrc' / 'cuda' / 'compiled.md'
 SLICE = 64  # channels of a block on tensor cores, kWindowSliceChannels
 BLOCK_PIXELS = 16  # 4x4
+GATHERED_TAPS = 3  # under way at a time, kTogether of gather_unit
+# Wavefronts of eight chunks that lie among the cells as samples happen to, on average. Chunks of a
+# cell are in one of eight orders, (x + 4y) % 8: the corners of a tap never meet, those of two taps
+# do in three cases of four.
+PAIR_CONFLICTS = 7 / 4
+# One corner of 8 / team rows, each of which has its chunks in one of as many places.
+CELL_CONFLICTS = {16: 17 / 8, 32: 3 / 2, 64: 1}
 COLUMNS = ['kernel', 'shape', 'dtype', 'arch', 'registers', 'instructions per part']
 
 
@@ -111,9 +118,12 @@ def executions(launch: Launch) -> dict[str, float]:
         return runs
     gathered = rates.gathered * launch.rows
     passes = gathered * launch.depth / 8
-    runs.update(fetches=rates.round_units * launch.rows, rounds=rates.rounds * launch.rows,
-                refetches=(rates.rounds - rates.round_units) * launch.rows, gathered=gathered,
-                gather_passes=passes, gather_taps=passes * TAPS)
+    runs.update(products=launch.units - gathered, layered=rates.layered * launch.rows,
+                layers=rates.layers * launch.rows, rounds=rates.rounds * launch.rows,
+                retakes=(rates.layers - rates.layered) * launch.rows,
+                copied_rounds=rates.copied_rounds * launch.rows, gathered=gathered,
+                gather_passes=passes, gather_turns=passes * TAPS / GATHERED_TAPS,
+                cell_taps=rates.cell_taps * launch.rows, pixel_taps=rates.pixel_taps * launch.rows)
     return runs
 
 
@@ -151,10 +161,32 @@ def shared_wavefronts(launch: Launch) -> float:
         weights = window / 2 * (3 / 4 if launch.reach == 2 else 5 / 6 * 1.4)
         return (total + per_stencil * launch.stencils
                 + (weights + window * depth / 64) * launch.owned)
-    per_unit = numbers + 16 * 2 + window * depth / 32
     if launch.direction == 'window_grad_offset':
-        per_unit += window + corners * rates.window_conflicts + 80  # dots out, read; results
+        # numbers, pixels; dots out, read; results
+        per_unit = numbers + 16 * 2 + window * depth / 32
+        per_unit += window + corners * rates.window_conflicts + 80
         return total + per_unit * launch.units + 4 * runs['takes']
-    per_unit += 2 * window + 2 * depth  # A cleared and read, results out and back
-    per_unit += 2 * corners * rates.window_conflicts
-    return total + per_unit * launch.units + depth / 2 * runs['rounds']
+    return (total + (numbers + 16 * 2) * launch.units + products_wavefronts(launch)
+            + gather_wavefronts(launch))
+
+
+def products_wavefronts(launch: Launch) -> float:
+    """Those of the forward kernel's units with a product, but for their numbers."""
+    runs, rates, depth = executions(launch), launch.rates, launch.depth
+    assert rates is not None
+    window = (4 + 2 * launch.reach)**2
+    per_product = window * depth / 32 + 2 * window + 2 * depth  # A cleared and read; results
+    per_product += 2 * 4 * TAPS * rates.window_conflicts
+    # corners of two taps at a time, where they lie among the cells or side by side; copies there
+    from_cells = runs['rounds'] - runs['copied_rounds']
+    far = 4 * (from_cells * PAIR_CONFLICTS + 2 * runs['copied_rounds']) * depth / 16
+    return per_product * runs['products'] + far + 4 * rates.cell_copies * launch.rows
+
+
+def gather_wavefronts(launch: Launch) -> float:
+    """Those of the forward kernel's units without a product, but for their numbers."""
+    runs, depth = executions(launch), launch.depth
+    written = TAPS * (4 + 2 + 1)  # weights, corners, step of 32 rows
+    per_pass = TAPS * (2 + max(1, 32 // depth))  # the same of 32 / team rows
+    return (written * runs['gathered'] + per_pass * runs['gather_passes']
+            + 4 * 4 * CELL_CONFLICTS[depth] * runs['cell_taps'])

@@ -21,8 +21,12 @@ BLOCK = 4  # side of the pixels that share a window, kWindowBlock
 WARP = 32
 DISTRIBUTIONS = ('D0', 'D1', 'D2', 'D3', 'D4')  # see make_problem
 TAPS = 9
-MOST_FAR = 96  # far taps of a unit that the forward kernel multiplies, kManyFarTaps
-ROWS_AT_A_TIME = 4  # of a round of the forward kernel, FarRound::kRows
+# forward: a unit is multiplied if this many times its far ones of two taps are no more than its
+# rows, is_worth_a_product
+ROWS_PER_FAR = {16: 8, 32: 4, 64: 3}
+JUDGED_TAPS = [1, 5]
+ROUND_ROWS = 4  # of a round of the forward kernel, FarLayer::kRows
+FORWARD_TILE = (8, 16)  # height and width, for calls that fill the device
 SAMPLED_ROWS = 20_000  # as many groups are looked at as make about this many rows
 # pixels around a tile of 16x8 (of 8x8 with reach 4): they give the stencils their banks
 STENCIL_PIXELS = {2: 240, 4: 256}
@@ -34,9 +38,15 @@ class FarRates(NamedTuple):
     Each is a count of one row's share: of units of 32 rows, of turns of a loop.
     """
 
-    rounds: float  # forward: of four far taps, in units that are not gathered
-    round_units: float  # units that have any
-    gathered: float  # units that are gathered instead
+    gathered: float  # forward: units that are gathered without a product
+    cell_taps: float  # of these, taps times passes that read cells of the tile
+    pixel_taps: float  # and that read the image
+    layered: float  # units with a product and far taps
+    layers: float  # of these, one far tap a row
+    rounds: float  # four rows of a layer
+    copied_rounds: float  # that have corners elsewhere than among the tile's cells
+    cell_copies: float  # accesses of these to cells
+    elsewhere: float  # taps whose corners are read in the image
     left_units: float  # gradient of offsets: units with taps that are left over
     collects: float  # turns of the loop that collects these
     takes: float  # turns of the loop in which teams take them
@@ -46,6 +56,15 @@ class FarRates(NamedTuple):
     has_full: bool  # whether a list is full, which no other rate knows of
     window_conflicts: float  # wavefronts of an access to the corners of 32 rows in their windows
     stencil_conflicts: float  # the same in the stencils of 32 neighbouring pixels
+
+
+class Taps(NamedTuple):
+    """(K, H, W, G) each: from a pixel at rest to the sample of a tap, and where the pixel is."""
+
+    move_x: Tensor
+    move_y: Tensor
+    pixel_x: Tensor
+    pixel_y: Tensor
 
 
 def reach_of(offsets: str) -> int:
@@ -80,18 +99,69 @@ def corner_banks(upper_left: Tensor, right: int, below: int) -> Tensor:
                         upper_left + right + below])
 
 
-def rounds_of(far: Tensor) -> tuple[int, int, int]:
-    """Of (units, 32) far taps per row: rounds, units with rounds, units that are gathered."""
-    total = far.sum(1)
-    gathered = int((total > MOST_FAR).sum())
-    left = far[(total > 0) & (total <= MOST_FAR)]
-    units, rounds = len(left), 0
-    while len(left):
-        waits = left > 0
-        rounds += len(left)
-        left = left - (waits & (waits.cumsum(1) <= ROWS_AT_A_TIME)).to(left.dtype)
-        left = left[left.sum(1) > 0]
-    return rounds, units, gathered
+def are_inside(x: Tensor, y: Tensor, height: int, width: int) -> Tensor:
+    """Which samples have a corner in the image."""
+    return (x > -1) & (x < width) & (y > -1) & (y < height)
+
+
+def are_cells(taps: Taps, reach: int, tile: tuple[int, int]) -> Tensor:
+    """Which samples have all their corners, clamped into the image, among the cells of the tile."""
+    _, height, width, _ = taps.move_x.shape
+
+    def among(move: Tensor, pixel: Tensor, side: int, tile_side: int) -> Tensor:
+        cell = (pixel + move).floor().clamp(0, side - 1) - pixel // tile_side * tile_side + reach
+        return (cell >= 0) & (cell < tile_side + 2 * reach - 1)
+
+    return (among(taps.move_y, taps.pixel_y, height, tile[0])
+            & among(taps.move_x, taps.pixel_x, width, tile[1]))
+
+
+def gathers_of(is_cell: Tensor, is_pixel: Tensor, depth: int) -> tuple[int, ...]:
+    """Of (9, units, 32): units, taps times passes that read cells, that read the image; taps."""
+    per_pass = [int(taken.unflatten(-1, (depth // 8, -1)).any(-1).sum())
+                for taken in (is_cell, is_pixel)]
+    return (is_cell.shape[1], *per_pass, int(is_pixel.sum()))
+
+
+def layers_of(far: Tensor, is_cell: Tensor, is_pixel: Tensor, depth: int) -> tuple[int, ...]:
+    """Of (9, units, 32) far taps, most of which are one of the two: how they are multiplied.
+
+    Returns:
+        Units with far taps, layers, rounds, those that are copied, accesses of these to cells; taps
+        that are read in the image.
+    """
+    layer = far.flip(0).cumsum(0).flip(0)  # a row's last tap is in the first
+    per_unit = layer[0].amax(1)
+    rounds = copied = copies = 0
+    for number in range(1, TAPS + 1):
+        now = far & (layer == number)
+        state = ((now & is_cell).any(0) + 2 * (now & is_pixel).any(0).long())
+        order = (state == 0).long().argsort(dim=1, stable=True)  # rows with a tap first
+        state = state.gather(1, order).unflatten(1, (-1, ROUND_ROWS))
+        is_copied = (state == 2).any(-1)
+        rounds += int((state > 0).any(-1).sum())
+        copied += int(is_copied.sum())
+        # 32 lanes take as many chunks of 16 bytes: four cells of so many rows
+        per_copy = (state[is_copied] == 1).unflatten(-1, (-1, 64 // depth))
+        copies += int(per_copy.any(-1).sum())
+    return (int((per_unit > 0).sum()), int(per_unit.sum()), rounds, copied, copies,
+            int((far & is_pixel).sum()))
+
+
+def forward_counts(taps: Taps, is_near: Tensor, depth: int, reach: int,
+                   tile: tuple[int, int]) -> tuple[int, ...]:
+    """What the rates of the forward kernel are of, in their order."""
+    _, height, width, _ = is_near.shape
+    inside = are_inside(taps.pixel_x + taps.move_x, taps.pixel_y + taps.move_y, height, width)
+    is_cell = are_cells(taps, reach, tile)
+    far, is_cell, is_pixel = (in_units(mask.to(torch.uint8), depth).bool() for mask in (
+        ~is_near, inside & is_cell, inside & ~is_cell))
+    existing = in_units(torch.ones_like(is_near[:1], dtype=torch.uint8), depth)[0].sum(1)
+    is_gathered = ROWS_PER_FAR[depth] * far[JUDGED_TAPS].sum((0, 2)) > existing
+    *gathers, gathered_pixels = gathers_of(is_cell[:, is_gathered], is_pixel[:, is_gathered], depth)
+    *layers, far_pixels = layers_of(*(mask[:, ~is_gathered] for mask in (far, is_cell, is_pixel)),
+                                    depth)
+    return (*gathers, *layers, gathered_pixels + far_pixels)
 
 
 def lists_of(x: Tensor, y: Tensor, is_listed: Tensor) -> Tensor:
@@ -103,7 +173,7 @@ def lists_of(x: Tensor, y: Tensor, is_listed: Tensor) -> Tensor:
     """
     _, height, width, groups = x.shape
     blocks_h, blocks_w = -(-height // BLOCK), -(-width // BLOCK)
-    inside = is_listed & (x > -1) & (x < width) & (y > -1) & (y < height)
+    inside = is_listed & are_inside(x, y, height, width)
     group = torch.arange(groups).expand_as(x)[inside]
     left, top = (t[inside].floor().long() for t in (x, y))
     ends = [((at.clamp(min=0) // BLOCK), (at + 1).clamp(max=side - 1) // BLOCK)
@@ -116,15 +186,6 @@ def lists_of(x: Tensor, y: Tensor, is_listed: Tensor) -> Tensor:
             index = ((block_y * blocks_w + block_x) * groups + group)[chosen]
             counts += torch.bincount(index, minlength=len(counts))
     return counts
-
-
-class Taps(NamedTuple):
-    """(K, H, W, G) each: from a pixel at rest to the sample of a tap, and where the pixel is."""
-
-    move_x: Tensor
-    move_y: Tensor
-    pixel_x: Tensor
-    pixel_y: Tensor
 
 
 def taps_of(numbers: Tensor, scale: float) -> Taps:
@@ -145,30 +206,32 @@ def draw_taps(height: int, width: int, offsets: str, seed: int = 0) -> Taps:
 
 
 @functools.cache
-def far_rates(height: int, width: int, depth: int, offsets: str, seed: int = 0) -> FarRates:
+def far_rates(height: int, width: int, depth: int, offsets: str,
+              tile: tuple[int, int] = FORWARD_TILE, seed: int = 0) -> FarRates:
     """Rates on a map of this size.
 
     Args:
         height, width: of the map.
         depth: channels of a group, 16, 32 or 64.
         offsets: a distribution, see `make_problem`.
+        tile: height and width of the forward kernel's.
         seed: of the offsets.
     """
-    return rates_of(draw_taps(height, width, offsets, seed), depth, reach_of(offsets))
+    return rates_of(draw_taps(height, width, offsets, seed), depth, reach_of(offsets), tile)
 
 
-def rates_of(taps: Taps, depth: int, reach: int) -> FarRates:
-    """Rates of known taps."""
+def rates_of(taps: Taps, depth: int, reach: int, tile: tuple[int, int] = FORWARD_TILE) -> FarRates:
+    """Rates of known taps. Those of the forward kernel are of use with a reach of 2 only."""
     move_x, move_y, pixel_x, pixel_y = taps
     _, height, width, _ = move_x.shape
     rows = move_x[0].numel()
 
-    # forward: within the window of the pixel's block
+    # in the window of the pixel's block
     side = BLOCK + 2 * reach
     column, line = ((move + at % BLOCK + reach).floor() for move, at in ((move_x, pixel_x),
                                                                          (move_y, pixel_y)))
     is_near = (column >= 0) & (column < side - 1) & (line >= 0) & (line < side - 1)
-    rounds, round_units, gathered = rounds_of(in_units((~is_near).sum(0, True), depth)[0])
+    forward = forward_counts(taps, is_near, depth, reach, tile)
     cell = in_units((line * side + column) * is_near, depth)  # not near: nobody asks
     cells = corner_banks(cell.long(), 1, side)
     window = conflicts(torch.arange(WARP) ^ (cells & 6) << 2,
@@ -190,11 +253,21 @@ def rates_of(taps: Taps, depth: int, reach: int) -> FarRates:
     near = is_near.flatten(1, 2)[:, :count].transpose(1, 2)
     stencils = corner_banks(place, pitch, below)
     return FarRates(*(number / rows for number in (
-        rounds, round_units, gathered, (taken > 0).sum().item(), left.amax(1).sum().item(),
+        *forward, (taken > 0).sum().item(), left.amax(1).sum().item(),
         (-(-taken // (WARP * 8 // depth))).sum().item(), (-(-lists // WARP)).sum().item(),
         eights.sum().item(), lists.sum().item())),
         has_full=bool((lists > BLOCK * BLOCK * depth).any()), window_conflicts=window,
         stencil_conflicts=conflicts(stencils % WARP, near.expand_as(stencils)))
+
+
+@functools.cache
+def existing_corners(height: int, width: int, offsets: str) -> float:
+    """Share of the corners of all samples that are pixels of the image."""
+    move_x, move_y, pixel_x, pixel_y = draw_taps(height, width, offsets)
+    x, y = pixel_x + move_x, pixel_y + move_y
+    across, down = (sum(((at.floor() + step >= 0) & (at.floor() + step < side)).float()
+                        for step in (0, 1)) for at, side in ((x, width), (y, height)))
+    return (across * down * are_inside(x, y, height, width)).mean().item() / 4
 
 
 @functools.cache

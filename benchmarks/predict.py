@@ -34,8 +34,17 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 import torch
-from executions import Kernel, Launch, executions, instructions, read_compiled, shared_wavefronts
-from far_taps import DISTRIBUTIONS, TAPS, WARP, far_rates, pixels_per_row, reach_of
+from executions import Kernel, Launch, instructions, read_compiled, shared_wavefronts
+from far_taps import (
+    DISTRIBUTIONS,
+    FORWARD_TILE,
+    TAPS,
+    WARP,
+    existing_corners,
+    far_rates,
+    pixels_per_row,
+    reach_of,
+)
 from gpu import DTYPES, SHAPES, parse_shape
 from gpu_peers import Problem
 
@@ -187,8 +196,9 @@ def direct_terms(gpu: Gpu, call: Call, table: dict) -> list[Terms]:
     moved = problem.bytes_moved_backward if is_backward else problem.bytes_moved
     gathered = CORNERS * outputs * size / 128
     coefficients = launch.rows * TAPS * (64 if is_backward else 32) * 2 / 128  # out and back
+    added = CORNERS * outputs * 4 * existing_corners(height, width, call.offsets)
     work = Work(moved, moved + (fetched - 1) * outputs * size, gathered + coefficients,
-                CORNERS * outputs * 4 if is_backward else 0)
+                added if is_backward else 0)
     kernel = table[call.direction, f'D={call.depth}', call.dtype, gpu.arch]
     terms = [terms_of(gpu, kernel, launch, plan['shared_bytes'], work)]
     if is_backward:  # float32 sums, cleared before and rounded after
@@ -202,9 +212,10 @@ def window_launch(problem: Problem, call: Call, direction: str, plan: dict) -> L
     """A launch of a kernel on tensor cores."""
     batch, height, width, _ = problem.value.shape
     owned = batch * -(-height // 4) * -(-width // 4) * problem.groups
+    tile = (plan['tile_h'], plan['tile_w']) if direction == 'window_forward' else FORWARD_TILE
     return Launch(direction, call.depth, blocks_of(problem, plan), plan['threads'],
                   problem.value.numel() // call.depth, plan['tile_h'], plan['tile_w'],
-                  plan['reach'], owned, far_rates(height, width, call.depth, call.offsets))
+                  plan['reach'], owned, far_rates(height, width, call.depth, call.offsets, tile))
 
 
 def window_work(problem: Problem, launch: Launch) -> Work:
@@ -213,10 +224,11 @@ def window_work(problem: Problem, launch: Launch) -> Work:
     values, numbers = problem.value.numel() * size, problem.offset_mask.numel() * size
     rates, row = launch.rates, launch.depth * size
     cells = launch.blocks * launch.cells * 128
+    wavefronts = shared_wavefronts(launch)
     if launch.direction == 'window_forward':
-        runs = executions(launch)
-        far = (4 * 4 * runs['rounds'] + WARP * CORNERS * runs['gathered']) * row
+        far = 4 * rates.elsewhere * launch.rows * row
         moved, fetched = 2 * values + numbers, cells + values + numbers + far
+        wavefronts += far / 128
     elif launch.direction == 'window_grad_offset':
         listed = 4 * rates.listed * launch.rows
         far = 5 * rates.takes * launch.rows * (WARP * 8 // launch.depth) * row
@@ -227,7 +239,7 @@ def window_work(problem: Problem, launch: Launch) -> Work:
         halo = launch.cells / (launch.tile_h * launch.tile_w)
         moved = 2 * values + numbers + 4 * listed
         fetched = cells + values + halo * numbers + listed * (4 + row)
-    return Work(moved, fetched, shared_wavefronts(launch))
+    return Work(moved, fetched, wavefronts)
 
 
 def window_terms(gpu: Gpu, call: Call, table: dict) -> list[Terms]:
@@ -258,7 +270,9 @@ def window_terms(gpu: Gpu, call: Call, table: dict) -> list[Terms]:
 
 def predict(gpu: Gpu, call: Call, table: dict) -> list[Terms]:
     """The launches of a call, in turn."""
-    return (direct_terms if call.path == 'direct' else window_terms)(gpu, call, table)
+    has_kernels = call.direction == 'backward' or reach_of(call.offsets) == 2
+    is_window = call.path != 'direct' and has_kernels  # else the direct kernels take it
+    return (window_terms if is_window else direct_terms)(gpu, call, table)
 
 
 def seconds(gpu: Gpu, terms: Terms) -> float:
@@ -273,10 +287,10 @@ def floor_of(gpu: Gpu, call: Call) -> float:
     return max(moved / gpu.copy, gpu.launch)
 
 
-def read_measured(gpu: Gpu, folder: Path = RESULTS) -> dict[Call, list[float]]:
-    """Seconds that gpu.py has measured on this device, a list for each call."""
-    measured: dict[Call, list[float]] = {}
-    for path in sorted(folder.glob('*.json')):
+def read_measured(gpu: Gpu, folder: Path = RESULTS) -> dict[Call, float]:
+    """Seconds that gpu.py has measured on this device, in the newest run that has the call."""
+    measured = {}
+    for path in sorted(folder.glob('*.json')):  # their names end in date and time
         result = json.loads(path.read_text())
         if gpu.name not in result.get('device', ''):
             continue
@@ -284,9 +298,8 @@ def read_measured(gpu: Gpu, folder: Path = RESULTS) -> dict[Call, list[float]]:
             for kind, peer in PATHS.items():
                 time = row['peers'].get(peer, {}).get('device_ms', 0)
                 if time > 0:
-                    call = Call(row['shape'], row['group_channels'], row['dtype'],
-                                row['offsets'], row['direction'], kind)
-                    measured.setdefault(call, []).append(time / 1e3)
+                    measured[Call(row['shape'], row['group_channels'], row['dtype'],
+                                  row['offsets'], row['direction'], kind)] = time / 1e3
     return measured
 
 
@@ -303,7 +316,7 @@ HEAD = (f'{"shape":>14} {"D":>3} {"dtype":>8} {"":2} {"":8} {"kernels":12} {"ins
         f'{"waves":>11} {"floor":>7} {"us":>8} {"":4} {"measured":>8} {"ratio":>5}')
 
 
-def lines_of(gpu: Gpu, call: Call, table: dict, times: Sequence[float]) -> list[str]:
+def lines_of(gpu: Gpu, call: Call, table: dict, measured: Optional[float]) -> list[str]:
     """A call: instructions for 256 outputs, waves, times, and what bounds each launch."""
     try:
         launches, floor = predict(gpu, call, table), floor_of(gpu, call)
@@ -315,9 +328,8 @@ def lines_of(gpu: Gpu, call: Call, table: dict, times: Sequence[float]) -> list[
     line = (f'{call.shape:>14} {call.depth:3} {call.dtype:>8} {call.offsets} {call.direction:8} '
             f'{call.path:12} {count:6.0f} {waves:>11} {1e6 * floor:7.1f} {1e6 * time:8.1f} '
             f'{100 * floor / time:3.0f}%')
-    if times:
-        mean = sum(times) / len(times)
-        line += f' {1e6 * mean:8.1f} {time / mean:5.2f}'
+    if measured is not None:
+        line += f' {1e6 * measured:8.1f} {time / measured:5.2f}'
     return [line, *(
         f'{"":20}{t.name:18} {1e6 * seconds(gpu, t):7.1f} = {1e6 * gpu.launch:.1f} + '
         f'{t.bound} / {gpu.sustained:.2f}: '
@@ -389,9 +401,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         if path == 'direct' or dtype != 'float32']
     print(HEAD)
     for call in calls:
-        print('\n'.join(lines_of(gpu, call, table, measured.get(call, ()))))
-    ratios = {call: predicted(gpu, call, table) * len(times) / sum(times)
-              for call, times in measured.items() if call in calls}
+        print('\n'.join(lines_of(gpu, call, table, measured.get(call))))
+    ratios = {call: predicted(gpu, call, table) / time
+              for call, time in measured.items() if call in calls}
     print('\n'.join(spread_lines(ratios)))
     return 0
 

@@ -44,8 +44,9 @@ EXECUTED = """
 
 For offsets D0 (zero), D1 (N(0, 0.5)), D2 (N(0, 2)), D3 (U(-2, 2), times an `offset_scale` of 2) and
 D4 (U(-10, 10), times 2): tensor-core kernels with reach 2 take the first three, those with reach 4
-the others. For these kernels: a block of 16x8 pixels, all of them in the image, with far taps as
-often as on a map of 56x56; `window backward` is the gradients of offsets and of value together.
+the others; forward there are none, and the direct kernel takes them. For tensor-core kernels: a
+block of 16x8 pixels, all of them in the image, with far taps as often as on a map of 56x56;
+`window backward` is the gradients of offsets and of value together.
 Direct kernels execute the same for every distribution. For comparison, by nvcc 13.0: the released
 DCNv4 kernels in float16 with groups of 32 channels execute about 1670 forward, with 56 registers
 and 40 bytes of stack, and about 21600 backward.

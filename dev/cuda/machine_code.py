@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a warp executes of a kernel, counted in disassembled machine code.
 
-A loop, or a stretch of code that a branch may skip, is a *span*. Some spans are parts of their own
-(`rounds`, `takes`, …): how often they run depends on the call, and is what `executions` in
-benchmarks/executions.py says. The code around them belongs to the part that encloses it, times the
-turns of the loops in between. So a kernel is a few numbers, instructions per run of each part.
+A loop, or a stretch of code that a branch may skip, is a *span*, and so is what runs instead of
+such a stretch. Some spans are parts of their own (`rounds`, `takes`, …): how often they run depends
+on the call, and is what `executions` in benchmarks/executions.py says. The code around them belongs
+to the part that encloses it, times the turns of the loops in between. So a kernel is a few numbers,
+instructions per run of each part.
 
 The compiler moves code about; spans are told by the instructions that occur in them. Both sides of
 branches count where neither is a part, which is a few per cent more than what is executed.
@@ -59,16 +60,28 @@ def functions(sass: str) -> Iterator[tuple[str, Code]]:
 
 
 def spans_of(code: Code) -> list[Span]:
-    """Loops and skipped stretches, outer ones first."""
+    """Loops, skipped stretches and those taken instead, outer ones first."""
     places = {address: i for i, (address, _) in enumerate(code)}
-    found = []
+
+    def target(i: int, pattern: str = r'.*\bBRA\b.*?\b0x([0-9a-f]+)') -> Optional[int]:
+        found = re.match(pattern, code[i][1])
+        return places.get(int(found[1], 16)) if found else None
+
+    found, ends = [], {}
     for i, (_, line) in enumerate(code):
-        target = re.search(r'\bBRA\b.*?\b0x([0-9a-f]+)', line)
-        to = places.get(int(target[1], 16)) if target else None
+        to = target(i)
         if to is None or 'BRA.DIV' in line:  # a detour
             continue
         if to < i or to > i + 1 and re.search(r'\bU?P\d', line):  # back, or on a condition
             found.append((min(to, i + 1), max(to - 1, i), to < i))
+        past = target(to - 1, r'BRA 0x([0-9a-f]+)') if to > i + 1 else None
+        if past is not None and past > to:  # the stretch ends by jumping over another one
+            ends[i + 1, to - 1] = past - 1
+            found.append((to, past - 1, False))
+    # jumps from a stretch past the other one skip what is left of the first
+    found = [(begin, min([end, *(last for (first, last), other in ends.items()
+                                 if first <= begin <= last and end == other)]), is_loop)
+             for begin, end, is_loop in found]
     loops = [(begin, end) for begin, end, is_loop in found if is_loop]
     result = [Span(begin, end, is_loop,
                    any(begin <= b and e <= end and (b, e) != (begin, end) for b, e in loops),
@@ -121,17 +134,27 @@ def copying_role(span: Span, depth: int, unit_groups: int) -> Optional[Role]:
 
 def forward_role(span: Span, inside: str, depth: int) -> Role:
     """The forward kernel on tensor cores."""
-    if span.is_loop:
-        if span.has('HMMA'):
-            return Role(1, 'units' if span.has('STG') else 'rounds')
-        if span.has('LDG', 'F2I'):
-            return Role(1, 'gather_passes' if span.has('STG') else 'gather_taps')
-    elif not span.has('HMMA') and span.has('LDG', 'F2I'):
+    if span.has('HMMA'):
         if span.has('STG'):
-            return Role(1, 'gathered')
-        if span.has('SHFL'):
-            return Role(1, 'refetches' if inside == 'rounds' else 'fetches')
-    return SAME
+            return Role(1, 'units' if span.is_loop else 'products')
+        if not span.is_loop:
+            return Role(1, 'layered') if inside == 'products' else SAME
+        return Role(1, 'layers' if span.has_loop else 'rounds')
+    if inside == 'products' and span.has('STG', 'F2I'):
+        return NEVER  # sums that are not finite are gathered
+    if span.is_loop:
+        return Role(1, 'gather_passes' if span.has('STG') else 'gather_turns') \
+            if span.has('LDG', 'FFMA') else SAME
+    if span.has('F2I'):
+        if span.has('STS'):  # weights of a product, or taps to be gathered
+            return Role(1, 'products' if span.has('LDG') else 'gathered')
+        part = {'products': 'layered', 'layers': 'retakes'}.get(inside)
+        return Role(1, part) if part and span.has('LDG') else SAME
+    if span.has('STG', 'FFMA'):
+        return Role(1, 'gathered')
+    if inside == 'gather_turns' and span.has('LDG') != span.has('LDS'):  # of one of three taps
+        return Role(1 / 3, 'cell_taps' if span.has('LDS') else 'pixel_taps')
+    return Role(1, 'copied_rounds') if inside == 'rounds' and span.has('STS') else SAME
 
 
 def grad_offset_role(span: Span, inside: str, depth: int) -> Role:

@@ -42,14 +42,17 @@ def times(tools, direction, path, offsets=('D1',), shapes=('64x28x28x256',), dty
 @pytest.mark.parametrize('path', ['direct', 'tensor cores'])
 @pytest.mark.parametrize('direction', DIRECTIONS)
 def test_order_and_floors(tools, direction, path):
-    """More images take longer, so do taps further away; nothing beats its bytes."""
+    """More images take longer, on tensor cores far taps do; nothing beats its bytes."""
     shapes = [f'{batch}x28x28x256' for batch in (8, 16, 32, 64)]
     by_size = [time for time, _ in times(tools, direction, path, shapes=shapes)]
     assert by_size == sorted(by_size) and by_size[-1] > 4 * by_size[0]
-    by_offsets = [time for time, _ in times(tools, direction, path, ('D0', 'D1', 'D2'))]
-    assert by_offsets == sorted(by_offsets)
+    near, middle, far = (time for time, _ in times(tools, direction, path, ('D0', 'D1', 'D2')))
     if path == 'tensor cores':
-        assert by_offsets[0] < by_offsets[1] < by_offsets[2]
+        assert near < middle < far
+    elif direction == 'backward':  # corners outside the image need no reductions
+        assert 1.05 * far < middle < 1.02 * near
+    else:
+        assert near == middle == far
     small = ('64x7x7x1024', '1x25x40x1024', '1x50x80x512')
     assert all(time > floor for time, floor in times(tools, direction, path, ('D0', 'D4'), small))
 
@@ -77,9 +80,12 @@ def test_measured_rows(tools, capsys):
     """Each row of the results that is ours stands beside its prediction, which is no guess."""
     assert tools.predict.main(['--measured']) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    ratios = [float(row[-1]) for row in rows if row and re.fullmatch(r'\d+x\d+x\d+x\d+', row[0])]
-    assert len(ratios) == len(tools.predict.read_measured(tools.predict.GPUS['h200'])) >= 32
-    assert all(0.7 < ratio < 1.3 for ratio in ratios)
+    rows = [row for row in rows if row and re.fullmatch(r'\d+x\d+x\d+x\d+', row[0])]
+    assert len(rows) == len(tools.predict.read_measured(tools.predict.GPUS['h200'])) >= 76
+    for row in rows:
+        # what the gradients' far taps wait for in global memory is not modelled
+        least = 0.65 if 'D2' in row and 'backward' in row else 0.75
+        assert least < float(row[-1]) < 1.2, ' '.join(row)
 
 
 def test_the_table_is_whole(tools):
@@ -97,7 +103,8 @@ def test_the_table_is_whole(tools):
             assert {'lines', 'copies', 'units' if 'value' not in direction else 'stencils'} <= \
                 kernel.parts.keys()
     assert {arch for *_, arch in table} == {'sm_80', 'sm_90', 'sm_100'}
-    assert len(table) == 3 * (2 * 3 * 3 + 3 * 3 * 2 * 2 + 1 + 2)
+    # direct; window forward, with one reach; the gradients, with two; window_clear and _grad_rest
+    assert len(table) == 3 * (2 * 3 * 3 + 3 * 2 + 2 * 3 * 2 * 2 + 1 + 2)
 
 
 def test_a_stale_table(tools, tmp_path):
@@ -111,40 +118,101 @@ def test_a_stale_table(tools, tmp_path):
 
 
 def test_parts_of_machine_code(tools):
-    """A loop of units with rounds within, taps gathered behind a branch, and copies before."""
-    lines = ['MOV', '@!P0 BRA 0x40', 'LDGSTS.E', '@P1 BRA 0x20',  # 0x20: a copy at a time
-             'MOV', 'HMMA.16816', '@P0 BRA 0x90', 'SHFL.IDX', 'LDG.E.128',  # 0x40: units
-             'MOV', 'HMMA.16816', '@P2 BRA 0x90',  # 0x90: rounds
-             'STG.E', '@P3 BRA 0x40', 'EXIT', 'MOV']
-    lines[7] += ' F2I'  # of the stretch that is skipped
-    code = [(16 * i, line) for i, line in enumerate(lines)]
+    """Units that are multiplied, with layers of rounds, or gathered instead; copies before."""
+    at = {name: 16 * i for i, (name, _) in enumerate(LISTING) if name}
+    code = [(16 * i, re.sub(r'\bto (\w+)', lambda found: f'0x{at[found[1]]:x}', line))
+            for i, (_, line) in enumerate(LISTING)]
     assert tools.machine_code.parts_of(code, 'window_forward', 8, 32) == {
-        'warps': 2, 'copies': 2, 'units': 5, 'fetches': 2, 'rounds': 3}
+        'warps': 2, 'copies': 2, 'units': 3, 'products': 7, 'layered': 3, 'layers': 3, 'rounds': 3,
+        'copied_rounds': 1, 'retakes': 2, 'gathered': 5, 'gather_passes': 3, 'gather_turns': 4,
+        'cell_taps': pytest.approx(2 / 3), 'pixel_taps': pytest.approx(1 / 3)}
+
+
+# places to which a branch leads, and instructions
+LISTING = [
+    ('', 'MOV'), ('', '@!P0 BRA to unit'), ('copy', 'LDGSTS.E'), ('', '@P1 BRA to copy'),
+    ('unit', '@P3 BRA to writing'),
+    ('', 'STS.128'), ('', 'FFMA'), ('', '@P0 BRA to ready'),  # its way leads past the other one
+    ('', 'F2I.FLOOR'), ('', 'LDG.E.U16'), ('', 'BRA to ready'),
+    ('writing', 'F2I.FLOOR'), ('', 'STS.128'), ('', 'STS.64'),
+    ('ready', '@P3 BRA to gather'),
+    ('', 'HMMA.16816'), ('', '@P0 BRA to results'),
+    ('layer', '@!P1 BRA to later'),
+    ('round', '@P2 BRA to corners'), ('', 'STS.128'), ('corners', 'HMMA.16816'),
+    ('', '@P2 BRA to round'),
+    ('later', '@!P0 BRA to next'), ('', 'F2I.FLOOR'), ('', 'LDG.E.U16'),
+    ('next', '@P0 BRA to layer'),
+    ('results', 'STG.E'), ('', '@!P4 BRA to done'),
+    ('again', 'F2I.FLOOR LDG.E.128'), ('', 'STG.E'), ('', '@P4 BRA to again'), ('', 'BRA to done'),
+    ('gather', 'MOV'), ('pass', 'LDS'),
+    ('turn', '@P5 BRA to image'), ('', 'LDS.128'), ('', 'BRA to weigh'),
+    ('image', 'LDG.E.128'), ('weigh', 'LDS.128'), ('', 'FFMA'), ('', '@P5 BRA to turn'),
+    ('', 'STG.E'), ('', '@P6 BRA to pass'), ('', 'MOV'),
+    ('done', '@P3 BRA to unit'), ('', 'EXIT'), ('', 'MOV')]
 
 
 @pytest.mark.parametrize('depth', [16, 64])
 def test_nothing_is_far_at_rest(tools, depth):
     """Not even the taps of border pixels, which lie exactly on line or column -1."""
     rates = tools.far_taps.far_rates(5, 7, depth, 'D0')
-    assert rates[:10] == (0.0,) * 9 + (False,)
+    assert rates[:15] == (0.0,) * 15 and not rates.has_full
     assert rates.window_conflicts == rates.stencil_conflicts == 1
 
 
-@pytest.mark.parametrize('spread', [0.3, 0.5, 2])
-def test_rates_against_the_emulator(tools, emulator, tmp_path, spread):
-    """Rounds, left-over taps, lists and wavefronts, as the kernels' own source has them."""
-    size, geometry = (1, 8, 16, 2, 32), dict(kernel_size=3, padding=1)
-    inputs, grad_output = make_call(size, (F16, F16), geometry, seed=1)
-    packed = inputs.offset_mask[..., :54].unflatten(-1, (2, 27))
+def launch_of(tools, direction, plan, depth, rows, rates):
+    blocks = plan['slices'] * plan['tiles_h'] * plan['tiles_w']
+    return tools.executions.Launch(direction, depth, blocks, plan['threads'], rows, plan['tile_h'],
+                                   plan['tile_w'], plan['reach'], rows // 16, rates)
+
+
+def spread_call(spread, depth):
+    """Inputs on a map of 16x32 with offsets that deviate so much; none is far below 0.5."""
+    groups, geometry = 64 // depth, dict(kernel_size=3, padding=1)
+    inputs, grad_output = make_call((1, 16, 32, groups, depth), (F16, F16), geometry, seed=1)
+    packed = inputs.offset_mask[..., :27 * groups].unflatten(-1, (groups, 27))
     packed[..., :18] = torch.randn(packed[..., :18].shape) * spread
-    if spread < 0.5:  # none is far
+    if spread < 0.5:
         packed[..., :18].clamp_(-0.9, 0.9)
-    options = dict(groups=2, device=ONE_PROCESSOR, count=True, **geometry)
-    _, plan, forward = emulate_window(emulator, tmp_path / 'a', inputs, **options)
-    _, run = emulate_window_backward(emulator, tmp_path / 'b', inputs, grad_output, **options)
-    far_taps, rows = tools.far_taps, 8 * 16 * 2
-    rates = far_taps.rates_of(far_taps.taps_of(packed[0].float(), 1.0), 32, 2)
-    assert rates.rounds * rows == forward['far']['instructions'] / 4  # two chunks out and back
+    options = dict(groups=groups, device=ONE_PROCESSOR, count=True, **geometry)
+    return inputs, grad_output, packed[0].float(), options
+
+
+def wavefronts(counts):
+    return sum(count['wavefronts'] for count in counts.values())
+
+
+@pytest.mark.parametrize(('depth', 'spread', 'ways'), [
+    (32, 0.3, []), (32, 0.5, ['layers', 'copied_rounds']),
+    (32, 1.2, ['gathered', 'layers', 'copied_rounds']), (32, 2, ['gathered']),
+    (16, 1, ['gathered', 'layers', 'copied_rounds']),
+    (64, 1.4, ['gathered', 'layers', 'copied_rounds'])])
+def test_forward_rates_against_the_emulator(tools, emulator, tmp_path, depth, spread, ways):
+    """Units with and without a product, rounds of layers, wavefronts: as the kernel's source."""
+    inputs, _, packed, options = spread_call(spread, depth)
+    _, plan, counts = emulate_window(emulator, tmp_path / 'call', inputs, **options)
+    rows, taps = 16 * 32 * (64 // depth), tools.far_taps.taps_of(packed, 1.0)
+    rates = tools.far_taps.rates_of(taps, depth, 2, (plan['tile_h'], plan['tile_w']))
+    launch = launch_of(tools, 'window_forward', plan, depth, rows, rates)
+    runs = tools.executions.executions(launch)
+    assert [name for name in ('gathered', 'layers', 'copied_rounds') if runs[name]] == ways
+    assert runs['products'] * 16 == counts['clear']['instructions']
+    assert runs['gathered'] * 27 == counts['taps']['instructions']
+    # of a round two matrices at a time, which if copied were put there before, some of them from
+    # cells; of a gathered tap three times its numbers, and four corners in cells
+    assert counts['far']['instructions'] == pytest.approx(
+        (runs['rounds'] + runs['copied_rounds']) * depth / 16 + rates.cell_copies * rows
+        + 9 * runs['gather_turns'] + 4 * runs['cell_taps'])
+    assert tools.executions.shared_wavefronts(launch) == pytest.approx(wavefronts(counts), rel=0.1)
+
+
+@pytest.mark.parametrize('spread', [0.3, 0.5, 2])
+def test_backward_rates_against_the_emulator(tools, emulator, tmp_path, spread):
+    """Left-over taps, lists and wavefronts, as the kernels' own source has them."""
+    inputs, grad_output, packed, options = spread_call(spread, 32)
+    _, run = emulate_window_backward(emulator, tmp_path / 'call', inputs, grad_output,
+                                     **options)
+    rows = 16 * 32 * 2
+    rates = tools.far_taps.rates_of(tools.far_taps.taps_of(packed, 1.0), 32, 2)
     # a word for each turn of collecting; of taking, one read and three numbers put
     far = run.accesses['far']['instructions']
     assert (rates.collects + 4 * rates.takes) * rows == pytest.approx(far)
@@ -154,18 +222,12 @@ def test_rates_against_the_emulator(tools, emulator, tmp_path, spread):
         return
 
     def predicted(direction, plan):
-        blocks = plan['slices'] * plan['tiles_h'] * plan['tiles_w']
-        return tools.executions.shared_wavefronts(tools.executions.Launch(
-            direction, 32, blocks, plan['threads'], rows, plan['tile_h'], plan['tile_w'],
-            plan['reach'], rows // 16, rates))
-
-    def wavefronts(counts):
-        return sum(count['wavefronts'] for count in counts.values())
+        return tools.executions.shared_wavefronts(launch_of(tools, direction, plan, 32, rows,
+                                                            rates))
 
     def conflicts(phase):
         return run.accesses[phase]['wavefronts'] / run.accesses[phase]['instructions']
 
-    assert predicted('window_forward', plan) == pytest.approx(wavefronts(forward), rel=0.1)
     assert rates.window_conflicts == pytest.approx(conflicts('taps'))
     # more than there are: on so small a map many pixels of the halo do not exist
     assert 1 < rates.stencil_conflicts / conflicts('scatter') < 1.25
