@@ -1,8 +1,8 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// tap_place.cuh — where the corners of a sample are, in 12 bytes: among the cells of the tile, which
-// are in shared memory, or in the image.
+// tap_place.cuh — where the corners of a sample are, in 12 bytes: among the cells of the tile,
+// which are in shared memory, or in the image.
 #pragma once
 
 #include "dense_window.cuh"
@@ -15,8 +15,9 @@ struct TapPlace {
   // Corners left and right above: numbers of pixels; of cells, bytes from the first cell to the
   // chunk that begins a group's channels.
   uint32_t left, right;
-  // From there to those below, 0 if that is the same line. kIsCell is set for cells, and kSwap where
-  // the order of their chunks changes by a line, see DenseWindow::chunk_at(); kNone: no corner.
+  // From there to those below, 0 if that is the same line. kIsCell is set for cells, and kSwap
+  // where the order of their chunks changes by a line, see DenseWindow::chunk_at(); kNone: no
+  // corner.
   uint32_t step;
   static constexpr uint32_t kIsCell = 1u << 31, kSwap = 4 * kChunkBytes, kNone = 0xffffffffu;
 

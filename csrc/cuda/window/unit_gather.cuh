@@ -1,12 +1,12 @@
 // Copyright (c) mmdcnv4 contributors.
 // SPDX-License-Identifier: Apache-2.0
 //
-// unit_gather.cuh — a unit of the tensor-core forward kernel without its product: where many samples
-// lie outside the windows of their pixels, gathering all of them is cheaper.
+// unit_gather.cuh — a unit of the tensor-core forward kernel without its product: where many
+// samples lie outside the windows of their pixels, gathering all of them is cheaper.
 //
 // Work split  as in dcnv4_forward.cuh, but for 32 rows at once: lane = row while the coefficients
-//             of its nine taps are written to the warp's area, then teams of D / 8 lanes sum them up
-//             for a row each, 8 channels per lane, three taps at a time
+//             of its nine taps are written to the warp's area, then teams of D / 8 lanes sum them
+//             up for a row each, 8 channels per lane, three taps at a time
 // Memory      trained offsets seldom lead far: samples whose corners are among the tile's cells are
 //             read there, only the others from global memory
 #pragma once
