@@ -112,7 +112,7 @@ class Compiler:
     def keep(self, widths: Sequence[int], reaches: Sequence[int]) -> None:
         """Of the tensor-core kernels only those that the tests call: each is a second or so."""
         text = self.dispatch
-        for kind, kept, known in (('visit', widths, (16, 32, 64)), ('with_depth', reaches, (2, 4))):
+        for kind, kept, known in (('visit', widths, (16, 32, 64)), ('with_reach', reaches, (2, 4))):
             for number in set(known) - set(kept):
                 text, count = re.subn(rf'\n *case {number}: return {kind}\(.*', '', text)
                 assert count == 1, f'dispatch.h has {count} cases for {number}'
@@ -140,12 +140,15 @@ class Compiler:
 
 
 def widths_of(tests: Sequence[str]) -> tuple[int, ...]:
-    wide = ('[32-', 'test_bank_conflicts', 'test_far_taps_are_listed', 'test_nothing_left_over')
-    return (16, 32) if any(name in test for test in tests for name in wide) else (16,)
+    wide = ('test_bank_conflicts', 'test_shifted_maps', 'test_far_taps_are_listed',
+            'test_nothing_left_over')
+    widths = {int(found) for test in tests for found in re.findall(r'[\[x-](32|64)(?=[]-])', test)}
+    return (16, *sorted(widths | {32 for test in tests for name in wide if name in test}))
 
 
 def reaches_of(tests: Sequence[str]) -> tuple[int, ...]:
-    far = ('-wide', '-4]', '[2.0-')
+    """Of the backward kernels; the forward kernels have but one."""
+    far = ('-wide', '-4]')
     return (2, 4) if any(name in test for test in tests for name in far) else (2,)
 
 
