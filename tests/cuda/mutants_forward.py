@@ -31,6 +31,8 @@ LOOSE, LOOSE_RING, LOOSE_WIDE, LOOSE_SLICES = (
     for name in ('16-f16-3x3', '16-f16-3x3-ring', '32-f16-3x3', '64-f16-3x3'))
 LOOSE_TWO = W + 'test_two_units_of_a_warp[gather-f16]'
 CLOSE, AWAY, MIXED = (W + f'test_many_far_taps[lengths{number}-16-dtype0]' for number in range(3))
+AWAY_WIDER = W + 'test_many_far_taps[lengths1-32-dtype0]'
+AWAY_SLICES = W + 'test_sizes[1x11x19x3x32-f16]'
 CHOICE = W + 'test_gathered_units[16-dtype0]'
 SHIFTED, SHIFTED_LOOSE = (W + f'test_shifted_maps[{way}]' for way in ('product', 'gather'))
 PADDING = W + 'test_padding_of_any_content[product-10000.0]'
@@ -158,6 +160,11 @@ LAYERS = [
     fault('numbers of the first far tap', FAR,
           'load_tap(31 - __clz(int(far.bits)), a.call.points);',
           'load_tap(__ffs(int(far.bits)) - 1, a.call.points);', F, SIMPLE),
+    fault('numbers of the first group', FAR,
+          'uint32_t(row.group) * uint32_t(3 * a.call.points)));', '0));', F, SIMPLE),
+    fault('numbers of another type', FAR, 'return image.packed.from(',
+          'return OffsetNumbers<T>{image.packed.data, false}.from(', F,
+          W + 'test_geometries[product-16-f16-f32-3x3]'),
     fault('later far taps are not scaled', FAR, 'far.last.mask *= factor;', '', F, SIMPLE),
     fault('places of the layer before are kept', FAR, '    place = TapPlace::none();\n', '', F,
           SIMPLE, CHOICE, BANKS),
@@ -216,7 +223,7 @@ LAYERS = [
           'locate_matrix(a, 2 * unit).group;', F, AWAY),
     fault('far pixels of the first slice', FAR,
           'tile.first_group + Layout::locate_matrix(a, 2 * unit + row',
-          'Layout::locate_matrix(a, 2 * unit + row', F, SLICES),
+          'Layout::locate_matrix(a, 2 * unit + row', F, AWAY_SLICES),
     fault('far pixels of the first chunk', FAR, 'group * kDepth + chunk * kChunkNumbers);',
           'group * kDepth);', F, AWAY),
     fault('copied cells of the first chunk', FAR,
@@ -228,10 +235,14 @@ LAYERS = [
     fault('corners of rows that do not exist', FAR, 'if (row < uint32_t(kWarp)) {', 'if (true) {',
           F, AWAY, SIMPLE),
     fault('half of the corners are copied', FAR, '(lane + i * kWarp) / Layout::kTeam',
-          '(lane + i / 2 * kWarp) / Layout::kTeam', F, WIDER),
+          '(lane + i / 2 * kWarp) / Layout::kTeam', F, AWAY_WIDER),
 ]
 
 GATHERS = [
+    fault('pixels of the first image', FORWARD, 'image{value + in_pixels * a.call.channels,',
+          'image{value,', F, LOOSE),
+    fault('numbers of the first image', FORWARD,
+          'offset_mask.from(int64_t(out_pixels * a.packed_channels)),', 'offset_mask,', F, LOOSE),
     fault('the ring gathers nine taps', GATHER, '&& k < a.call.points) {', ') {', F, LOOSE_RING),
     fault('rows that do not exist gather', GATHER, 'if (b.inside && row.is_valid && k',
           'if (b.inside && k', F, LOOSE, LOOSE_RING, LOOSE_SLICES, equivalent=(
