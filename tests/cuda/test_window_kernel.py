@@ -346,9 +346,9 @@ def test_not_made_for(emulator, tmp_path):
     for change, _ in expected:
         c = {**usual, 'backward': 0, **change}
         pairs = ' '.join(f'{c[key]} {c[key]}' for key in ('kernel', 'stride'))
-        calls.append(f'{c["alignment"]} {c["dtype"]} {c["backward"]} {" ".join(map(str, GPU))} 2 9 11 3 '
-                     f'{c["depth"]} {pairs} 1 1 {c["dilation"]} {c["dilation"]} {c["scale"]} 0 '
-                     f'{c["softmax"]}')
+        calls.append(f'{c["alignment"]} {c["dtype"]} {c["backward"]} {" ".join(map(str, GPU))} '
+                     f'2 9 11 3 {c["depth"]} {pairs} 1 1 {c["dilation"]} {c["dilation"]} '
+                     f'{c["scale"]} 0 {c["softmax"]}')
     printed = emulator('cover', '\n'.join(calls))
     reaches = [json.loads(line)[1]['reach'] for line in printed.splitlines()]
     assert reaches == [reach for _, reach in expected]
