@@ -17,17 +17,17 @@ DENSE, NUMBERS, TAPS, FAR, LISTS, LISTED, REST, LAUNCH = (
         'dcnv4_window_backward.cuh'))
 F, F_BF16, B, B_BF16 = (f'{FOLDER}dcnv4_window_{name}.cu' for name in (
     'forward_f16', 'forward_bf16', 'backward_f16', 'backward_bf16'))
-SIMPLE, RING, WIDE = (W + f'test_geometries[16-f16-{name}]'
-                      for name in ('3x3', '3x3-ring', '3x3-wide'))
-TWO, BACK_TWO = W + 'test_two_units_of_a_warp[f16]', G + 'test_two_units_of_a_warp[f16]'
-MANY_FAR, GATHERED = (W + f'test_many_far_taps[{rows}-16-dtype0]' for rows in (8, 16))
+SIMPLE, RING = (W + f'test_geometries[product-16-f16-{name}]' for name in ('3x3', '3x3-ring'))
+TWO, TWO_SPLIT = (W + f'test_two_units_of_a_warp[product-{name}]' for name in ('f16', 'bf16-f32'))
+BACK_TWO = G + 'test_two_units_of_a_warp[f16]'
 BANKS = W + 'test_bank_conflicts[dtype0]'
-NOT_FINITE = W + 'test_pixels_that_are_not_finite[nan-3x3-f16]'
+NOT_FINITE = W + 'test_pixels_that_are_not_finite[product-nan-3x3-f16]'
+MASKS = W + 'test_masks_of_every_size[product-f16]'
 BACK, BACK_32, BACK_WIDE = (G + f'test_geometries[{name}]'
                             for name in ('16-f16-2', '32-f16-2', '16-f16-4'))
 FULL = G + 'test_full_lists[f16-forward]'
 NAN_GRAD = G + 'test_numbers_that_are_nan[grad_output-3x3-f16]'
-HOSTILE, LEFT = G + 'test_hostile_offsets[3x3-f16]', G + 'test_nothing_left_over[f16]'
+HOSTILE = G + 'test_hostile_offsets[3x3-f16]'
 LISTED_TEST = G + 'test_far_taps_are_listed[1.0]'
 
 
@@ -52,7 +52,7 @@ BARRIERS = [
             'numbers = Numbers::load(a, lane, first_group, image.packed, area);\n'
             '    __syncwarp();\n', F, SIMPLE),
     barrier('cleared, then scattered (forward)', FORWARD,
-            '    const Scale scale = scale_of_row<T>(numbers, points);\n    __syncwarp();\n',
+            '      scale = scale_of_row<T>(numbers, points);\n      __syncwarp();\n',
             F, SIMPLE),
     barrier('__syncthreads after the cells (forward)', FORWARD,
             '      wait_copies<0>();\n      __syncthreads();\n', F, SIMPLE),
@@ -61,19 +61,6 @@ BARRIERS = [
           F, SIMPLE),
     barrier('__syncwarp between scatter and product (forward)', FORWARD,
             '      __syncthreads();\n    }\n    __syncwarp();\n', F, TWO),
-    barrier('weights are read, then overwritten by far cells', FORWARD,
-            '    if (has_many) spoil(sum); // finish() gathers the rows\n    __syncwarp();\n',
-            F, SIMPLE),
-    barrier('results are written, then read (forward)', FORWARD,
-            '    collect<kDepth, kReach>(lane, sum, area);\n    __syncwarp();\n', F, SIMPLE),
-    barrier('results are read, then overwritten (forward)', FORWARD,
-            'lane, scale.inverse, image, area);\n    __syncwarp();\n', F, TWO),
-    barrier('far cells are written, then multiplied', FAR,
-            '          to[1] = row == m * kMatrixRows + 8 + g ? pair : 0;\n        }\n      }\n'
-            '    }\n    __syncwarp();\n', F, SIMPLE),
-    barrier('far cells are multiplied, then overwritten', FAR,
-            'pixels[2 * half + 1], sum[m][2 * pair + half]);\n    }\n    __syncwarp();\n',
-            F, MANY_FAR),
     barrier('__syncthreads after the cells (grad_offset)', OFFSET,
             '    wait_copies<0>();\n    if (unit == warp) __syncthreads();\n', B, BACK),
     barrier('numbers are copied, then read (grad_offset)', OFFSET,
@@ -128,19 +115,19 @@ PRODUCTS = [
           F, SIMPLE),
     fault('the scale of another row is undone', FORWARD,
           '__shfl_sync(kAllLanes, inverse, int(index))', 'inverse', F,
-          W + 'test_masks_of_every_size[f16]'),
+          MASKS),
     fault('low halves of the split are dropped', FAR,
           '    if constexpr (kIsSplit) multiply_add(to, low, b0, b1, T());\n', '',
-          F_BF16, W + 'test_two_units_of_a_warp[bf16-f32]'),
+          F_BF16, TWO_SPLIT),
     fault('the split keeps one of two numbers', FAR,
           'low[i] = narrow_pair(even - rounded.x, odd - rounded.y, T());',
           'low[i] = narrow_pair(even - rounded.x, 0.0f, T());', F_BF16,
-          W + 'test_two_units_of_a_warp[bf16-f32]'),
+          TWO_SPLIT),
     fault('low halves of far taps are dropped', FAR,
           'weights[1][line] = narrow_pair(left - rounded.x, right - rounded.y, T());',
-          'weights[1][line] = 0;', F_BF16, W + 'test_geometries[16-bf16-3x3]'),
+          'weights[1][line] = 0;', F_BF16, W + 'test_geometries[product-16-bf16-3x3]'),
     fault('no limit of the scale', NUMBERS, 'wanted < 253 ? wanted : 253', 'wanted', F,
-          W + 'test_masks_of_every_size[f16]', equivalent=(
+          MASKS, equivalent=(
               'such rows have masks below 2^-115, so that their outputs are zero in float16; where '
               'the scale is infinite the row is gathered')),
     fault('halves of a row of Y are exchanged', OFFSET, 'grads[m][i / 2][half + i % 2 * 2]',
@@ -170,7 +157,7 @@ BORDERS = [
     fault('channels after the last', DENSE, 'has_channel = channel < a.call.channels;',
           'has_channel = channel <= a.call.channels;', F, SIMPLE),
     fault('chunks meet in the banks', DENSE, '(chunk ^ ((x + 4 * y) & 7))', '(chunk ^ (x & 7))',
-          F, W + 'test_no_conflicts_but_in_the_scatter[2.0-16]'),
+          F, W + 'test_no_conflicts_but_in_the_scatter[16]'),
     fault('weights meet in the banks', DENSE, '((row * kRowBytes) ^ ((cell & 6) << 4));',
           '(row * kRowBytes);', F, BANKS),
     fault('results meet in the banks', DENSE, '^ (key * kChunkBytes);', '^ (key * 0);',
@@ -223,26 +210,6 @@ BORDERS = [
 ]
 
 FAR_TAPS = [
-    fault('one far tap for each row', FORWARD, 'far = {far.bits | 1u << k, {dx, dy, mask}};',
-          'far = {1u << k, {dx, dy, mask}};', F, SIMPLE),
-    fault('far taps of groups that do not exist', FORWARD,
-          '>= uint32_t(a.call.groups)) far.bits = 0;', '> uint32_t(a.call.groups)) far.bits = 0;',
-          F, W + 'test_padding_of_any_content[10000.0]'),
-    fault('many far taps, and sums are kept', FORWARD, 'if (has_many) spoil(sum);', '', F,
-          GATHERED),
-    fault('half of the sums are spoiled', FORWARD, 'sum[m][i][0] = sum[m][i][2] = __uint',
-          'sum[m][i][0] = __uint', F, GATHERED),
-    fault('gathered channels of the first group', FORWARD, 'image.value + channel, number);',
-          'image.value, number);', F, GATHERED),
-    fault('sums that are not finite are kept', FORWARD, 'return fabsf(sum) <= FLT_MAX;',
-          'return sum <= FLT_MAX || true;', F, NOT_FINITE),
-    fault('later far taps are not scaled', FAR, 'far.last.mask *= factor;', '', F, MANY_FAR),
-    fault('corners right and below exchanged', FAR, 'right = corners.y - corners.x;',
-          'right = corners.z - corners.x;', F, SIMPLE),
-    fault('far weights in the upper rows', FAR, 'to[1] = row == m * kMatrixRows + 8 + g ?',
-          'to[1] = row == m * kMatrixRows + g ?', F, SIMPLE),
-    fault('a cell of another far tap', FAR, 'cell / 4 % 2 != 0 ? rows[3] : rows[2];',
-          'cell / 4 % 2 != 0 ? rows[2] : rows[3];', F, SIMPLE),
     fault('gradients that are not finite are done', OFFSET, '+ of.mask) <= FLT_MAX;',
           '+ of.mask) <= FLT_MAX || true;', B, NAN_GRAD),
     fault('the first left-over tap twice', OFFSET, 'end += lane >= step ? before : 0;',

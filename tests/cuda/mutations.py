@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT / 'tests'))
 
 import mutants_cpu  # noqa: E402
 import mutants_direct  # noqa: E402
+import mutants_forward  # noqa: E402
 import mutants_window  # noqa: E402
 
 from helpers.emulator_build import FLAGS, EmulatorBuild  # noqa: E402
@@ -45,7 +46,8 @@ from helpers.faults import Fault  # noqa: E402
 
 FOLDER = ROOT / '.build' / 'mutants'
 CXX = os.environ.get('CXX') or 'g++'
-FAULTS = [*mutants_window.FAULTS, *mutants_direct.FAULTS, *mutants_cpu.FAULTS]
+FAULTS = [*mutants_window.FAULTS, *mutants_forward.FAULTS, *mutants_direct.FAULTS,
+          *mutants_cpu.FAULTS]
 SECONDS = 300  # for the tests of one fault; a barrier that is missing may make them hang
 # half of the time of -O1, and the sanitizers see as much
 QUICK = ['-O0' if flag == '-O1' else flag for flag in FLAGS if not flag.startswith('-W')] + ['-w']
@@ -112,7 +114,7 @@ class Compiler:
     def keep(self, widths: Sequence[int], reaches: Sequence[int]) -> None:
         """Of the tensor-core kernels only those that the tests call: each is a second or so."""
         text = self.dispatch
-        for kind, kept, known in (('visit', widths, (16, 32, 64)), ('with_depth', reaches, (2, 4))):
+        for kind, kept, known in (('visit', widths, (16, 32, 64)), ('with_reach', reaches, (2, 4))):
             for number in set(known) - set(kept):
                 text, count = re.subn(rf'\n *case {number}: return {kind}\(.*', '', text)
                 assert count == 1, f'dispatch.h has {count} cases for {number}'
@@ -140,12 +142,15 @@ class Compiler:
 
 
 def widths_of(tests: Sequence[str]) -> tuple[int, ...]:
-    wide = ('[32-', 'test_bank_conflicts', 'test_far_taps_are_listed', 'test_nothing_left_over')
-    return (16, 32) if any(name in test for test in tests for name in wide) else (16,)
+    wide = ('test_bank_conflicts', 'test_shifted_maps', 'test_far_taps_are_listed',
+            'test_nothing_left_over')
+    widths = {int(found) for test in tests for found in re.findall(r'[\[x-](32|64)(?=[]-])', test)}
+    return (16, *sorted(widths | {32 for test in tests for name in wide if name in test}))
 
 
 def reaches_of(tests: Sequence[str]) -> tuple[int, ...]:
-    far = ('-wide', '-4]', '[2.0-')
+    """Of the backward kernels; the forward kernels have but one."""
+    far = ('-wide', '-4]')
     return (2, 4) if any(name in test for test in tests for name in far) else (2,)
 
 

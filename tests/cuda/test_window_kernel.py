@@ -44,6 +44,12 @@ def scale_offsets(inputs, groups, points, factor):
     used[..., :2 * points] *= factor
 
 
+def keep_near(inputs, groups, points):
+    """In place: at rest the two taps by which a unit is judged, so that it takes the product."""
+    used = inputs.offset_mask[..., :3 * points * groups].unflatten(-1, (groups, 3 * points))
+    used[..., [2, 3, 10, 11]] = 0
+
+
 def parts_taken(accesses):
     """Which of the two ways the units of a call went: with a product, or gathered without."""
     return {way for way, phase in (('product', 'scatter'), ('gather', 'taps'))
@@ -58,10 +64,25 @@ def test_geometries(emulator, tmp_path, name, dtypes, depth, way):
     """Every kernel that is compiled; samples in windows, far from them and outside the image."""
     inputs, _ = make_call((2, 5, 9, 3, depth), HALVES[dtypes], GEOMETRIES[name])
     points = make_geometry(groups=3, **GEOMETRIES[name]).points
-    scale_offsets(inputs, 3, points, 0.4 if way == 'product' else 2.0)
+    scale_offsets(inputs, 3, points, 2.0)
+    if way == 'product':
+        keep_near(inputs, 3, points)
     _, plan, accesses = check(emulator, tmp_path, inputs, groups=3, count=True, **GEOMETRIES[name])
     # units without a row take the product
     assert plan['reach'] == 2 and parts_taken(accesses) in ({way}, {'product', way})
+    assert accesses['far']['instructions'] > 0
+
+
+@pytest.mark.parametrize('way', ['product', 'gather'])
+def test_shifted_maps(emulator, tmp_path, way):
+    """Output smaller and larger than the input, offsets that turn back."""
+    geometry = dict(kernel_size=3, padding=(0, 2), offset_scale=-0.75)
+    inputs, _ = make_call((2, 7, 9, 3, 32), HALVES['f16'], geometry)
+    scale_offsets(inputs, 3, 9, 2.0)
+    if way == 'product':
+        keep_near(inputs, 3, 9)
+    _, _, accesses = check(emulator, tmp_path, inputs, groups=3, count=True, **geometry)
+    assert way in parts_taken(accesses)
 
 
 @pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
@@ -90,28 +111,39 @@ def test_several_launches(emulator, tmp_path):
 @pytest.mark.hostile
 @pytest.mark.parametrize('dtypes', HALVES)
 @pytest.mark.parametrize('name', ['3x3', '3x3-ring'])
-def test_hostile_offsets(emulator, tmp_path, name, dtypes):
+@pytest.mark.parametrize('way', ['product', 'gather'])
+def test_hostile_offsets(emulator, tmp_path, way, name, dtypes):
     """NaN, infinite, huge and whole offsets: nothing but the taps in reach counts."""
     inputs, _ = make_call((2, 5, 7, 3, 16), HALVES[dtypes], GEOMETRIES[name])
-    inputs = hostile_offsets(inputs, make_geometry(groups=3, **GEOMETRIES[name]).points)
-    actual, _, _ = check(emulator, tmp_path, inputs, groups=3, **GEOMETRIES[name])
-    assert torch.isfinite(actual).all()
+    points = make_geometry(groups=3, **GEOMETRIES[name]).points
+    inputs = hostile_offsets(inputs, points)
+    if way == 'product':
+        keep_near(inputs, 3, points)
+    actual, _, accesses = check(emulator, tmp_path, inputs, groups=3, count=True,
+                                **GEOMETRIES[name])
+    assert torch.isfinite(actual).all() and way in parts_taken(accesses)
 
 
 @pytest.mark.hostile
 @pytest.mark.parametrize('dtypes', HALVES)
 @pytest.mark.parametrize('name', ['3x3', '3x3-ring'])
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
-def test_pixels_that_are_not_finite(emulator, tmp_path, name, dtypes, bad):
+@pytest.mark.parametrize('way', ['product', 'gather'])
+def test_pixels_that_are_not_finite(emulator, tmp_path, way, bad, name, dtypes):
     """They reach the outputs that sample them, though a product meets them with every row."""
     options = dict(GEOMETRIES[name], groups=2)
     inputs, _ = make_call((2, 9, 7, 2, 16), HALVES[dtypes], GEOMETRIES[name])
-    inputs = hostile_offsets(inputs, make_geometry(**options).points)
+    points = make_geometry(**options).points
+    inputs = hostile_offsets(inputs, points)
+    if way == 'product':
+        keep_near(inputs, 2, points)
     for y, x in ((0, 0), (0, 6), (8, 0), (8, 6), (4, 3)):
         inputs.value[:, y, x, ::3] = bad
     expected = dcnv4_reference(*inputs, **options)
-    actual, _, _ = emulate_window(emulator, tmp_path / 'call', inputs, **options)
+    actual, _, accesses = emulate_window(emulator, tmp_path / 'call', inputs, count=True,
+                                         **options)
     is_bad = ~expected.isfinite()
+    assert way in parts_taken(accesses)
     assert is_bad.any() and not is_bad[..., ::3].all() and not is_bad[..., 1::3].any()
     assert torch.equal(~actual.isfinite(), is_bad)
     if bad != bad:
@@ -121,20 +153,27 @@ def test_pixels_that_are_not_finite(emulator, tmp_path, name, dtypes, bad):
 
 @pytest.mark.hostile
 @pytest.mark.parametrize('content', [float('nan'), 1e4])
-def test_padding_of_any_content(emulator, tmp_path, content):
-    """Chunks of numbers and units of two groups reach into it."""
+@pytest.mark.parametrize('way', ['product', 'gather'])
+def test_padding_of_any_content(emulator, tmp_path, way, content):
+    """Chunks of numbers and units of two groups reach into it; nor does it say which way to go."""
     inputs, _ = make_call((1, 5, 7, 3, 16), HALVES['f16'], GEOMETRIES['3x3'])
-    results = []
+    if way == 'product':
+        keep_near(inputs, 3, 9)
+    results, accesses = [], []
     for filling in (0.0, content):
         inputs.offset_mask[..., 81:] = filling
-        results += emulate_window(emulator, tmp_path / 'call', inputs, groups=3,
-                                  **GEOMETRIES['3x3'])[:1]
-    assert torch.equal(*results)
+        output, _, counts = emulate_window(emulator, tmp_path / 'call', inputs, groups=3,
+                                           count=True, **GEOMETRIES['3x3'])
+        results.append(output)
+        accesses.append({phase: count['instructions'] for phase, count in counts.items()})
+    assert torch.equal(*results) and accesses[0] == accesses[1]
+    assert way in parts_taken(counts)
 
 
 @pytest.mark.hostile
 @pytest.mark.parametrize('dtypes', HALVES)
-def test_masks_of_every_size(emulator, tmp_path, dtypes):
+@pytest.mark.parametrize('way', ['product', 'gather'])
+def test_masks_of_every_size(emulator, tmp_path, way, dtypes):
     """Each row is as accurate as its own masks allow; bad masks outside the image do not count."""
     options = dict(GEOMETRIES['3x3'], groups=2)
     inputs, _ = make_call((1, 8, 8, 2, 16), HALVES[dtypes], GEOMETRIES['3x3'])
@@ -149,8 +188,12 @@ def test_masks_of_every_size(emulator, tmp_path, dtypes):
     inputs.offset_mask[0, 0, 0, 18] = torch.nan  # of the first tap of the first pixel
     inputs.offset_mask[0, 0, 0, :2] = -5.0  # far outside
     inputs.offset_mask[0, 7, 7, 18:27] = torch.inf
-    actual, _, _ = emulate_window(emulator, tmp_path / 'call', inputs, **options)
+    if way == 'product':
+        keep_near(inputs, 2, 9)
+    actual, _, accesses = emulate_window(emulator, tmp_path / 'call', inputs, count=True,
+                                         **options)
     expected = dcnv4_reference(*inputs, **options)
+    assert way in parts_taken(accesses)
     assert not expected[0, 7, 7].isfinite().all() and expected[0, 0, 0].isfinite().all()
     assert_window(actual, inputs, **options)
 
@@ -161,10 +204,9 @@ def test_order_of_threads(emulator, tmp_path, way, dtypes):
     """Threads in three orders, copies late and early, bitwise one result: else there is a race."""
     options = dict(GEOMETRIES['3x3'], groups=5)
     inputs, _ = make_call((1, 9, 7, 5, 16), HALVES[dtypes], GEOMETRIES['3x3'])
+    inputs = hostile_offsets(inputs, 9)
     if way == 'product':
-        scale_offsets(inputs, 5, 9, 0.4)
-    else:
-        inputs = hostile_offsets(inputs, 9)
+        keep_near(inputs, 5, 9)
     inputs.value[:, 4, 4] = torch.nan
     results = [emulate_window(emulator, tmp_path / name, inputs, schedule=name, count=True,
                               **options)
@@ -176,9 +218,12 @@ def test_order_of_threads(emulator, tmp_path, way, dtypes):
 
 
 @pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
-def test_two_units_of_a_warp(emulator, tmp_path, dtypes):
+@pytest.mark.parametrize('way', ['product', 'gather'])
+def test_two_units_of_a_warp(emulator, tmp_path, way, dtypes):
     """One after the other in the same memory, without a barrier of the block in between."""
     inputs, _ = make_call((1, 16, 32, 4, 16), HALVES[dtypes], GEOMETRIES['3x3'])
+    if way == 'product':
+        keep_near(inputs, 4, 9)
     _, plan, _ = check(emulator, tmp_path, inputs, groups=4, device=ONE_PROCESSOR,
                        **GEOMETRIES['3x3'])
     assert plan['tile_h'] * plan['tile_w'] * 4 / 32 == 2 * plan['threads'] / 32
@@ -301,9 +346,9 @@ def test_not_made_for(emulator, tmp_path):
     for change, _ in expected:
         c = {**usual, 'backward': 0, **change}
         pairs = ' '.join(f'{c[key]} {c[key]}' for key in ('kernel', 'stride'))
-        calls.append(f'{c["alignment"]} {c["dtype"]} {c["backward"]} {" ".join(map(str, GPU))} 2 9 11 3 '
-                     f'{c["depth"]} {pairs} 1 1 {c["dilation"]} {c["dilation"]} {c["scale"]} 0 '
-                     f'{c["softmax"]}')
+        calls.append(f'{c["alignment"]} {c["dtype"]} {c["backward"]} {" ".join(map(str, GPU))} '
+                     f'2 9 11 3 {c["depth"]} {pairs} 1 1 {c["dilation"]} {c["dilation"]} '
+                     f'{c["scale"]} 0 {c["softmax"]}')
     printed = emulator('cover', '\n'.join(calls))
     reaches = [json.loads(line)[1]['reach'] for line in printed.splitlines()]
     assert reaches == [reach for _, reach in expected]
