@@ -151,7 +151,7 @@ class Contact:
         """Two shapes; the released package apart, since it may take its process with it."""
         def bench(name: str, peers: Sequence[str]) -> bool:
             arguments = [str(BENCHMARK), '--shapes', *SHAPES, '--dtypes', 'float16', '--offsets',
-                         'D1', 'D0', '--group-channels', '32', '16', '--budget', '50',
+                         'D1', 'D0', 'D2', '--group-channels', '32', '16', '--budget', '50',
                          '--output', str(self.out / name), '--peers', *peers]
             return self.run(Command(name, self.module(*arguments), 90))
 
