@@ -224,6 +224,10 @@ def test_recorded_samples_are_those_of_the_operator():
     assert (item.mask[..., 1, 5] == 3).all() and (item.mask[..., 0, :] == 0).all()
     distances = item.distances()
     assert distances.max() == pytest.approx(np.hypot(1.5, 1.0)) and distances.min() == 0
+    # of the grid scaled by 2: five taps of nine are two pixels to the right or below, in both
+    # groups; with its offset tap 5 of the second group is at (1.5, 1), no longer one of them
+    assert item.far_share() == pytest.approx((5 + 4) / 18)
+    assert item.far_share(3) == 0 and samples['levels.0.blocks.0.dcn'].far_share() == 5 / 9
 
 
 def test_recorded_masks_of_dcnv3_are_normalised():
@@ -241,7 +245,8 @@ def test_visualize_offsets(tmp_path, capsys):
     out = tmp_path / 'offsets.png'
     tool.main([str(UPERNET), str(tmp_path / 'model.pth'), str(tmp_path / 'image.png'),
                '--out', str(out), '--size', '96'])
-    assert capsys.readouterr().out.count('.dcn ') == 4
+    printed = capsys.readouterr().out
+    assert printed.count('.dcn ') == 4 and printed.count(' 0.0 %') == 4
     assert cv2.imread(str(out)).std() > 10
     torch.save({'foo.bar': torch.zeros(2)}, tmp_path / 'foo.pth')
     with pytest.raises(SystemExit, match='foo.pth is not of this model'):

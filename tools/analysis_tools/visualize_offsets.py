@@ -71,16 +71,30 @@ class Samples(NamedTuple):
         """Length of every offset, one-dimensional."""
         return self.offset.norm(dim=-1).flatten()
 
+    def far_share(self, reach: float = 2.0) -> float:
+        """Share of the samples that are not within `reach` pixels of the centre of their kernel.
+
+        On both axes from -reach up to, not including, reach: there the tensor-core kernels are
+        fast, see csrc/README.md.
+        """
+        moves = self.offset + (resting_positions(self.geometry, 0, 0)
+                               - resting_centre(self.geometry, 0, 0))
+        return ((moves < -reach) | (moves >= reach)).any(-1).double().mean().item()
+
+
+def resting_centre(geometry: Geometry, row: int, column: int) -> Tensor:
+    """Middle of the kernel of one output pixel: (2,) in x, y."""
+    return torch.tensor([
+        column * geometry.stride[1] - geometry.padding[1] + geometry.center[1],
+        row * geometry.stride[0] - geometry.padding[0] + geometry.center[0]])
+
 
 def resting_positions(geometry: Geometry, row: int, column: int) -> Tensor:
     """Samples of one output pixel without learned offsets: (K, 2) in x, y."""
-    middle = torch.tensor([
-        column * geometry.stride[1] - geometry.padding[1] + geometry.center[1],
-        row * geometry.stride[0] - geometry.padding[0] + geometry.center[0]])
     taps = torch.tensor([[i * geometry.dilation[1] - geometry.center[1],
                           j * geometry.dilation[0] - geometry.center[0]]
                          for j, i in geometry.taps()])
-    return middle + taps * geometry.offset_scale
+    return resting_centre(geometry, row, column) + taps * geometry.offset_scale
 
 
 def unpack(name: str, geometry: Geometry, value: Tensor, offset_mask: Tensor) -> Samples:
@@ -126,14 +140,16 @@ def last_of_each_size(samples: Sequence[Samples]) -> list[Samples]:
 
 
 def report(samples: Sequence[Samples]) -> str:
-    """A line per layer: quantiles of the distances, and of the masks."""
-    lines = [f'{"layer":40s}{"map":>10s}{"median":>9s}{"95 %":>9s}{"max":>9s}{"|mask|":>9s}']
+    """A line per layer: quantiles of the distances, mean mask, share of far samples."""
+    lines = [f'{"layer":40s}{"map":>10s}{"median":>9s}{"95 %":>9s}{"max":>9s}{"|mask|":>9s}'
+             f'{"far":>8s}']
     for item in samples:
         distances = item.distances()
         middle, far = np.quantile(distances.numpy(), (0.5, 0.95))
         size = '{}x{}'.format(*item.input_size)
         lines.append(f'{item.name:40s}{size:>10s}{middle:9.2f}{far:9.2f}'
-                     f'{distances.max():9.2f}{item.mask.abs().mean():9.3f}')
+                     f'{distances.max():9.2f}{item.mask.abs().mean():9.3f}'
+                     f'{100 * item.far_share():6.1f} %')
     return '\n'.join(lines)
 
 
