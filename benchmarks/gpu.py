@@ -11,7 +11,7 @@ Device time: the median of replays of a CUDA graph of some calls, divided by the
 candidates take turns. Inputs are cold (several sets, three times the L2 cache together) or hot (the
 same ones every time, in the JSON alone). Host time: a loop of calls with one synchronisation at its
 end. Backward is forward and backward together less forward, for everyone. `ours` are the direct
-kernels, `ours fast` those on tensor cores (half types). A floor is the bytes that have to be moved
+kernels, `ours fast` those on tensor cores. A floor is the bytes that have to be moved
 by the bandwidth of a copy, or the time of an empty launch, both measured in the same run. Whoever
 computes the same function is first compared with the reference in float64; the share of wrong
 pixels stands beside its time.
@@ -112,7 +112,7 @@ def measure_case(case: Case, peers: list[str],
     refused: dict[str, dict[str, Any]] = {}
     wrong: dict[str, float] = {}
     for name in peers:
-        if case.dtype == 'float32' and name == 'ours fast' or (name, 'forward') in known:
+        if (name, 'forward') in known:
             continue
         try:
             calls = [PEERS[name].make(problem) for problem in problems]

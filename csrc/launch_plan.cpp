@@ -101,12 +101,15 @@ int64_t images_that_fit(const Dcnv4Params& p, const DeviceLimits& limits, int64_
 // The kernel grid at rest, and samples a pixel away from it, should lie within the window.
 int32_t choose_reach(const Dcnv4Params& p, const LaunchRequest& request) {
   const bool is_3x3 = p.kernel_h == 3 && p.kernel_w == 3 && p.dilation_h == 1 && p.dilation_w == 1;
-  const bool is_known = p.group_channels == 16 || p.group_channels == 32 || p.group_channels == 64;
+  const int64_t depth = p.group_channels;
+  const bool is_float = request.element_bytes == 4;
+  const bool is_known = depth == 16 || depth == 32 || (depth == 64 && !is_float);
   if (!is_3x3 || p.stride_h != 1 || p.stride_w != 1 || p.softmax || !is_known ||
-      request.element_bytes != 2 || request.alignment % kMaxVectorBytes != 0 ||
+      request.element_bytes > 4 || request.alignment % kMaxVectorBytes != 0 ||
       p.queries() >= kLargest)
     return 0;
   const double scale = std::abs(p.offset_scale);
+  if (scale > 1 && is_float) return 0; // its kernels have one reach
   // forward, windows of 12x12 cells took 0.85 to 2.7 times as long as the direct kernel on an H200
   // (groups of 16 channels 1.4 and more), less only where offsets were small
   if (scale > 1 && !request.backward) return 0;
@@ -115,7 +118,7 @@ int32_t choose_reach(const Dcnv4Params& p, const LaunchRequest& request) {
 
 // Grid for a tile of known shape and shared memory; false where the device does not hold a block.
 bool fill_grid(const Dcnv4Params& p, const DeviceLimits& limits, WindowPlan& plan) {
-  plan.slices = divide_up(p.channels(), kWindowSliceChannels);
+  plan.slices = divide_up(p.channels(), plan.slice_channels);
   plan.tiles_h = divide_up(plan.is_mirrored ? p.height : p.out_height, plan.tile_h);
   plan.tiles_w = divide_up(plan.is_mirrored ? p.width : p.out_width, plan.tile_w);
   if (plan.shared_bytes > limits.most_shared_bytes ||
@@ -134,7 +137,7 @@ void fill_tile(const Dcnv4Params& p, const DeviceLimits& limits, WindowPlan& pla
   const int32_t side = window_side(plan.reach);
   int32_t warps = std::min(kMaxThreads / kWarp, plan.units(p));
   const auto bytes = [&] {
-    return cells_of(plan) * kWindowSliceChannels * 2 +
+    return cells_of(plan) * kWindowSliceBytes +
            warps * side * side * kWarp * int32_t(sizeof(float));
   };
   while (warps > 1 && bytes() > limits.most_shared_bytes) warps /= 2;
@@ -147,7 +150,7 @@ void fill_tile(const Dcnv4Params& p, const DeviceLimits& limits, WindowPlan& pla
 void fill_mirrored_tile(int32_t offset_bytes, WindowPlan& plan) {
   plan.threads = plan.tile_h * plan.tile_w / (kWindowBlock * kWindowBlock) * kWarp;
   plan.shared_bytes = stencil_pitch(cells_of(plan), plan.reach).bytes +
-                      cells_of(plan) * kWindowSliceChannels * 2 +
+                      cells_of(plan) * kWindowSliceBytes +
                       plan.threads * window_numbers_pitch(1, offset_bytes);
 }
 
@@ -174,7 +177,7 @@ int64_t blocks_per_multiprocessor(const Dcnv4Params& p, const DeviceLimits& limi
   const int64_t by_memory =
       (limits.most_shared_bytes + kReserved) / (plan.shared_bytes + kReserved);
   const int64_t warps =
-      plan.is_mirrored && plan.reach == 2 && p.group_channels < kWindowSliceChannels ? 24 : 16;
+      plan.is_mirrored && plan.reach == 2 && p.group_channels < 64 ? 24 : 16;
   return std::max<int64_t>(1, std::min(by_memory, warps * kWarp / plan.threads));
 }
 
@@ -184,13 +187,15 @@ constexpr double kWarpsToFill = 24.0;
 
 // The cheapest tile; fill(plan) gives it threads and shared memory.
 template <typename Fill>
-WindowPlan choose_tile(const Dcnv4Params& p, const DeviceLimits& limits, int32_t reach,
-                       bool is_mirrored, const Fill& fill) {
+WindowPlan choose_tile(const Dcnv4Params& p, const LaunchRequest& request,
+                       const DeviceLimits& limits, int32_t reach, bool is_mirrored,
+                       const Fill& fill) {
   WindowPlan best{};
   double least = 0;
   for (const auto& [tile_h, tile_w] : {std::pair(8, 16), std::pair(8, 8), std::pair(4, 8)}) {
     WindowPlan plan{};
     plan.reach = reach;
+    plan.slice_channels = kWindowSliceBytes / request.element_bytes;
     plan.is_mirrored = is_mirrored;
     plan.tile_h = tile_h;
     plan.tile_w = tile_w;
@@ -247,7 +252,7 @@ LaunchPlan make_launch_plan(const Dcnv4Params& p, const LaunchRequest& request,
 WindowPlan make_window_plan(const Dcnv4Params& p, const LaunchRequest& request,
                             const DeviceLimits& limits) {
   check_sizes(p);
-  return choose_tile(p, limits, choose_reach(p, request), false,
+  return choose_tile(p, request, limits, choose_reach(p, request), false,
                      [&](WindowPlan& plan) { fill_tile(p, limits, plan); });
 }
 
@@ -255,7 +260,7 @@ WindowBackwardPlan make_window_backward_plan(const Dcnv4Params& p, const LaunchR
                                              int32_t offset_bytes, const DeviceLimits& limits) {
   WindowBackwardPlan plan{};
   plan.offset_mask = make_window_plan(p, request, limits);
-  plan.value = choose_tile(p, limits, plan.offset_mask.reach, true,
+  plan.value = choose_tile(p, request, limits, plan.offset_mask.reach, true,
                            [&](WindowPlan& of) { fill_mirrored_tile(offset_bytes, of); });
   // lists of far taps number them within an image
   if (plan.value.reach == 0 || p.queries() * kTapsPerPass >= kLargest)

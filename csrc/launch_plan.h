@@ -71,14 +71,15 @@ inline int32_t fixed_sum_bits(const Dcnv4Params& p) {
 }
 
 // The same for the tensor-core kernels (cuda/dense_window.cuh): a block covers a tile of output
-// pixels of one image and a slice of kWindowSliceChannels channels.
+// pixels of one image and a slice of its channels.
 constexpr int32_t kWindowBlock = 4;          // output pixels that share a window, along each axis
-constexpr int32_t kWindowSliceChannels = 64; // 128 bytes of 16-bit numbers
+constexpr int32_t kWindowSliceBytes = 128;   // of a pixel: 64 numbers of 16 bits, or 32 of float32
 constexpr int32_t kForwardReach = 2;         // of the forward kernel; the gradients also have 4
 constexpr int32_t window_side(int32_t reach) { return kWindowBlock + 2 * reach; }
 
 struct WindowPlan {
   int32_t reach;            // samples this near to their pixel are dense; 0: not a call for them
+  int32_t slice_channels;   // a multiple of a group's
   bool is_mirrored;         // tiles of input pixels, not of output pixels: gradient of value
   int32_t tile_h, tile_w;   // output pixels per block, powers of two, at least kWindowBlock
   int32_t threads;          // per block
@@ -91,7 +92,7 @@ struct WindowPlan {
   // Pairs of (4x4 pixels, group) in a tile; a warp computes one at a time.
   int32_t units(const Dcnv4Params& p) const {
     return tile_h * tile_w / (kWindowBlock * kWindowBlock) *
-           int32_t(kWindowSliceChannels / p.group_channels) / 2;
+           int32_t(slice_channels / p.group_channels) / 2;
   }
 };
 

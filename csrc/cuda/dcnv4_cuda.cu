@@ -94,7 +94,7 @@ OffsetGradients<T> gradients_in(const at::Tensor& grad_offset_mask) {
 template <typename T>
 bool try_window_forward(const Dcnv4Params& p, int32_t alignment, cudaStream_t stream,
                         const T* value, const OffsetNumbers<T>& offset_mask, T* output) {
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (sizeof(T) <= 4) {
     const WindowPlan plan =
         make_window_plan(p, {int32_t(sizeof(T)), 4, alignment, false}, current_device_limits());
     return fast_choice().is_on(plan.reach != 0) &&
@@ -133,7 +133,7 @@ template <typename T>
 at::Tensor try_window_backward(const Dcnv4Params& p, const at::Tensor& grad_output,
                                const at::Tensor& value, const at::Tensor& offset_mask,
                                const at::Tensor& grad_offset_mask, cudaStream_t stream) {
-  if constexpr (sizeof(T) == 2) {
+  if constexpr (sizeof(T) <= 4) {
     const int32_t alignment =
         common_alignment({&grad_output, &value, &offset_mask, &grad_offset_mask});
     const WindowBackwardPlan plan =

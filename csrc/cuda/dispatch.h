@@ -51,29 +51,31 @@ void with_vec(int32_t vec, const Visit& visit) {
                               std::to_string(vec));
 }
 
-// visit(std::integral_constant<int, depth>) for the channels of a group on tensor cores.
-template <typename Visit>
+// visit(std::integral_constant<int, depth>) for the channels of a group on tensor cores, where
+// value has type T: as many as are in 128 bytes of it at most.
+template <typename T, typename Visit>
 void with_depth(int64_t depth, const Visit& visit) {
-  switch (depth) {
-    case 16: return visit(std::integral_constant<int, 16>());
-    case 32: return visit(std::integral_constant<int, 32>());
-    case 64: return visit(std::integral_constant<int, 64>());
+  if (depth == 16) return visit(std::integral_constant<int, 16>());
+  if (depth == 32) return visit(std::integral_constant<int, 32>());
+  if constexpr (sizeof(T) == 2) {
+    if (depth == 64) return visit(std::integral_constant<int, 64>());
   }
-  throw std::invalid_argument("dcnv4: groups must have 16, 32 or 64 channels, got " +
+  throw std::invalid_argument("dcnv4: groups must have 16, 32 or (half types) 64 channels, got " +
                               std::to_string(depth));
 }
 
 // visit(depth, reach), both std::integral_constant, for the plans of the gradients.
-template <typename Visit>
+template <typename T, typename Visit>
 void with_window(int64_t depth, int32_t reach, const Visit& visit) {
   const auto with_reach = [&](auto chosen) {
-    with_depth(depth, [&](auto of_group) { visit(of_group, chosen); });
+    with_depth<T>(depth, [&](auto of_group) { visit(of_group, chosen); });
   };
-  switch (reach) {
-    case 2: return with_reach(std::integral_constant<int, 2>());
-    case 4: return with_reach(std::integral_constant<int, 4>());
+  if (reach == 2) return with_reach(std::integral_constant<int, 2>());
+  if constexpr (sizeof(T) == 2) {
+    if (reach == 4) return with_reach(std::integral_constant<int, 4>());
   }
-  throw std::invalid_argument("dcnv4: the reach must be 2 or 4, got " + std::to_string(reach));
+  throw std::invalid_argument("dcnv4: the reach must be 2 or (half types) 4, got " +
+                              std::to_string(reach));
 }
 
 } // namespace cuda

@@ -20,7 +20,7 @@ from helpers.gpu_cases import (
     on_gpu,
     set_fast,
 )
-from helpers.window_cases import GEOMETRIES, HALVES
+from helpers.window_cases import GEOMETRIES, TYPES
 from mmdcnv4.ops import dcnv4_reference
 from mmdcnv4.ops.contract import make_geometry
 from mmdcnv4.testing import forward_backward
@@ -33,7 +33,7 @@ pytestmark = on_a_gpu
 
 
 @pytest.mark.ragged
-@pytest.mark.parametrize('dtypes', HALVES)
+@pytest.mark.parametrize('dtypes', TYPES)
 @pytest.mark.parametrize('depth', [16, 32, 64])
 @pytest.mark.parametrize('name', GEOMETRIES)
 def test_geometries(fast_path, name, depth, dtypes):
@@ -49,7 +49,7 @@ def test_sizes(fast_path, size, dtypes):
     check(inputs, grad_output, groups=size[3], **SAME)
 
 
-@pytest.mark.parametrize('dtypes', HALVES)
+@pytest.mark.parametrize('dtypes', TYPES)
 @pytest.mark.parametrize('name', GEOMETRIES)
 @pytest.mark.parametrize('where', ['value', 'grad_output'])
 def test_hostile_numbers(fast_path, name, dtypes, where):

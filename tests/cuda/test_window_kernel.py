@@ -15,17 +15,17 @@ import torch
 
 from helpers.cuda_cases import BF16, F16, assert_norms, hostile_offsets, make_call, size_name
 from helpers.emulate import GPU, ONE_PROCESSOR, THREE, emulate_window
-from helpers.window_cases import GEOMETRIES, HALVES, SIZES
+from helpers.window_cases import FORWARD_WEIGHTS, GEOMETRIES, KERNELS, SIZES, TYPES
 from mmdcnv4.ops import dcnv4_reference
 from mmdcnv4.ops.contract import make_geometry
 from mmdcnv4.testing import assert_accurate, random_grad_output
 
 
 def assert_window(actual, inputs, **geometry):
-    """Compares with the reference; weights are rounded to float16, or to two bfloat16 numbers."""
+    """Compares with the reference; weights are rounded."""
     assert_norms([actual], assert_accurate(
         [actual], inputs, random_grad_output(inputs), **geometry,
-        weight_error=2.0**-11 if actual.dtype == F16 else 2.0**-16))
+        weight_error=FORWARD_WEIGHTS[actual.dtype]))
 
 
 def check(emulator, tmp_path, inputs, *, groups, **options):
@@ -57,12 +57,11 @@ def parts_taken(accesses):
 
 
 @pytest.mark.parametrize('name', ['3x3', '3x3-ring'])
-@pytest.mark.parametrize('dtypes', HALVES)
-@pytest.mark.parametrize('depth', [16, 32, 64])
+@pytest.mark.parametrize(('depth', 'dtypes'), KERNELS)
 @pytest.mark.parametrize('way', ['product', 'gather'])
 def test_geometries(emulator, tmp_path, name, dtypes, depth, way):
     """Every kernel that is compiled; samples in windows, far from them and outside the image."""
-    inputs, _ = make_call((2, 5, 9, 3, depth), HALVES[dtypes], GEOMETRIES[name])
+    inputs, _ = make_call((2, 5, 9, 3, depth), TYPES[dtypes], GEOMETRIES[name])
     points = make_geometry(groups=3, **GEOMETRIES[name]).points
     scale_offsets(inputs, 3, points, 2.0)
     if way == 'product':
@@ -77,7 +76,7 @@ def test_geometries(emulator, tmp_path, name, dtypes, depth, way):
 def test_shifted_maps(emulator, tmp_path, way):
     """Output smaller and larger than the input, offsets that turn back."""
     geometry = dict(kernel_size=3, padding=(0, 2), offset_scale=-0.75)
-    inputs, _ = make_call((2, 7, 9, 3, 32), HALVES['f16'], geometry)
+    inputs, _ = make_call((2, 7, 9, 3, 32), TYPES['f16'], geometry)
     scale_offsets(inputs, 3, 9, 2.0)
     if way == 'product':
         keep_near(inputs, 3, 9)
@@ -85,36 +84,38 @@ def test_shifted_maps(emulator, tmp_path, way):
     assert way in parts_taken(accesses)
 
 
-@pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
-@pytest.mark.parametrize('size', SIZES, ids=size_name)
+@pytest.mark.parametrize(('size', 'dtypes'), [
+    (size, dtypes) for dtypes in ('f16', 'bf16-f32', 'f32') for size in SIZES
+    if dtypes != 'f32' or size[4] < 64], ids=lambda part: part if isinstance(part, str) else
+    size_name(part))
 def test_sizes(emulator, tmp_path, size, dtypes):
-    inputs, _ = make_call(size, HALVES[dtypes], GEOMETRIES['3x3'])
+    inputs, _ = make_call(size, TYPES[dtypes], GEOMETRIES['3x3'])
     check(emulator, tmp_path, inputs, groups=size[3], device=ONE_PROCESSOR, **GEOMETRIES['3x3'])
 
 
 @pytest.mark.parametrize('shared_bytes', [227 * 1024, 99 * 1024, 64 * 1024, 48 * 1024])
 def test_little_shared_memory(emulator, tmp_path, shared_bytes):
     """Devices with less of it get smaller tiles and fewer warps."""
-    inputs, _ = make_call((1, 8, 16, 4, 16), HALVES['f16'], GEOMETRIES['3x3'])
+    inputs, _ = make_call((1, 8, 16, 4, 16), TYPES['f16'], GEOMETRIES['3x3'])
     _, plan, _ = check(emulator, tmp_path, inputs, groups=4,
                        device=(1, 48 * 1024, shared_bytes, 2**31 - 1), **GEOMETRIES['3x3'])
     assert plan['shared_bytes'] <= shared_bytes
 
 
 def test_several_launches(emulator, tmp_path):
-    inputs, _ = make_call((5, 3, 5, 2, 16), HALVES['bf16'], GEOMETRIES['3x3'])
+    inputs, _ = make_call((5, 3, 5, 2, 16), TYPES['bf16'], GEOMETRIES['3x3'])
     _, plan, _ = check(emulator, tmp_path, inputs, groups=2,
                        device=(132, 48 * 1024, 99 * 1024, 2), **GEOMETRIES['3x3'])
     assert plan['images_per_launch'] == 2
 
 
 @pytest.mark.hostile
-@pytest.mark.parametrize('dtypes', HALVES)
+@pytest.mark.parametrize('dtypes', TYPES)
 @pytest.mark.parametrize('name', ['3x3', '3x3-ring'])
 @pytest.mark.parametrize('way', ['product', 'gather'])
 def test_hostile_offsets(emulator, tmp_path, way, name, dtypes):
     """NaN, infinite, huge and whole offsets: nothing but the taps in reach counts."""
-    inputs, _ = make_call((2, 5, 7, 3, 16), HALVES[dtypes], GEOMETRIES[name])
+    inputs, _ = make_call((2, 5, 7, 3, 16), TYPES[dtypes], GEOMETRIES[name])
     points = make_geometry(groups=3, **GEOMETRIES[name]).points
     inputs = hostile_offsets(inputs, points)
     if way == 'product':
@@ -125,14 +126,14 @@ def test_hostile_offsets(emulator, tmp_path, way, name, dtypes):
 
 
 @pytest.mark.hostile
-@pytest.mark.parametrize('dtypes', HALVES)
+@pytest.mark.parametrize('dtypes', TYPES)
 @pytest.mark.parametrize('name', ['3x3', '3x3-ring'])
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
 @pytest.mark.parametrize('way', ['product', 'gather'])
 def test_pixels_that_are_not_finite(emulator, tmp_path, way, bad, name, dtypes):
     """They reach the outputs that sample them, though a product meets them with every row."""
     options = dict(GEOMETRIES[name], groups=2)
-    inputs, _ = make_call((2, 9, 7, 2, 16), HALVES[dtypes], GEOMETRIES[name])
+    inputs, _ = make_call((2, 9, 7, 2, 16), TYPES[dtypes], GEOMETRIES[name])
     points = make_geometry(**options).points
     inputs = hostile_offsets(inputs, points)
     if way == 'product':
@@ -156,7 +157,7 @@ def test_pixels_that_are_not_finite(emulator, tmp_path, way, bad, name, dtypes):
 @pytest.mark.parametrize('way', ['product', 'gather'])
 def test_padding_of_any_content(emulator, tmp_path, way, content):
     """Chunks of numbers and units of two groups reach into it; nor does it say which way to go."""
-    inputs, _ = make_call((1, 5, 7, 3, 16), HALVES['f16'], GEOMETRIES['3x3'])
+    inputs, _ = make_call((1, 5, 7, 3, 16), TYPES['f16'], GEOMETRIES['3x3'])
     if way == 'product':
         keep_near(inputs, 3, 9)
     results, accesses = [], []
@@ -171,12 +172,12 @@ def test_padding_of_any_content(emulator, tmp_path, way, content):
 
 
 @pytest.mark.hostile
-@pytest.mark.parametrize('dtypes', HALVES)
+@pytest.mark.parametrize('dtypes', TYPES)
 @pytest.mark.parametrize('way', ['product', 'gather'])
 def test_masks_of_every_size(emulator, tmp_path, way, dtypes):
     """Each row is as accurate as its own masks allow; bad masks outside the image do not count."""
     options = dict(GEOMETRIES['3x3'], groups=2)
-    inputs, _ = make_call((1, 8, 8, 2, 16), HALVES[dtypes], GEOMETRIES['3x3'])
+    inputs, _ = make_call((1, 8, 8, 2, 16), TYPES[dtypes], GEOMETRIES['3x3'])
     mask = inputs.offset_mask[..., :54].unflatten(-1, (2, 27))[..., 18:]
     sizes = torch.tensor([0.0, 1e-4, 1.0, 6e4] if inputs.offset_mask.dtype == F16 else
                          [0.0, 1e-4, 1.0, 1e5, 1e30, 1e-30])
@@ -198,12 +199,12 @@ def test_masks_of_every_size(emulator, tmp_path, way, dtypes):
     assert_window(actual, inputs, **options)
 
 
-@pytest.mark.parametrize('dtypes', ['f16', 'bf16'])
+@pytest.mark.parametrize('dtypes', ['f16', 'bf16', 'f32'])
 @pytest.mark.parametrize('way', ['product', 'gather'])
 def test_order_of_threads(emulator, tmp_path, way, dtypes):
     """Threads in three orders, copies late and early, bitwise one result: else there is a race."""
     options = dict(GEOMETRIES['3x3'], groups=5)
-    inputs, _ = make_call((1, 9, 7, 5, 16), HALVES[dtypes], GEOMETRIES['3x3'])
+    inputs, _ = make_call((1, 9, 7, 5, 16), TYPES[dtypes], GEOMETRIES['3x3'])
     inputs = hostile_offsets(inputs, 9)
     if way == 'product':
         keep_near(inputs, 5, 9)
@@ -217,11 +218,11 @@ def test_order_of_threads(emulator, tmp_path, way, dtypes):
         assert accesses == results[0][2]
 
 
-@pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
+@pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32', 'f32'])
 @pytest.mark.parametrize('way', ['product', 'gather'])
 def test_two_units_of_a_warp(emulator, tmp_path, way, dtypes):
     """One after the other in the same memory, without a barrier of the block in between."""
-    inputs, _ = make_call((1, 16, 32, 4, 16), HALVES[dtypes], GEOMETRIES['3x3'])
+    inputs, _ = make_call((1, 16, 32, 4, 16), TYPES[dtypes], GEOMETRIES['3x3'])
     if way == 'product':
         keep_near(inputs, 4, 9)
     _, plan, _ = check(emulator, tmp_path, inputs, groups=4, device=ONE_PROCESSOR,
@@ -340,8 +341,10 @@ def test_not_made_for(emulator, tmp_path):
     expected = [({}, 2), (dict(depth=32, scale=2.0, dtype=3), 0), (dict(scale=-1.0), 2),
                 (dict(depth=32, scale=2.0, dtype=3, backward=1), 4)]
     expected += [({name: value}, 0) for name, value in
-                 dict(depth=24, kernel=5, stride=2, dilation=2, scale=4.0, softmax=1, dtype=1,
+                 dict(depth=24, kernel=5, stride=2, dilation=2, scale=4.0, softmax=1, dtype=0,
                       alignment=8).items()]
+    expected += [(dict(dtype=1), 2), (dict(dtype=1, depth=32, backward=1), 2),
+                 (dict(dtype=1, depth=64), 0), (dict(dtype=1, scale=2.0, backward=1), 0)]
     calls = []
     for change, _ in expected:
         c = {**usual, 'backward': 0, **change}

@@ -25,7 +25,7 @@ void launch_window_grad_rest(const Dcnv4Params& p, const WindowBackwardPlan& pla
                              const T* grad_output, const OffsetNumbers<T>& offset_mask,
                              const FarLists& lists) {
   WindowArguments arguments = make_window_arguments(p, plan.offset_mask);
-  arguments.call.team_log2 = log2_of(int32_t(p.group_channels / kChunkNumbers));
+  arguments.call.team_log2 = log2_of(int32_t(p.group_channels / kChunkNumbers<T>));
   launch(&dcnv4_window_clear_kernel<uint4>, plan.rest_blocks, kMaxThreads, 0, stream,
          uint64_t(window_lists(p)), lists);
   launch(&dcnv4_window_grad_rest_kernel<T>, plan.rest_blocks, kMaxThreads, 0, stream, arguments,
@@ -41,7 +41,7 @@ bool launch_dcnv4_window_backward(const Dcnv4Params& p, const WindowBackwardPlan
                                   const OffsetGradients<T>& grad_offset_mask) {
   bool is_launched = false;
   const FarLists lists = make_far_lists(p, scratch.counts, scratch.entries);
-  with_window(p.group_channels, plan.value.reach, [&](auto depth, auto reach) {
+  with_window<T>(p.group_channels, plan.value.reach, [&](auto depth, auto reach) {
     constexpr int kDepth = decltype(depth)::value, kReach = decltype(reach)::value;
     auto* offset_kernel = &dcnv4_window_grad_offset_kernel<T, kDepth, kReach>;
     auto* value_kernel = &dcnv4_window_grad_value_kernel<T, kDepth, kReach>;

@@ -64,7 +64,7 @@ struct WindowSample {
 // Whether the product is cheaper than gathering all taps of a unit, judged by two taps of each row
 // that exists. Wider groups make the product cheaper, for as many taps; where both take the same
 // time was measured on an H200.
-template <typename Layout, int kReach>
+template <typename Layout, int kDepth, int kReach>
 MMDCNV4_DEVICE bool is_worth_a_product(const WindowArguments& a, const Tile& tile, uint32_t unit,
                                        uint32_t lane, const RowNumbers& numbers) {
   const bool exists = Layout::locate_row(a, tile, unit, lane).is_valid;
@@ -78,7 +78,7 @@ MMDCNV4_DEVICE bool is_worth_a_product(const WindowArguments& a, const Tile& til
                                               numbers.offset[2 * k + 1]);
     far += count(exists & !sample.is_near());
   }
-  constexpr uint32_t kRowsPerFar = Layout::kTeam == 2 ? 8 : Layout::kTeam == 4 ? 4 : 3;
+  constexpr uint32_t kRowsPerFar = kDepth == 16 ? 8 : kDepth == 32 ? 4 : 3;
   return kRowsPerFar * far <= count(exists);
 }
 
@@ -121,28 +121,20 @@ template <typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE void multiply(const WindowArguments& a, uint32_t unit, uint32_t lane,
                              const unsigned char* area, const unsigned char* cells,
                              float (&sum)[2][kDepth / 8][4]) {
-  using Layout = DenseWindow<kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth, kReach>;
   const uint32_t g = lane / 4, t = lane % 4;
+  using Rows = CellRows<T, kDepth, kReach>;
   const unsigned char* weights_at[2][2]; // rows g and g + 8 of each matrix
-  const unsigned char* pixels_at[2][Layout::kPeriod][Layout::kTeam / 2]; // lane's row for ldmatrix
-#pragma unroll
-  for (int m = 0; m < 2; ++m) {
+  const auto rows_of = [&](uint32_t m) {
     const typename Layout::Matrix matrix = Layout::locate_matrix(a, 2 * unit + m);
+    return Rows(a, matrix.x, matrix.y, matrix.group, lane, cells);
+  };
+  const Rows rows[2] = {rows_of(0), rows_of(1)};
+#pragma unroll
+  for (int m = 0; m < 2; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half)
       weights_at[m][half] = area + Layout::weight_at(2 * t, m * kMatrixRows + half * 8 + g);
-#pragma unroll
-    for (int i = 0; i < int(Layout::kPeriod); ++i) {
-      const uint32_t cell = 16 * i + lane % 16;
-      const uint32_t at =
-          Layout::chunk_at(matrix.x + cell % Layout::kSide, matrix.y + cell / Layout::kSide,
-                           a.cells_w, matrix.group * Layout::kTeam + lane / 16);
-#pragma unroll
-      for (int pair = 0; pair < int(Layout::kTeam / 2); ++pair)
-        pixels_at[m][i][pair] = cells + (at ^ (2 * pair * kChunkBytes));
-    }
-  }
-  const uint32_t period_bytes = Layout::kPeriodLines * a.cells_w * kCellBytes;
 #pragma unroll
   for (int step = 0; step < int(Layout::kSteps); ++step) {
 #pragma unroll
@@ -152,28 +144,22 @@ MMDCNV4_DEVICE void multiply(const WindowArguments& a, uint32_t unit, uint32_t l
       weights.load(weights_at[m][0] + step * (16 * kWeightBytes),
                    weights_at[m][1] + step * (16 * kWeightBytes));
 #pragma unroll
-      for (int pair = 0; pair < int(Layout::kTeam / 2); ++pair) { // 16 channels at a time
+      for (int load = 0; load < Rows::kLoads; ++load) {
         uint32_t pixels[4];
         enter_step(SharedPhase::kPixels);
-        load_matrices_transposed(
-            pixels_at[m][step % Layout::kPeriod][pair] + step / Layout::kPeriod * period_bytes,
-            pixels);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float(&to)[4] = sum[m][2 * pair + half];
-          weights.multiply(pixels[2 * half], pixels[2 * half + 1], to);
-        }
+        rows[m].load(step, load, pixels);
+        weights.multiply(pixels, sum[m] + WeightFragment<T>::kTiles * load);
       }
     }
   }
 }
 
-// sum += all taps of a row, for 8 channels from `image` on.
+// sum += all taps of a row, for the channels of a chunk from `image` on.
 template <typename T>
 MMDCNV4_DEVICE void gather_taps(const WindowArguments& a, const Row& row,
                                 const OffsetNumbers<T>& packed, const T* __restrict__ image,
-                                float (&sum)[kChunkNumbers]) {
-  using Io = VectorIo<T, kChunkNumbers>;
+                                float (&sum)[kChunkNumbers<T>]) {
+  using Io = VectorIo<T, kChunkNumbers<T>>;
 #pragma unroll 1
   for (int32_t k = 0; k < a.call.points; ++k) {
     const Sample<float> sample = make_sample<false>(a.call, row, MaskRule<float>{},
@@ -185,28 +171,31 @@ MMDCNV4_DEVICE void gather_taps(const WindowArguments& a, const Row& row,
     const float weight[4] = {weights.x, weights.y, weights.z, weights.w};
 #pragma unroll
     for (int c = 0; c < 4; ++c) {
-      float number[kChunkNumbers];
+      float number[kChunkNumbers<T>];
       Io::widen(Io::load(image + uint64_t(pixel[c]) * a.call.channels), number);
 #pragma unroll
-      for (int i = 0; i < int(kChunkNumbers); ++i) sum[i] += weight[c] * number[i];
+      for (int i = 0; i < int(kChunkNumbers<T>); ++i) sum[i] += weight[c] * number[i];
     }
   }
 }
 
 // Whether all numbers are finite; false also where their sum is not.
-MMDCNV4_DEVICE bool are_finite(const float (&n)[kChunkNumbers]) {
+MMDCNV4_DEVICE bool are_finite(const float (&n)[4]) {
+  return fabsf((n[0] + n[1]) + (n[2] + n[3])) <= FLT_MAX;
+}
+MMDCNV4_DEVICE bool are_finite(const float (&n)[8]) {
   const float sum = ((n[0] + n[1]) + (n[2] + n[3])) + ((n[4] + n[5]) + (n[6] + n[7]));
   return fabsf(sum) <= FLT_MAX;
 }
 
-// Brings the sums from fragments to rows: 8 channels of a row per lane, a team per row.
-template <int kDepth, int kReach>
+// Brings the sums from fragments to rows: a chunk of a row per lane, a team per row.
+template <typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE void collect(uint32_t lane, const float (&sum)[2][kDepth / 8][4],
                             unsigned char* area) {
-  using Layout = DenseWindow<kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth, kReach>;
   const uint32_t g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int i = 0; i < int(Layout::kTeam); ++i) {
+  for (int i = 0; i < kDepth / 8; ++i) {
     unsigned char* to = area + Layout::result_at(g, 8 * i + 2 * t);
 #pragma unroll
     for (int m = 0; m < 2; ++m)
@@ -225,28 +214,33 @@ template <bool kGather, typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE bool finish_row(const WindowArguments& a, const Tile& tile, uint32_t unit,
                                uint32_t pass, uint32_t lane, float inverse, const Image<T>& image,
                                const unsigned char* area) {
-  using Layout = DenseWindow<kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth, kReach>;
   const uint32_t first = lane / Layout::kTeam, index = pass * (kWarp / Layout::kTeam) + first;
-  const uint32_t column = lane % Layout::kTeam * kChunkNumbers;
+  const uint32_t column = lane % Layout::kTeam * kChunkNumbers<T>;
   const Row row = Layout::locate_row(a, tile, unit, index);
   float factor = 1.0f;
   if constexpr (std::is_same<T, Half>::value)
     factor = __shfl_sync(kAllLanes, inverse, int(index));
   enter_step(SharedPhase::kFinish);
   const unsigned char* from = area + pass * (kWarp / Layout::kTeam) * Layout::kResultBytes;
-  const float4 low = read_shared<float4>(from + Layout::result_at(first, column));
-  const float4 high = read_shared<float4>(from + Layout::result_at(first, column + 4));
-  float number[kChunkNumbers] = {low.x,  low.y,  low.z,  low.w,
-                                 high.x, high.y, high.z, high.w};
+  float number[kChunkNumbers<T>];
+#pragma unroll
+  for (int i = 0; i < int(kChunkNumbers<T>); i += 4) {
+    const float4 four = read_shared<float4>(from + Layout::result_at(first, column + i));
+    number[i] = four.x;
+    number[i + 1] = four.y;
+    number[i + 2] = four.z;
+    number[i + 3] = four.w;
+  }
   if (!row.is_valid || are_finite(number) == kGather) return row.is_valid && !kGather;
   const uint32_t pixel = pixel_of(a, row), channel = uint32_t(row.group) * kDepth + column;
 #pragma unroll
-  for (int i = 0; i < int(kChunkNumbers); ++i) number[i] = kGather ? 0 : number[i] * factor;
+  for (int i = 0; i < int(kChunkNumbers<T>); ++i) number[i] = kGather ? 0 : number[i] * factor;
   if constexpr (kGather)
     gather_taps(a, row, numbers_of(a, row, image), image.value + channel, number);
   const uint32_t pitch = uint32_t(a.call.channels) * uint32_t(sizeof(T));
   char* to = reinterpret_cast<char*>(image.output + channel) + uint64_t(pixel) * pitch;
-  VectorIo<T, kChunkNumbers>::store(number, reinterpret_cast<T*>(to));
+  VectorIo<T, kChunkNumbers<T>>::store(number, reinterpret_cast<T*>(to));
   return false;
 }
 
@@ -254,7 +248,7 @@ MMDCNV4_DEVICE bool finish_row(const WindowArguments& a, const Tile& tile, uint3
 template <typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE void finish(const WindowArguments& a, const Tile& tile, uint32_t unit, uint32_t lane,
                            float inverse, Image<T> image, const unsigned char* area) {
-  constexpr uint32_t kPasses = DenseWindow<kDepth, kReach>::kTeam;
+  constexpr uint32_t kPasses = DenseWindow<T, kDepth, kReach>::kTeam;
   image.output = forget(image.output); // else the compiler computes it anew for each pass
   bool has_more = false;
 #pragma unroll
@@ -275,7 +269,7 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
                                 const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
                                 T* __restrict__ output) {           // [N, Ho, Wo, G, D]
 #if MMDCNV4_HAS_TENSOR_CORES
-  using Layout = DenseWindow<kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth, kReach>;
   using Numbers = UnitNumbers<T, kDepth, kReach>;
   MMDCNV4_SHARED_MEMORY(shared);
   const uint32_t warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -297,13 +291,13 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
     const uint32_t first_group = tile.first_group + Layout::locate_matrix(a, 2 * unit).group;
     Numbers::copy_unit(a, tile, unit, lane, image.packed, area);
     commit_copies();
-    if (unit == warp) copy_cells<kDepth, kReach>(a, tile, image.value, cells);
+    if (unit == warp) copy_cells<T, kDepth, kReach>(a, tile, image.value, cells);
     commit_copies();
     wait_copies<1>(); // the cells may take until A is there
     __syncwarp();
     const RowNumbers numbers = Numbers::load(a, lane, first_group, image.packed, area);
     __syncwarp();
-    const bool has_product = is_worth_a_product<Layout, kReach>(a, tile, unit, lane, numbers);
+    const bool has_product = is_worth_a_product<Layout, kDepth, kReach>(a, tile, unit, lane, numbers);
     Scale scale{1.0f, 1.0f};
     FarTaps far{};
     FarLayer<T, kDepth, kReach> layer;
@@ -322,7 +316,7 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
       has_far = __any_sync(kAllLanes, far.bits != 0);
       if (has_far) layer.take(a, tile, unit, lane, scale.factor, image, far);
     } else {
-      write_taps<kDepth, kReach>(a, tile, unit, lane, numbers, area);
+      write_taps<T, kDepth, kReach>(a, tile, unit, lane, numbers, area);
     }
     if (unit == warp) {
       wait_copies<0>();
@@ -339,7 +333,7 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
         has_far = __any_sync(kAllLanes, far.bits != 0);
         if (has_far) layer.take(a, tile, unit, lane, scale.factor, image, far);
       }
-      collect<kDepth, kReach>(lane, sum, area);
+      collect<T, kDepth, kReach>(lane, sum, area);
       __syncwarp();
       finish<T, kDepth, kReach>(a, tile, unit, lane, scale.inverse, image, area);
     } else {
@@ -356,7 +350,7 @@ bool launch_dcnv4_window_forward(const Dcnv4Params& p, const WindowPlan& plan, S
                                  const T* value, const OffsetNumbers<T>& offset_mask, T* output) {
   const WindowArguments arguments = make_window_arguments(p, plan);
   bool is_launched = false;
-  with_depth(p.group_channels, [&](auto depth) {
+  with_depth<T>(p.group_channels, [&](auto depth) {
     auto* kernel = &dcnv4_window_forward_kernel<T, decltype(depth)::value, kForwardReach>;
     if (!prepare_tensor_core_kernel(kernel)) return;
     for_each_launch(p, plan, [&](int64_t image, int64_t blocks) {

@@ -23,33 +23,37 @@
 #include <cfloat>
 
 #include "../dcnv4_backward.cuh"
+#include "fragments.cuh"
 #include "window_numbers.cuh"
 #include "window_taps.cuh"
 
 namespace mmdcnv4 {
 namespace cuda {
 
-// Fragments of Y, of both matrices of a unit. grad_output is that of the image.
-template <int kDepth>
-using GradFragments = uint32_t[2][kDepth / 16][4];
+// Words of the fragments of Y, of both matrices of a unit: of 16 channels each, in float32 of 8.
+// grad_output is that of the image.
+template <typename T, int kDepth>
+using GradWords = uint32_t[2][kDepth / (2 * kChunkNumbers<T>)][4];
 
 template <typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE void load_grads(const WindowArguments& a, const Tile& tile, uint32_t unit,
                                uint32_t lane, const T* __restrict__ grad_output,
-                               GradFragments<kDepth>& grads) {
-  using Layout = DenseWindow<kDepth, kReach>;
+                               GradWords<T, kDepth>& grads) {
+  using Layout = DenseWindow<T, kDepth, kReach>;
   const uint32_t g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Row row = Layout::locate_row(a, tile, unit, m * kMatrixRows + half * 8 + g);
+      constexpr int kInWord = int(sizeof(uint32_t) / sizeof(T));
       const T* from = grad_output +
                       uint64_t(row.is_valid ? pixel_of(a, row) : 0) * a.call.channels +
-                      (row.is_valid ? uint32_t(row.group) * kDepth : 0) + 2 * t;
+                      (row.is_valid ? uint32_t(row.group) * kDepth : 0) + kInWord * t;
 #pragma unroll
       for (int i = 0; i < int(Layout::kTeam); ++i)
-        grads[m][i / 2][half + i % 2 * 2] = row.is_valid ? VectorIo<T, 2>::load(from + 8 * i) : 0;
+        grads[m][i / 2][half + i % 2 * 2] =
+            row.is_valid ? VectorIo<T, kInWord>::load(from + kChunkNumbers<T> * i) : 0;
     }
 }
 
@@ -57,9 +61,9 @@ MMDCNV4_DEVICE void load_grads(const WindowArguments& a, const Tile& tile, uint3
 // kernel.
 template <typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE void dot_cells(const WindowArguments& a, uint32_t unit, uint32_t lane,
-                              const GradFragments<kDepth>& grads, const unsigned char* cells,
+                              const GradWords<T, kDepth>& grads, const unsigned char* cells,
                               unsigned char* area) {
-  using Layout = DenseWindow<kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth, kReach>;
   constexpr int kTeam = Layout::kTeam, kLoads = kTeam / 2; // of four 8x8 matrices per 16 cells
   const uint32_t g = lane / 4, t = lane % 4;
   const uint32_t period_bytes = Layout::kPeriodLines * a.cells_w * kCellBytes;
@@ -77,6 +81,7 @@ MMDCNV4_DEVICE void dot_cells(const WindowArguments& a, uint32_t unit, uint32_t 
                                                   matrix.y + cell / Layout::kSide, a.cells_w,
                                                   matrix.group * kTeam + of % kTeam);
       }
+    const auto grads_of = [&](int pair) { return GradFragment<T>(grads[m][pair]); };
     unsigned char* dots_at[2] = {area + Layout::weight_at(2 * t, m * kMatrixRows + g),
                                  area + Layout::weight_at(2 * t, m * kMatrixRows + 8 + g)};
 #pragma unroll
@@ -89,9 +94,9 @@ MMDCNV4_DEVICE void dot_cells(const WindowArguments& a, uint32_t unit, uint32_t 
         load_matrices(cells_at[step % Layout::kPeriod][j] + step / Layout::kPeriod * period_bytes,
                       pixels);
 #pragma unroll
-        for (int pair = 0; pair < 2; ++pair) // 16 channels
-          multiply_add(dot[(4 * j + 2 * pair) / kTeam], grads[m][(4 * j + 2 * pair) % kTeam / 2],
-                       pixels[2 * pair], pixels[2 * pair + 1], T());
+        for (int pair = 0; pair < 2; ++pair) // two chunks
+          grads_of((4 * j + 2 * pair) % kTeam / 2)
+              .multiply(pixels[2 * pair], pixels[2 * pair + 1], dot[(4 * j + 2 * pair) / kTeam]);
       }
       enter_step(SharedPhase::kCollect);
 #pragma unroll
@@ -162,11 +167,11 @@ MMDCNV4_DEVICE void write_row(const RowGradients& grad, int32_t points, unsigned
 }
 
 // From there to grad_offset_mask of the image; after the last group the padding, zero.
-template <typename Offset, int kDepth, int kReach>
+template <typename T, typename Offset, int kDepth, int kReach>
 MMDCNV4_DEVICE void write_unit(const WindowArguments& a, const Tile& tile, uint32_t unit,
                                uint32_t lane, const unsigned char* area,
                                Offset* __restrict__ grad_packed) {
-  using Layout = DenseWindow<kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth, kReach>;
   using Numbers = NumbersLayout<Offset, (Layout::kGroups > 1 ? 2 : 1)>;
   // units of two groups begin with an even one, so that pairs of halves are aligned; where the
   // last group stands alone an odd number of them is followed by padding
@@ -205,7 +210,7 @@ MMDCNV4_DEVICE void write_unit(const WindowArguments& a, const Tile& tile, uint3
 // Where the gradients of rows lie in the area, until they are written.
 template <typename T, int kDepth, int kReach>
 struct UnitGradients {
-  using Layout = DenseWindow<kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth, kReach>;
   template <typename Offset>
   using Numbers = NumbersLayout<Offset, (Layout::kGroups > 1 ? 2 : 1)>;
   static constexpr uint32_t kPairBytes = 2; // of a tap that is left over, see collect()
@@ -235,10 +240,10 @@ struct UnitGradients {
   MMDCNV4_DEVICE void write(const Tile& tile, uint32_t unit, uint32_t lane,
                             unsigned char* grad_packed) const {
     if (are_wider) {
-      write_unit<float, kDepth, kReach>(a, tile, unit, lane, area,
+      write_unit<T, float, kDepth, kReach>(a, tile, unit, lane, area,
                                         reinterpret_cast<float*>(grad_packed));
     } else {
-      write_unit<T, kDepth, kReach>(a, tile, unit, lane, area, reinterpret_cast<T*>(grad_packed));
+      write_unit<T, T, kDepth, kReach>(a, tile, unit, lane, area, reinterpret_cast<T*>(grad_packed));
     }
   }
 
@@ -282,8 +287,8 @@ MMDCNV4_DEVICE void take_left_over(const WindowArguments& a, const Tile& tile, u
                                    const T* __restrict__ grad_output, const T* __restrict__ value,
                                    const OffsetNumbers<T>& packed, const FarLists& lists,
                                    const UnitGradients<T, kDepth, kReach>& gradients) {
-  using Layout = DenseWindow<kDepth, kReach>;
-  constexpr int kVec = kChunkNumbers, kTeam = Layout::kTeam;
+  using Layout = DenseWindow<T, kDepth, kReach>;
+  constexpr int kVec = kChunkNumbers<T>, kTeam = Layout::kTeam;
 #pragma unroll 1
   for (uint32_t first = 0; first < count; first += kWarp / kTeam) {
     const uint32_t index = first + lane / kTeam;
@@ -332,7 +337,7 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
                                     const OffsetGradients<T> grad_offset_mask, // [N, Ho, Wo, P]
                                     const FarLists lists) {
 #if MMDCNV4_HAS_TENSOR_CORES
-  using Layout = DenseWindow<kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth, kReach>;
   using Numbers = UnitNumbers<T, kDepth, kReach>;
   MMDCNV4_SHARED_MEMORY(shared);
   const uint32_t warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
@@ -348,7 +353,7 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
   const OffsetGradients<T> grad_packed = grad_offset_mask.from(first_number);
   unsigned char* area = shared + warp * Layout::kAreaBytes;
   unsigned char* cells = shared + warps * Layout::kAreaBytes;
-  copy_cells<kDepth, kReach>(a, tile, value, cells);
+  copy_cells<T, kDepth, kReach>(a, tile, value, cells);
 #pragma unroll 1
   for (uint32_t unit = warp; unit < a.units; unit += warps) {
     // addresses kept from one unit to the next would fill the registers
@@ -357,7 +362,7 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
     const uint32_t first_group = tile.first_group + Layout::locate_matrix(a, 2 * unit).group;
     Numbers::copy_unit(a, tile, unit, lane, packed, area);
     commit_copies(); // the first time with the cells
-    GradFragments<kDepth> grads; // on their way at the same time
+    GradWords<T, kDepth> grads; // on their way at the same time
     load_grads<T, kDepth, kReach>(a, tile, unit, lane, grad_output, grads);
     wait_copies<0>();
     if (unit == warp) __syncthreads();

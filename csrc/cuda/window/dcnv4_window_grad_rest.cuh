@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kMaxThreads)
                                   const T* __restrict__ grad_output,  // [N, Ho, Wo, G, D]
                                   const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
                                   const FarLists lists) {
-  constexpr int kVec = kChunkNumbers;
+  constexpr int kVec = kChunkNumbers<T>;
   if (*lists.has_full == 0) return;
   const int32_t lane = int32_t(threadIdx.x) & ((1 << a.call.team_log2) - 1);
   const uint64_t teams = uint64_t(gridDim.x) * kMaxThreads >> a.call.team_log2;

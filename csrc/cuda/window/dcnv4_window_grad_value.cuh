@@ -35,12 +35,13 @@
 //             that are not finite are thrown away and taken again over the pixels that sample the
 //             cell: places that no sample has added to hold -0.0, and no sum makes -0.0
 // Numerics    weights are rounded to TF32 (11 bits, the range of float32), grad_output is exact in
-//             it, sums in float32; bitwise repeatable, unless taps are far: lists have no order
+//             it, or float32 and both are split (fragments.cuh); sums in float32; bitwise repeatable, unless taps are far: lists have no order
 // Source      arXiv:2401.06197, section 3, differentiated by hand
 #pragma once
 
 #include <cfloat>
 
+#include "fragments.cuh"
 #include "listed_taps.cuh"
 #include "window_taps.cuh"
 
@@ -143,7 +144,7 @@ template <typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE void multiply_stencil(const WindowArguments& a, const OwnedBlock& block,
                                      uint32_t group, uint32_t lane, const unsigned char* weights,
                                      const unsigned char* pixels, float (&sum)[kDepth / 8][4]) {
-  using Layout = DenseWindow<kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth, kReach>;
   constexpr uint32_t kSide = Layout::kSide;
   // eight pixels at a time: after kEights of them a line begins again
   constexpr int kEights = kSide == 8 ? 1 : 3, kLines = kEights * 8 / kSide;
@@ -156,22 +157,13 @@ MMDCNV4_DEVICE void multiply_stencil(const WindowArguments& a, const OwnedBlock&
     wy[i] = (8 * i + 2 * t) / kSide;
     weight_at[i] = block.weight_at<kReach>(a, wx[i], wy[i]);
   }
-  const unsigned char* pixels_at[Layout::kPeriod][Layout::kTeam / 2]; // lane's row for ldmatrix
-#pragma unroll
-  for (int i = 0; i < int(Layout::kPeriod); ++i) {
-    const uint32_t pixel = 16 * i + lane % 16;
-    const uint32_t at = Layout::chunk_at(block.x + pixel % kSide, block.y + pixel / kSide,
-                                         a.cells_w, group * Layout::kTeam + lane / 16);
-#pragma unroll
-    for (int pair = 0; pair < int(Layout::kTeam / 2); ++pair)
-      pixels_at[i][pair] = pixels + (at ^ (2 * pair * kChunkBytes));
-  }
+  using Rows = CellRows<T, kDepth, kReach>;
+  const Rows rows(a, block.x, block.y, group, lane, pixels);
   const int32_t down = kLines * (int32_t(a.cells_w * sizeof(float)) - a.stencil.line);
   const int32_t beside = int32_t(sizeof(float)) - a.stencil.column; // the next pixel of the line
-  const uint32_t period_bytes = Layout::kPeriodLines * a.cells_w * kCellBytes;
 #pragma unroll
   for (int step = 0; step < int(Layout::kSteps); ++step) {
-    uint32_t fragment[2][4];
+    Tf32Fragment<T> fragment[2];
 #pragma unroll
     for (int i = 0; i < 8; ++i) { // eight, pixel, row
       const int eight = 2 * step + i / 4, part = eight % kEights, lines = eight / kEights * kLines;
@@ -184,18 +176,24 @@ MMDCNV4_DEVICE void multiply_stencil(const WindowArguments& a, const OwnedBlock&
           has_weight<kReach>(wy[part] + lines, block.cy + 2 * half))
         weight = read_shared<float>(weights + weight_at[part] + eight / kEights * down +
                                     odd * beside + half * 2 * a.stencil.line);
-      fragment[i / 4][i % 4] = round_to_tf32(weight);
+      fragment[i / 4].put(i % 4, weight);
     }
 #pragma unroll
-    for (int pair = 0; pair < int(Layout::kTeam / 2); ++pair) { // 16 channels at a time
+    for (int load = 0; load < Rows::kLoads; ++load) {
       uint32_t grads[4];
       enter_step(SharedPhase::kPixels);
-      load_matrices_transposed(
-          pixels_at[step % Layout::kPeriod][pair] + step / Layout::kPeriod * period_bytes, grads);
+      rows.load(step, load, grads);
+      if constexpr (sizeof(T) == sizeof(float)) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) { // 8 channels, 8 pixels: two of each fall to a lane
-        const float2 two = widen_pair(grads[i], T());
-        multiply_add_tf32(sum[2 * pair + i / 2], fragment[i % 2], two.x, two.y);
+        for (int i = 0; i < 2; ++i)
+          fragment[i].multiply(__uint_as_float(grads[2 * i]), __uint_as_float(grads[2 * i + 1]),
+                               sum[load]);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) { // 8 channels, 8 pixels: two of each fall to a lane
+          const float2 two = widen_pair(grads[i], T());
+          fragment[i % 2].multiply(two.x, two.y, sum[2 * load + i / 2]);
+        }
       }
     }
   }
@@ -206,7 +204,7 @@ template <typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE void sum_exactly(const WindowArguments& a, const OwnedBlock& block, uint32_t group,
                                 uint32_t lane, const unsigned char* weights,
                                 const unsigned char* pixels, float (&sum)[kDepth / 8][4]) {
-  using Layout = DenseWindow<kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth, kReach>;
 #pragma unroll
   for (int i = 0; i < kDepth / 2; ++i) sum[i / 4][i % 4] = 0;
 #pragma unroll 1
@@ -221,15 +219,18 @@ MMDCNV4_DEVICE void sum_exactly(const WindowArguments& a, const OwnedBlock& bloc
           weights + block.weight_at<kReach>(a, wx, wy) + half * 2 * a.stencil.line);
       if (weight == kUntouched) continue;
 #pragma unroll
-      for (int i = 0; i < int(Layout::kTeam); ++i) {
-        const float2 grad = widen_pair(
-            read_shared<uint32_t>(pixels +
-                                  Layout::chunk_at(block.x + wx, block.y + wy, a.cells_w,
-                                                   group * Layout::kTeam + i) +
-                                  lane % 4 * 4),
-            T());
-        sum[i][2 * half] += __uint_as_float(weight) * grad.x;
-        sum[i][2 * half + 1] += __uint_as_float(weight) * grad.y;
+      for (int i = 0; i < kDepth / 8; ++i) {
+        using Two = VectorIo<T, 2>;
+        const uint32_t channel = 8 * i + lane % 4 * 2;
+        float grad[2];
+        Two::widen(read_shared<typename Two::Raw>(
+                       pixels +
+                       Layout::chunk_at(block.x + wx, block.y + wy, a.cells_w,
+                                        group * Layout::kTeam + channel / kChunkNumbers<T>) +
+                       channel % kChunkNumbers<T> * sizeof(T)),
+                   grad);
+        sum[i][2 * half] += __uint_as_float(weight) * grad[0];
+        sum[i][2 * half + 1] += __uint_as_float(weight) * grad[1];
       }
     }
   }
@@ -273,7 +274,7 @@ __global__ void __launch_bounds__(kMaxThreads, kReach != 2 ? 1 : kDepth == 64 ? 
                                    const FarLists lists, const Divisor line_of_output,
                                    T* __restrict__ grad_value) {       // [N, H, W, G, D]
 #if MMDCNV4_HAS_TENSOR_CORES
-  using Layout = DenseWindow<kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth, kReach>;
   using Numbers = StagedNumbers<T, 1>;
   MMDCNV4_SHARED_MEMORY(weights);
   const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -288,7 +289,7 @@ __global__ void __launch_bounds__(kMaxThreads, kReach != 2 ? 1 : kDepth == 64 ? 
     commit_copies();
   };
   fetch_numbers(tile.first_group, PixelAround(a, tile, kReach, threadIdx.x));
-  copy_cells<kDepth, kReach>(a, tile, grad_output + out_pixels * a.call.channels, pixels);
+  copy_cells<T, kDepth, kReach>(a, tile, grad_output + out_pixels * a.call.channels, pixels);
   commit_copies();
   wait_copies<1>(); // pixels may take until the weights are there
 #pragma unroll 1

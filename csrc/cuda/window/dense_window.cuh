@@ -11,9 +11,11 @@
 // where row p of A holds the sums of mask * bilinear weight by which pixel p takes from each cell.
 // Two such matrices make a unit, the work of a warp at a time: lane = row, 16 pixels of each.
 //
-//     tile     tile_w x tile_h output pixels (multiples of 4) of one image x a slice of 64 channels
+//     tile     tile_w x tile_h output pixels (multiples of 4) of one image x a slice of 64 channels,
+//              in float32 of 32
 //     matrix   a 4x4 block of the tile and a group of the slice; number = block * groups + group
-//     unit     matrices 2u and 2u + 1: two groups of a block, or two blocks where D is 64
+//     unit     matrices 2u and 2u + 1: two groups of a block, or two blocks where a group fills the
+//              slice
 //
 // Shared memory of a thread block:
 //     cells    [tile_h + 2 reach][tile_w + 2 reach] of 128 bytes, 16-byte chunk c of cell (x, y) at
@@ -34,9 +36,10 @@ constexpr uint32_t kBlockSide = kWindowBlock; // output pixels of a block along 
 constexpr uint32_t kMatrixRows = kBlockSide * kBlockSide;
 constexpr uint32_t kRowBytes = 4; // of a weight: float32
 constexpr uint32_t kWeightBytes = uint32_t(kWarp) * kRowBytes; // of a cell, for all rows of a unit
-constexpr uint32_t kCellBytes = kWindowSliceChannels * 2; // of the channels of a cell
+constexpr uint32_t kCellBytes = kWindowSliceBytes; // of the channels of a cell
 constexpr uint32_t kChunkBytes = 16;
-constexpr uint32_t kChunkNumbers = 8; // 16-bit numbers of a chunk
+template <typename T>
+constexpr uint32_t kChunkNumbers = kChunkBytes / uint32_t(sizeof(T)); // of a chunk
 
 // Rows belong to the pixels of one map, cells to those of another: output and input, except for the
 // gradient of value, where it is the other way round.
@@ -82,7 +85,7 @@ struct Tile {
   uint32_t image;
 };
 
-template <int kDepth, int kReach>
+template <typename T, int kDepth, int kReach>
 struct DenseWindow {
   static constexpr uint32_t kSide = window_side(kReach);
   static constexpr uint32_t kCells = kSide * kSide;
@@ -90,8 +93,8 @@ struct DenseWindow {
   static constexpr uint32_t kPeriod = kSide == 8 ? 1 : 3; // steps, until cells line up again
   static constexpr uint32_t kPeriodLines = 16 * kPeriod / kSide; // lines of cells in a period
   static constexpr uint32_t kAreaBytes = kCells * kWeightBytes; // of a warp
-  static constexpr uint32_t kGroups = kWindowSliceChannels / kDepth; // of a slice
-  static constexpr uint32_t kTeam = kDepth / kChunkNumbers; // lanes that finish a row together
+  static constexpr uint32_t kGroups = kCellBytes / (kDepth * sizeof(T)); // of a slice
+  static constexpr uint32_t kTeam = kDepth / kChunkNumbers<T>; // lanes that finish a row together
   static_assert(kSide * kPeriodLines == 16 * kPeriod && kSteps % kPeriod == 0, "whole periods");
   static_assert(kPeriodLines % 2 == 0, "the order of chunks repeats with every second line");
 
@@ -173,13 +176,13 @@ MMDCNV4_HD uint32_t pixel_of(const WindowArguments& a, const Row& row) {
 
 // Copies the cells of a tile into shared memory, 16 bytes at a time, by all warps of the block,
 // line after line, each lane the same chunk of every fourth cell. Lines have a multiple of four.
-template <int kDepth, int kReach, typename T>
+template <typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE void copy_cells(const WindowArguments& a, const Tile& tile,
                                const T* __restrict__ image, unsigned char* cells) {
-  using Layout = DenseWindow<kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth, kReach>;
   constexpr uint32_t kStep = 4; // cells that a warp copies at a time, 8 chunks each
   const uint32_t lane = threadIdx.x % kWarp, chunk = lane % 8, first = lane / 8;
-  const uint32_t channel = tile.first_group * kDepth + chunk * kChunkNumbers;
+  const uint32_t channel = tile.first_group * kDepth + chunk * kChunkNumbers<T>;
   const bool has_channel = channel < a.call.channels;
   const char* from = reinterpret_cast<const char*>(image + (has_channel ? channel : 0));
   const uint32_t pitch = uint32_t(a.call.channels) * uint32_t(sizeof(T));

@@ -11,6 +11,7 @@
 // The four cells of a tap are the corners of its sample: left and right above, then below.
 #pragma once
 
+#include "fragments.cuh"
 #include "tap_place.cuh"
 #include "window_numbers.cuh"
 
@@ -22,33 +23,6 @@ namespace cuda {
 struct FarTaps {
   uint32_t bits;
   TapNumbers<float> last;
-};
-
-// Fragment of A: the weights of one matrix for 16 cells. With bfloat16 `low` is what rounding left.
-template <typename T>
-struct WeightFragment {
-  static constexpr bool kIsSplit = std::is_same<T, BFloat16>::value;
-  uint32_t high[4], low[kIsSplit ? 4 : 1];
-
-  // `upper` and `lower`: weights of cell 2t of rows g and g + 8 of the matrix
-  MMDCNV4_DEVICE void load(const unsigned char* upper, const unsigned char* lower) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const unsigned char* from = (i % 2 ? lower : upper) + i / 2 * (8 * kWeightBytes);
-      const float even = read_shared<float>(from), odd = read_shared<float>(from + kWeightBytes);
-      high[i] = narrow_pair(even, odd, T());
-      if constexpr (kIsSplit) {
-        const float2 rounded = widen_pair(high[i], T());
-        low[i] = narrow_pair(even - rounded.x, odd - rounded.y, T());
-      }
-    }
-  }
-
-  // `to` += these weights . the 16 cells of a fragment of V
-  MMDCNV4_DEVICE void multiply(uint32_t b0, uint32_t b1, float (&to)[4]) const {
-    multiply_add(to, high, b0, b1, T());
-    if constexpr (kIsSplit) multiply_add(to, low, b0, b1, T());
-  }
 };
 
 // Pointers of one image.
@@ -73,13 +47,13 @@ MMDCNV4_DEVICE OffsetNumbers<T> numbers_of(const WindowArguments& a, const Row& 
 // other one. Where all corners of a round are among the tile's cells, it reads them there.
 template <typename T, int kDepth, int kReach>
 struct FarLayer {
-  using Layout = DenseWindow<kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth, kReach>;
   static constexpr int kRows = 4;                   // of a round: a tap each, four cells each
   static constexpr int kCopies = Layout::kTeam / 2; // chunks of 16 cells, by 32 lanes
   using Fragment = WeightFragment<T>;
-  static constexpr int kParts = Fragment::kIsSplit ? 2 : 1;
+  static constexpr int kParts = Fragment::kParts;
 
-  uint32_t weights[kParts][2]; // of the lane's tap: upper and lower pair of corners
+  uint32_t weights[2][kParts]; // of the lane's tap: upper and lower pair of corners
   TapPlace place;              // none where the lane has no tap in this layer
 
   // Where chunk `chunk` of cell 0 ... 15 is in a warp's area; eight cells meet every bank once.
@@ -93,7 +67,7 @@ struct FarLayer {
                            float factor, const Image<T>& image, FarTaps& far) {
     place = TapPlace::none();
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) weights[part][0] = weights[part][1] = 0;
+    for (int part = 0; part < kParts; ++part) weights[0][part] = weights[1][part] = 0;
     if (far.bits == 0) return;
     const Row row = Layout::locate_row(a, tile, unit, lane);
     const int32_t k = 31 - __clz(int(far.bits));
@@ -105,8 +79,8 @@ struct FarLayer {
     }
     if (!sample.bilinear.inside) return;
     const Four<float> weight = sample_weights(sample);
-    pack(0, weight.x, weight.y);
-    pack(1, weight.z, weight.w);
+    Fragment::pack(weight.x, weight.y, weights[0]);
+    Fragment::pack(weight.z, weight.w, weights[1]);
     place = TapPlace::make<Layout, kReach>(
         a, tile, sample.bilinear, (uint32_t(row.group) - tile.first_group) * Layout::kTeam);
   }
@@ -132,22 +106,17 @@ struct FarLayer {
         copy_corners(a, tile, unit, lane, rows, image, area, cells);
         __syncwarp();
       }
-      // what a row's corners would be, of a round with fewer: those of another row, weighing zero
-      const uint32_t cell = lane % 16, row = row_of_cell(rows, cell);
-      const TapPlace from = place.of_lane(row < uint32_t(kWarp) ? row : rows[0]);
       const unsigned char* base = are_cells ? cells : area;
-      const uint32_t at = are_cells ? from.cell(cell % 4) ^ (lane / 16 * kChunkBytes)
-                                    : chunk_at(cell, lane / 16);
+      uint32_t at[kAddresses];
+      locate_corners(lane, rows, are_cells, at);
 #pragma unroll
-      for (int pair = 0; pair < kCopies; ++pair) { // 16 channels at a time
+      for (int load = 0; load < kCopies; ++load) {
         uint32_t pixels[4];
         enter_step(SharedPhase::kFar);
-        load_matrices_transposed(base + (at ^ (2 * pair * kChunkBytes)), pixels);
+        load_corners(base, at, 2 * load * kChunkBytes, pixels);
 #pragma unroll
         for (int m = 0; m < 2; ++m)
-#pragma unroll
-          for (int half = 0; half < 2; ++half)
-            fragment[m].multiply(pixels[2 * half], pixels[2 * half + 1], sum[m][2 * pair + half]);
+          fragment[m].multiply(pixels, sum[m] + Fragment::kTiles * load);
       }
       __syncwarp();
       waiting = later;
@@ -155,11 +124,41 @@ struct FarLayer {
   }
 
  private:
-  MMDCNV4_DEVICE void pack(int line, float left, float right) {
-    weights[0][line] = narrow_pair(left, right, T());
-    if constexpr (Fragment::kIsSplit) {
-      const float2 rounded = widen_pair(weights[0][line], T());
-      weights[1][line] = narrow_pair(left - rounded.x, right - rounded.y, T());
+  // Of a lane: with ldmatrix that of a row, else those of the four numbers that it gets.
+  static constexpr int kAddresses = sizeof(T) == sizeof(float) ? 4 : 1;
+
+  // Where the first of them are, from `base` on. What a row's corners would be, of a round with
+  // fewer: those of another row, weighing zero.
+  MMDCNV4_DEVICE void locate_corners(uint32_t lane, const uint32_t (&rows)[kRows], bool are_cells,
+                                     uint32_t (&at)[kAddresses]) const {
+    if constexpr (kAddresses == 1) {
+      const uint32_t cell = lane % 16, chunk = lane / 16, row = row_of_cell(rows, cell);
+      const TapPlace from = place.of_lane(row < uint32_t(kWarp) ? row : rows[0]);
+      at[0] = are_cells ? from.cell(cell % 4) ^ (chunk * kChunkBytes) : chunk_at(cell, chunk);
+    } else {
+      const uint32_t g = lane / 4, t = lane % 4;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) { // cells 2t, 2t + 1, and those eight further on
+        const uint32_t row = row_of_cell(rows, 8 * half + 2 * t);
+        const TapPlace from = place.of_lane(row < uint32_t(kWarp) ? row : rows[0]);
+#pragma unroll
+        for (uint32_t odd = 0; odd < 2; ++odd) {
+          const uint32_t cell = 8 * half + 2 * t + odd;
+          at[2 * half + odd] = (are_cells ? from.cell(cell % 4) ^ (g / 4 * kChunkBytes)
+                                          : chunk_at(cell, g / 4)) +
+                               g % 4 * uint32_t(sizeof(float));
+        }
+      }
+    }
+  }
+  static MMDCNV4_DEVICE void load_corners(const unsigned char* base,
+                                          const uint32_t (&at)[kAddresses], uint32_t chunk,
+                                          uint32_t (&pixels)[4]) {
+    if constexpr (kAddresses == 1) {
+      load_matrices_transposed(base + (at[0] ^ chunk), pixels);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pixels[i] = read_shared<uint32_t>(base + (at[i] ^ chunk));
     }
   }
 
@@ -179,14 +178,13 @@ struct FarLayer {
       const uint32_t row = t / 2 != 0 ? rows[2 * half + 1] : rows[2 * half];
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        const uint32_t upper = __shfl_sync(kAllLanes, weights[part][0], int(row % kWarp));
-        const uint32_t lower = __shfl_sync(kAllLanes, weights[part][1], int(row % kWarp));
+        const uint32_t upper = __shfl_sync(kAllLanes, weights[0][part], int(row % kWarp));
+        const uint32_t lower = __shfl_sync(kAllLanes, weights[1][part], int(row % kWarp));
         const uint32_t pair = t % 2 != 0 ? lower : upper;
 #pragma unroll
         for (int m = 0; m < 2; ++m) {
-          uint32_t* to = (part == 0 ? fragment[m].high : fragment[m].low) + 2 * half;
-          to[0] = row == m * kMatrixRows + g ? pair : 0;
-          to[1] = row == m * kMatrixRows + 8 + g ? pair : 0;
+          fragment[m].put(2 * half, part, row == m * kMatrixRows + g ? pair : 0);
+          fragment[m].put(2 * half + 1, part, row == m * kMatrixRows + 8 + g ? pair : 0);
         }
       }
     }
@@ -197,7 +195,7 @@ struct FarLayer {
                                    uint32_t lane, const uint32_t (&rows)[kRows],
                                    const Image<T>& image, unsigned char* area,
                                    const unsigned char* cells) const {
-#pragma unroll
+#pragma unroll 2 // four would take registers
     for (int i = 0; i < kCopies; ++i) {
       const uint32_t cell = (lane + i * kWarp) / Layout::kTeam, chunk = lane % Layout::kTeam;
       const uint32_t row = row_of_cell(rows, cell);
@@ -209,9 +207,9 @@ struct FarLayer {
       if (row < uint32_t(kWarp)) {
         pixels = from.is_cell()
                      ? read_shared<uint4>(cells + (from.cell(cell % 4) ^ (chunk * kChunkBytes)))
-                     : VectorIo<T, kChunkNumbers>::load(
+                     : VectorIo<T, kChunkNumbers<T>>::load(
                            image.value + uint64_t(from.pixel(cell % 4)) * a.call.channels +
-                           group * kDepth + chunk * kChunkNumbers);
+                           group * kDepth + chunk * kChunkNumbers<T>);
       }
       enter_step(SharedPhase::kFar);
       write_shared(area + chunk_at(cell, chunk), pixels);

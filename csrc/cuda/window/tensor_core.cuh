@@ -119,6 +119,11 @@ MMDCNV4_DEVICE void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], flo
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(__float_as_uint(b0)),
                  "r"(__float_as_uint(b1)));
 }
+// The same with factors of more bits: the device takes those of TF32 and no notice of the others.
+MMDCNV4_DEVICE void multiply_add_tf32_cut(float (&d)[4], const uint32_t (&a)[4], float b0,
+                                          float b1) {
+  multiply_add_tf32(d, a, b0, b1);
+}
 
 // Bits `bits` ... `bits` + 31 of high:low.
 MMDCNV4_DEVICE uint32_t funnel_shift_right(uint32_t low, uint32_t high, uint32_t bits) {

@@ -20,20 +20,20 @@ namespace cuda {
 
 // How the taps of a unit lie in its warp's area, [tap][row] of each: weights of the four corners,
 // and a TapPlace, its corners above and its step apart.
-template <int kDepth, int kReach>
+template <typename T, int kDepth, int kReach>
 struct GatherLayout {
   static constexpr uint32_t kTapBytes = 16 * kWarp, kCorners = kTaps * kTapBytes;
   static constexpr uint32_t kSteps = kCorners + kTaps * 8 * kWarp;
-  static_assert(kSteps + kTaps * 4 * kWarp <= DenseWindow<kDepth, kReach>::kAreaBytes,
+  static_assert(kSteps + kTaps * 4 * kWarp <= DenseWindow<T, kDepth, kReach>::kAreaBytes,
                 "the taps fit into the area");
 };
 
 // Writes the taps of the lane's row.
-template <int kDepth, int kReach>
+template <typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE void write_taps(const WindowArguments& a, const Tile& tile, uint32_t unit,
                                uint32_t lane, const RowNumbers& numbers, unsigned char* area) {
-  using Window = DenseWindow<kDepth, kReach>;
-  using Layout = GatherLayout<kDepth, kReach>;
+  using Window = DenseWindow<T, kDepth, kReach>;
+  using Layout = GatherLayout<T, kDepth, kReach>;
   const Row row = Window::locate_row(a, tile, unit, lane);
   const uint32_t chunk = (uint32_t(row.group) - tile.first_group) * Window::kTeam;
 #pragma unroll
@@ -62,9 +62,9 @@ template <typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE void gather_unit(const WindowArguments& a, const Tile& tile, uint32_t unit,
                                 uint32_t lane, const T* __restrict__ value, T* __restrict__ output,
                                 const unsigned char* area, const unsigned char* cells) {
-  using Window = DenseWindow<kDepth, kReach>;
-  using Layout = GatherLayout<kDepth, kReach>;
-  using Io = VectorIo<T, kChunkNumbers>;
+  using Window = DenseWindow<T, kDepth, kReach>;
+  using Layout = GatherLayout<T, kDepth, kReach>;
+  using Io = VectorIo<T, kChunkNumbers<T>>;
   constexpr uint32_t kTeam = Window::kTeam;
   constexpr uint32_t kTogether = 3; // taps whose corners are under way at a time
   const uint32_t pitch = uint32_t(a.call.channels) * uint32_t(sizeof(T));
@@ -72,12 +72,12 @@ MMDCNV4_DEVICE void gather_unit(const WindowArguments& a, const Tile& tile, uint
   for (uint32_t pass = 0; pass < kTeam; ++pass) {
     const uint32_t index = pass * (kWarp / kTeam) + lane / kTeam;
     const Row row = Window::locate_row(a, tile, unit, index);
-    const uint32_t column = lane % kTeam * kChunkNumbers;
+    const uint32_t column = lane % kTeam * kChunkNumbers<T>;
     const uint32_t channel = uint32_t(row.is_valid ? row.group : 0) * kDepth + column;
     const char* from = reinterpret_cast<const char*>(value + channel);
     const uint32_t chunk = lane % kTeam * kChunkBytes;
     const unsigned char* taps = area + index * 4;
-    float sum[kChunkNumbers] = {};
+    float sum[kChunkNumbers<T>] = {};
 #pragma unroll 1
     for (uint32_t first = 0; first < kTaps; first += kTogether) {
       uint4 corner[kTogether][4];
@@ -111,10 +111,10 @@ MMDCNV4_DEVICE void gather_unit(const WindowArguments& a, const Tile& tile, uint
         const float weight[4] = {weights.x, weights.y, weights.z, weights.w};
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          float number[kChunkNumbers];
+          float number[kChunkNumbers<T>];
           Io::widen(corner[i][c], number);
 #pragma unroll
-          for (int j = 0; j < int(kChunkNumbers); ++j) sum[j] += weight[c] * number[j];
+          for (int j = 0; j < int(kChunkNumbers<T>); ++j) sum[j] += weight[c] * number[j];
         }
       }
     }

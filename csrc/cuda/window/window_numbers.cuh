@@ -139,8 +139,8 @@ struct StagedNumbers {
 
 // Those of a unit, in its warp's area.
 template <typename T, int kDepth, int kReach>
-struct UnitNumbers : StagedNumbers<T, (DenseWindow<kDepth, kReach>::kGroups > 1 ? 2 : 1)> {
-  using Layout = DenseWindow<kDepth, kReach>;
+struct UnitNumbers : StagedNumbers<T, (DenseWindow<T, kDepth, kReach>::kGroups > 1 ? 2 : 1)> {
+  using Layout = DenseWindow<T, kDepth, kReach>;
   using Base = StagedNumbers<T, (Layout::kGroups > 1 ? 2 : 1)>;
   static_assert(Base::template Of<float>::kBytes <= Layout::kAreaBytes,
                 "the numbers fit into the area");

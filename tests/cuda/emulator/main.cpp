@@ -205,11 +205,11 @@ void run_call(std::istream& line, const std::string& mode) {
     using T = typename decltype(type)::type;
     if (mode == "run") return run<T>(p, limits, alignment, are_float, file);
     if (mode == "fixed") return run_fixed<T>(p, limits, are_float, file);
-    if constexpr (sizeof(T) == 2) {
+    if constexpr (sizeof(T) <= 4) {
       if (mode == "window") return run_window<T>(p, limits, alignment, are_float, file);
       return run_window_backward<T>(p, limits, alignment, are_float, file);
     }
-    throw std::invalid_argument("emulator: tensor cores want 16-bit numbers");
+    throw std::invalid_argument("emulator: tensor cores do not take float64");
   });
 }
 
@@ -251,6 +251,7 @@ void check_coverage(const Dcnv4Params& p, const LaunchPlan& plan) {
 }
 
 // The same for the rows of the units of the tensor-core kernels' tiles.
+template <typename T>
 void check_window_coverage(const Dcnv4Params& p, const WindowPlan& plan,
                            const DeviceLimits& limits) {
   expect(plan.shared_bytes <= limits.most_shared_bytes, "shared memory of a tile");
@@ -259,8 +260,8 @@ void check_window_coverage(const Dcnv4Params& p, const WindowPlan& plan,
   expect(plan.units(p) % (plan.threads / kWarp) == 0, "warps share the units evenly");
   const WindowArguments a = make_window_arguments(p, plan);
   std::vector<int> times(p.batch * p.queries() * p.groups, 0);
-  with_window(p.group_channels, plan.reach, [&](auto depth, auto reach) {
-    using Layout = DenseWindow<decltype(depth)::value, decltype(reach)::value>;
+  with_window<T>(p.group_channels, plan.reach, [&](auto depth, auto reach) {
+    using Layout = DenseWindow<T, decltype(depth)::value, decltype(reach)::value>;
     for_each_launch(p, plan, [&](int64_t image, int64_t blocks) {
       for (int64_t i = 0; i < blocks * int64_t(a.units) * kWarp; ++i) {
         const Tile tile = Layout::locate_tile(a, uint32_t(i / kWarp / a.units));
@@ -285,7 +286,9 @@ void cover_call(std::istream& line) {
     check_limits(p, plan, request, limits);
     check_coverage(p, plan);
     const WindowPlan window = make_window_plan(p, request, limits);
-    if (window.reach != 0) check_window_coverage(p, window, limits);
+    if constexpr (sizeof(T) <= 4) {
+      if (window.reach != 0) check_window_coverage<T>(p, window, limits);
+    }
     std::cout << "[" << to_json(plan) << ", " << to_json(window) << "]\n";
   });
 }

@@ -245,20 +245,14 @@ float round_to_tf32(float number) {
   return number;
 }
 
+namespace {
+
 // D[16][8] += A[16][8] B[8][8]. Of A a lane holds rows lane / 4 and lane / 4 + 8 and columns
-// lane % 4 and lane % 4 + 4; of B these rows and column lane / 4.
-void multiply_add_tf32(void* const* lanes) {
+// lane % 4 and lane % 4 + 4; of B these rows and column lane / 4. Calls read(bits) -> a factor.
+template <typename Read>
+void multiply_add_eight(void* const* lanes, const Read& read) {
   const auto at = [&](int lane) { return static_cast<Product*>(lanes[lane]); };
   float a[16][8], b[8][8];
-  const auto read = [](uint32_t bits) {
-    float number;
-    std::memcpy(&number, &bits, sizeof(number));
-    if (number == number && round_to_tf32(number) != number) {
-      std::fprintf(stderr, "emulator: a factor has more digits than TF32\n");
-      std::abort();
-    }
-    return number;
-  };
   for (int lane = 0; lane < kLanes; ++lane) {
     const Product& own = *at(lane);
     const int row = lane / 4, column = lane % 4;
@@ -273,6 +267,30 @@ void multiply_add_tf32(void* const* lanes) {
       for (int k = 0; k < 8; ++k) sum += a[row][k] * b[k][column];
       at(lane)->d[i] = sum;
     }
+}
+
+float as_float(uint32_t bits) {
+  float number;
+  std::memcpy(&number, &bits, sizeof(number));
+  return number;
+}
+
+} // namespace
+
+void multiply_add_tf32(void* const* lanes) {
+  multiply_add_eight(lanes, [](uint32_t bits) {
+    const float number = as_float(bits);
+    if (number == number && round_to_tf32(number) != number) {
+      std::fprintf(stderr, "emulator: a factor has more digits than TF32\n");
+      std::abort();
+    }
+    return number;
+  });
+}
+
+// A NaN may have its bits where they are cut off; then it is infinite, as on the device.
+void multiply_add_tf32_cut(void* const* lanes) {
+  multiply_add_eight(lanes, [](uint32_t bits) { return as_float(bits & ~0x1fffu); });
 }
 
 } // namespace emulator

@@ -45,6 +45,7 @@ struct Product {
 };
 void multiply_add(void* const* lanes);
 void multiply_add_tf32(void* const* lanes); // `widen` is not used
+void multiply_add_tf32_cut(void* const* lanes);
 float round_to_tf32(float number);
 
 } // namespace emulator
@@ -100,6 +101,10 @@ inline uint32_t round_to_tf32(float number) {
 inline void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], float b0, float b1) {
   emulator::Product own{d, a, __float_as_uint(b0), __float_as_uint(b1), nullptr};
   emulator::meet(&emulator::multiply_add_tf32, 0xffffffffu, &own);
+}
+inline void multiply_add_tf32_cut(float (&d)[4], const uint32_t (&a)[4], float b0, float b1) {
+  emulator::Product own{d, a, __float_as_uint(b0), __float_as_uint(b1), nullptr};
+  emulator::meet(&emulator::multiply_add_tf32_cut, 0xffffffffu, &own);
 }
 
 inline uint32_t funnel_shift_right(uint32_t low, uint32_t high, uint32_t bits) {
