@@ -125,7 +125,6 @@ bool fill_grid(const Dcnv4Params& p, const DeviceLimits& limits, WindowPlan& pla
       plan.blocks_per_image() > limits.blocks_per_launch)
     return false;
   plan.images_per_launch = images_that_fit(p, limits, plan.blocks_per_image());
-  plan.far_blocks = std::min<int64_t>(8 * limits.multiprocessors, limits.blocks_per_launch);
   return true;
 }
 
@@ -137,9 +136,9 @@ int32_t cells_of(const WindowPlan& plan) {
 void fill_tile(const Dcnv4Params& p, const DeviceLimits& limits, WindowPlan& plan) {
   const int32_t side = window_side(plan.reach);
   int32_t warps = std::min(kMaxThreads / kWarp, plan.units(p));
-  const auto bytes = [&] { // also a number for each warp
+  const auto bytes = [&] {
     return cells_of(plan) * kWindowSliceBytes +
-           warps * (side * side * kWarp + 4) * int32_t(sizeof(float));
+           warps * side * side * kWarp * int32_t(sizeof(float));
   };
   while (warps > 1 && bytes() > limits.most_shared_bytes) warps /= 2;
   plan.threads = warps * kWarp;

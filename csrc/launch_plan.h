@@ -87,7 +87,6 @@ struct WindowPlan {
   int64_t slices;           // blocks along the channels
   int64_t tiles_h, tiles_w; // blocks along the output map
   int64_t images_per_launch;
-  int64_t far_blocks; // most blocks of the kernel for tiles that are far, which loop
 
   int64_t blocks_per_image() const { return slices * tiles_h * tiles_w; }
   // Pairs of (4x4 pixels, group) in a tile; a warp computes one at a time.

@@ -93,16 +93,12 @@ OffsetGradients<T> gradients_in(const at::Tensor& grad_offset_mask) {
 // Returns whether it did.
 template <typename T>
 bool try_window_forward(const Dcnv4Params& p, int32_t alignment, cudaStream_t stream,
-                        const T* value, const OffsetNumbers<T>& offset_mask, T* output,
-                        const at::Tensor& like) {
+                        const T* value, const OffsetNumbers<T>& offset_mask, T* output) {
   if constexpr (sizeof(T) <= 4) {
     const WindowPlan plan =
         make_window_plan(p, {int32_t(sizeof(T)), 4, alignment, false}, current_device_limits());
-    if (!fast_choice().is_on(plan.reach != 0)) return false;
-    const at::Tensor marks = at::empty({p.batch * plan.blocks_per_image()},
-                                       like.options().dtype(at::kByte));
-    return launch_dcnv4_window_forward(p, plan, stream, value, offset_mask,
-                                       static_cast<uint8_t*>(marks.mutable_data_ptr()), output);
+    return fast_choice().is_on(plan.reach != 0) &&
+           launch_dcnv4_window_forward(p, plan, stream, value, offset_mask, output);
   } else {
     return false;
   }
@@ -123,8 +119,7 @@ at::Tensor dcnv4_forward_cuda(const at::Tensor& value, const at::Tensor& offset_
     const OffsetNumbers<T> numbers = numbers_of<T>(packed);
     auto* output_data = static_cast<T*>(output.mutable_data_ptr());
     const int32_t alignment = common_alignment({&from, &packed, &output});
-    if (try_window_forward(p, alignment, stream, value_data, numbers, output_data, output))
-      return;
+    if (try_window_forward(p, alignment, stream, value_data, numbers, output_data)) return;
     const LaunchPlan plan = plan_for(p, from, common_alignment({&from, &output}), false);
     launch_dcnv4_forward(p, plan, stream, value_data, numbers, output_data);
   });

@@ -92,18 +92,22 @@ MMDCNV4_DEVICE void add_taps(const char* __restrict__ pixels, uint32_t pixel_byt
   }
 }
 
-// A row's part of a thread. kIsPlain: K <= 9, all taps unrolled, and no softmax.
+// kIsPlain: K == 9, all taps unrolled, and no softmax.
 template <typename T, int kVec, bool kIsPlain>
-MMDCNV4_DEVICE void forward_row(const KernelArguments<wide_t<T>>& a, const Row& row,
-                                const T* __restrict__ value, const OffsetNumbers<T>& offset_mask,
-                                T* __restrict__ output, unsigned char* shared) {
+__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 2 : kIsPlain ? 4 : 3)
+    dcnv4_forward_kernel(const KernelArguments<wide_t<T>> a,
+                         const T* __restrict__ value,        // [N, H, W, G, D]
+                         const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
+                         T* __restrict__ output) {           // [N, Ho, Wo, G, D]
+  MMDCNV4_SHARED_MEMORY(shared);
+  const Row row = locate(a, blockIdx.x, int32_t(threadIdx.x));
   const int32_t points = kIsPlain ? kTapsPerPass : a.points;
   const int32_t step = kVec << a.team_log2;
   const Taps<wide_t<T>> taps =
       taps_of_row<false, wide_t<T>>(shared, int32_t(blockDim.x) >> a.team_log2, row.index);
   const int64_t query = row.query(a), first_channel = int64_t(row.group) * a.group_channels;
   const OffsetNumbers<T> packed =
-      offset_mask.from(query * a.offset_mask_channels + int64_t(row.group) * 3 * a.points);
+      offset_mask.from(query * a.offset_mask_channels + int64_t(row.group) * 3 * points);
   const int64_t image_pixels = int64_t(a.height) * a.width;
   const T* image = value + row.image * image_pixels * a.channels + first_channel;
   MaskRule<wide_t<T>> rule{};
@@ -137,17 +141,6 @@ MMDCNV4_DEVICE void forward_row(const KernelArguments<wide_t<T>>& a, const Row& 
     if (has_channels)
       VectorIo<T, kVec>::store(sum, output + query * a.channels + first_channel + channel);
   }
-}
-
-template <typename T, int kVec, bool kIsPlain>
-__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 2 : kIsPlain ? 4 : 3)
-    dcnv4_forward_kernel(const KernelArguments<wide_t<T>> a,
-                         const T* __restrict__ value,        // [N, H, W, G, D]
-                         const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
-                         T* __restrict__ output) {           // [N, Ho, Wo, G, D]
-  MMDCNV4_SHARED_MEMORY(shared);
-  const Row row = locate(a, blockIdx.x, int32_t(threadIdx.x));
-  forward_row<T, kVec, kIsPlain>(a, row, value, offset_mask, output, shared);
 }
 
 template <typename T>

@@ -22,9 +22,7 @@ void launch_dcnv4_forward(const Dcnv4Params& p, const LaunchPlan& plan, Stream s
 // Returns false, and does nothing, where the extension has no such code for the current device.
 template <typename T>
 bool launch_dcnv4_window_forward(const Dcnv4Params& p, const WindowPlan& plan, Stream stream,
-                                 const T* value, const OffsetNumbers<T>& offset_mask,
-                                 uint8_t* marks, // a byte for each tile, written
-                                 T* output);
+                                 const T* value, const OffsetNumbers<T>& offset_mask, T* output);
 
 template <typename T>
 void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream stream,

@@ -45,16 +45,15 @@ def scale_offsets(inputs, groups, points, factor):
 
 
 def keep_near(inputs, groups, points):
-    """In place: at rest the two taps by which a tile is judged, so that it takes the product."""
+    """In place: at rest the two taps by which a unit is judged, so that it takes the product."""
     used = inputs.offset_mask[..., :3 * points * groups].unflatten(-1, (groups, 3 * points))
     used[..., [2, 3, 10, 11]] = 0
 
 
-def parts_taken(plan, inputs):
-    """Which of the two ways the tiles of a call went: with a product, or gathered without."""
-    tiles = inputs.value.shape[0] * plan['slices'] * plan['tiles_h'] * plan['tiles_w']
-    return {'gather'} if plan['far_tiles'] == tiles else \
-        {'product', 'gather'} if plan['far_tiles'] else {'product'}
+def parts_taken(accesses):
+    """Which of the two ways the units of a call went: with a product, or gathered without."""
+    return {way for way, phase in (('product', 'scatter'), ('gather', 'taps'))
+            if accesses.get(phase, {}).get('instructions')}
 
 
 @pytest.mark.parametrize('name', ['3x3', '3x3-ring'])
@@ -68,8 +67,9 @@ def test_geometries(emulator, tmp_path, name, dtypes, depth, way):
     if way == 'product':
         keep_near(inputs, 3, points)
     _, plan, accesses = check(emulator, tmp_path, inputs, groups=3, count=True, **GEOMETRIES[name])
-    assert plan['reach'] == 2 and way in parts_taken(plan, inputs)
-    assert bool(accesses['far']['instructions']) == ('product' in parts_taken(plan, inputs))
+    # units without a row take the product
+    assert plan['reach'] == 2 and parts_taken(accesses) in ({way}, {'product', way})
+    assert accesses['far']['instructions'] > 0
 
 
 @pytest.mark.parametrize('way', ['product', 'gather'])
@@ -80,8 +80,8 @@ def test_shifted_maps(emulator, tmp_path, way):
     scale_offsets(inputs, 3, 9, 2.0)
     if way == 'product':
         keep_near(inputs, 3, 9)
-    _, plan, _ = check(emulator, tmp_path, inputs, groups=3, **geometry)
-    assert way in parts_taken(plan, inputs)
+    _, _, accesses = check(emulator, tmp_path, inputs, groups=3, count=True, **geometry)
+    assert way in parts_taken(accesses)
 
 
 @pytest.mark.parametrize(('size', 'dtypes'), [
@@ -120,8 +120,9 @@ def test_hostile_offsets(emulator, tmp_path, way, name, dtypes):
     inputs = hostile_offsets(inputs, points)
     if way == 'product':
         keep_near(inputs, 3, points)
-    actual, plan, _ = check(emulator, tmp_path, inputs, groups=3, **GEOMETRIES[name])
-    assert torch.isfinite(actual).all() and way in parts_taken(plan, inputs)
+    actual, _, accesses = check(emulator, tmp_path, inputs, groups=3, count=True,
+                                **GEOMETRIES[name])
+    assert torch.isfinite(actual).all() and way in parts_taken(accesses)
 
 
 @pytest.mark.hostile
@@ -140,9 +141,10 @@ def test_pixels_that_are_not_finite(emulator, tmp_path, way, bad, name, dtypes):
     for y, x in ((0, 0), (0, 6), (8, 0), (8, 6), (4, 3)):
         inputs.value[:, y, x, ::3] = bad
     expected = dcnv4_reference(*inputs, **options)
-    actual, plan, _ = emulate_window(emulator, tmp_path / 'call', inputs, **options)
+    actual, _, accesses = emulate_window(emulator, tmp_path / 'call', inputs, count=True,
+                                         **options)
     is_bad = ~expected.isfinite()
-    assert way in parts_taken(plan, inputs)
+    assert way in parts_taken(accesses)
     assert is_bad.any() and not is_bad[..., ::3].all() and not is_bad[..., 1::3].any()
     assert torch.equal(~actual.isfinite(), is_bad)
     if bad != bad:
@@ -161,12 +163,12 @@ def test_padding_of_any_content(emulator, tmp_path, way, content):
     results, accesses = [], []
     for filling in (0.0, content):
         inputs.offset_mask[..., 81:] = filling
-        output, plan, counts = emulate_window(emulator, tmp_path / 'call', inputs, groups=3,
+        output, _, counts = emulate_window(emulator, tmp_path / 'call', inputs, groups=3,
                                            count=True, **GEOMETRIES['3x3'])
         results.append(output)
         accesses.append({phase: count['instructions'] for phase, count in counts.items()})
     assert torch.equal(*results) and accesses[0] == accesses[1]
-    assert way in parts_taken(plan, inputs)
+    assert way in parts_taken(counts)
 
 
 @pytest.mark.hostile
@@ -189,9 +191,10 @@ def test_masks_of_every_size(emulator, tmp_path, way, dtypes):
     inputs.offset_mask[0, 7, 7, 18:27] = torch.inf
     if way == 'product':
         keep_near(inputs, 2, 9)
-    actual, plan, _ = emulate_window(emulator, tmp_path / 'call', inputs, **options)
+    actual, _, accesses = emulate_window(emulator, tmp_path / 'call', inputs, count=True,
+                                         **options)
     expected = dcnv4_reference(*inputs, **options)
-    assert way in parts_taken(plan, inputs)
+    assert way in parts_taken(accesses)
     assert not expected[0, 7, 7].isfinite().all() and expected[0, 0, 0].isfinite().all()
     assert_window(actual, inputs, **options)
 
@@ -209,7 +212,7 @@ def test_order_of_threads(emulator, tmp_path, way, dtypes):
     results = [emulate_window(emulator, tmp_path / name, inputs, schedule=name, count=True,
                               **options)
                for name in THREE]
-    assert way in parts_taken(results[0][1], inputs)
+    assert way in parts_taken(results[0][2])
     for output, _, accesses in results[1:]:
         torch.testing.assert_close(output, results[0][0], rtol=0, atol=0, equal_nan=True)
         assert accesses == results[0][2]
@@ -284,7 +287,7 @@ def test_many_far_taps(emulator, tmp_path, depth, dtype, lengths):
     packed[:, is_far, :, :18] = (moves * towards[:, None, None]).flatten(-2).to(dtype)
     _, plan, accesses = check(emulator, tmp_path, inputs, groups=groups, count=True,
                               device=ONE_PROCESSOR, **geometry)
-    assert (plan['tile_h'], plan['tile_w']) == (8, 16) and parts_taken(plan, inputs) == {'product'}
+    assert (plan['tile_h'], plan['tile_w']) == (8, 16) and parts_taken(accesses) == {'product'}
     units, width = 24 * 32 * groups // 32, depth // 16
     count = accesses['far']['instructions'] / units
     products = 7 * 8 / 4 * width  # of seven layers, eight rows each
@@ -296,24 +299,28 @@ def test_many_far_taps(emulator, tmp_path, depth, dtype, lengths):
         assert products < count <= 3 * products + units and copies > 0.5 * products
 
 
-@pytest.mark.parametrize(('depth', 'dtypes'), KERNELS)
-def test_far_tiles(emulator, tmp_path, depth, dtypes):
-    """One tile of six has a far tap in every second row, one of the two by which it is judged."""
-    groups = 3 * 64 // depth
+@pytest.mark.parametrize('dtype', [F16, BF16])
+@pytest.mark.parametrize('depth', [16, 32, 64])
+def test_gathered_units(emulator, tmp_path, depth, dtype):
+    """Units with one far tap in many rows, one of the two by which they are judged."""
+    groups = 64 // depth
     geometry = dict(kernel_size=3, padding=1)
-    inputs, _ = make_call((2, 8, 47, groups, depth), TYPES[dtypes], geometry)
-    scale_offsets(inputs, groups, 9, 0)
-    packed = inputs.offset_mask[..., :27 * groups].unflatten(-1, (groups, 27))
-    width = 64 // depth if inputs.value.dtype != torch.float32 else 32 // depth  # of a slice
-    packed[1, :, 16:32:2, width:2 * width, 10] = 9.0
-    output, plan, _ = check(emulator, tmp_path, inputs, groups=groups, device=ONE_PROCESSOR,
-                            **geometry)
-    assert (plan['tile_h'], plan['tile_w'], plan['far_tiles']) == (8, 16, 1)
-    packed[1, :, 17:32, width:2 * width, 10] = 0.0
-    packed[1, :, 16, width:2 * width, 10] = 9.0
-    packed[1, 1:, 16, width:2 * width, 10] = 0.0  # one row: it takes the product
-    _, plan, _ = check(emulator, tmp_path, inputs, groups=groups, device=ONE_PROCESSOR, **geometry)
-    assert plan['far_tiles'] == 0
+    ways = []
+    for far_rows in (2, 16):
+        inputs, _ = make_call((1, 8, 16, groups, depth), (dtype, dtype), geometry)
+        scale_offsets(inputs, groups, 9, 0)
+        packed = inputs.offset_mask[..., :27 * groups].unflatten(-1, (groups, 27))
+        x, y = torch.meshgrid(torch.arange(16), torch.arange(8), indexing='xy')
+        packed[:, (x + 4 * y) % 16 < far_rows // 2, :, 10] = 9.0
+        _, _, accesses = check(emulator, tmp_path, inputs, groups=groups, count=True,
+                               device=ONE_PROCESSOR, **geometry)
+        ways.append(parts_taken(accesses))
+        units = 8 * 16 * groups // 32
+    assert ways == [{'product'}, {'gather'}]
+    assert accesses['taps']['instructions'] == 27 * units  # weights, corners, step
+    assert 'finish' not in accesses or accesses['finish']['instructions'] == 0
+    # each tap of a row reads its numbers three times, and its corners at most four times
+    assert 27 * depth // 8 < accesses['far']['instructions'] / units <= 63 * depth // 8
 
 
 @pytest.mark.parametrize('depth', [16, 32, 64])

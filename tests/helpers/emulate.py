@@ -89,14 +89,12 @@ def call_emulator(emulator, mode, path, tensors, *, groups, schedule=None, devic
 
 
 def emulate_window(emulator, path, inputs, **options):
-    """Output of the tensor-core forward kernel; its plan, with the number of tiles that it left to
-    the kernel for far ones; its accesses to shared memory."""
+    """Output of the tensor-core forward kernel; its plan; its accesses to shared memory."""
     value, packed = inputs
     rest, printed = call_emulator(emulator, 'window', path, inputs, **options)
     output, rest = from_bytes(rest, value.dtype, (*packed.shape[:3], value.shape[3]))
     assert not rest
-    plan, accesses, far_tiles = printed
-    return output, dict(plan, far_tiles=far_tiles), accesses
+    return output, *printed
 
 
 def emulate_window_backward(emulator, path, inputs, grad_output, **options):

@@ -11,7 +11,8 @@
 //             while it is multiplied, teams of D / 8 lanes per row when the results are finished
 // Far taps    samples outside the window are noted, one bit per tap of a row, and multiplied on as
 //             cells of their own (far_taps.cuh): any offset is as exact as one within the window.
-//             Tiles with many of them are left to a second kernel (far_tiles.cuh)
+//             A unit with many of them, judged by two taps of each row, is gathered without a
+//             product (unit_gather.cuh)
 // NaN         A . V multiplies every cell of a window with every row, and 0 * NaN is NaN. A finite
 //             result proves that no such cell was there; results that are not finite are thrown
 //             away and the row's channels gathered tap by tap, as in dcnv4_forward.cuh. So NaN and
@@ -31,10 +32,55 @@
 #include "../dispatch.h"
 #include "../launch.h"
 #include "far_taps.cuh"
-#include "far_tiles.cuh"
+#include "unit_gather.cuh"
 
 namespace mmdcnv4 {
 namespace cuda {
+
+// A sample seen from the window of its row. Numbers from 2^23 on are whole: their last bits are the
+// floor of what was added to that.
+template <typename Layout, int kReach>
+struct WindowSample {
+  static constexpr float kWhole = 8388608.0f;         // 2^23
+  static constexpr uint32_t kWholeBits = 0x4b000000u; // its bits
+  float x, y, column_up, line_up;
+  uint32_t column, line; // of its upper left cell
+
+  MMDCNV4_DEVICE WindowSample(const WindowArguments& a, uint32_t lane, int k, float dx, float dy) {
+    const Place moved = move_of_tap(a, k, dx, dy);
+    x = float(lane % kBlockSide + kReach) + moved.x; // from where the row's pixel is
+    y = float(lane / kBlockSide % kBlockSide + kReach) + moved.y;
+    column_up = __fadd_rd(x, kWhole);
+    line_up = __fadd_rd(y, kWhole);
+    column = __float_as_uint(column_up) - kWholeBits;
+    line = __float_as_uint(line_up) - kWholeBits;
+  }
+  MMDCNV4_DEVICE bool is_near() const { // not so below zero, nor for NaN
+    constexpr uint32_t kLast = Layout::kSide - 1;
+    return (column < kLast) & (line < kLast);
+  }
+};
+
+// Whether the product is cheaper than gathering all taps of a unit, judged by two taps of each row
+// that exists. Wider groups make the product cheaper, for as many taps; where both take the same
+// time was measured on an H200.
+template <typename Layout, int kDepth, int kReach>
+MMDCNV4_DEVICE bool is_worth_a_product(const WindowArguments& a, const Tile& tile, uint32_t unit,
+                                       uint32_t lane, const RowNumbers& numbers) {
+  const bool exists = Layout::locate_row(a, tile, unit, lane).is_valid;
+  const auto count = [&](bool is_counted) {
+    return uint32_t(__popc(__ballot_sync(kAllLanes, is_counted)));
+  };
+  uint32_t far = 0;
+#pragma unroll
+  for (int k = 1; k < 8; k += 4) {
+    const WindowSample<Layout, kReach> sample(a, lane, k, numbers.offset[2 * k],
+                                              numbers.offset[2 * k + 1]);
+    far += count(exists & !sample.is_near());
+  }
+  constexpr uint32_t kRowsPerFar = kDepth == 16 ? 8 : kDepth == 32 ? 4 : 3;
+  return kRowsPerFar * far <= count(exists);
+}
 
 // Adds the weights of a row to its column of A; returns the taps outside the window.
 template <typename Layout, int kReach>
@@ -221,7 +267,6 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
     dcnv4_window_forward_kernel(const WindowArguments a,
                                 const T* __restrict__ value,        // [N, H, W, G, D]
                                 const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
-                                const FarTiles far_tiles,
                                 T* __restrict__ output) {           // [N, Ho, Wo, G, D]
 #if MMDCNV4_HAS_TENSOR_CORES
   using Layout = DenseWindow<T, kDepth, kReach>;
@@ -239,10 +284,6 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
                        output + out_pixels * a.call.channels};
   unsigned char* area = shared + warp * Layout::kAreaBytes;
   unsigned char* cells = shared + warps * Layout::kAreaBytes;
-  const bool is_far =
-      is_far_tile<T, kDepth, kReach>(a, tile, image.packed, cells + a.cells * kCellBytes);
-  if (threadIdx.x == 0) far_tiles.marks[blockIdx.x] = is_far;
-  if (is_far) return;
 #pragma unroll 1
   for (uint32_t unit = warp; unit < a.units; unit += warps) {
     // addresses kept from one unit to the next would fill the registers
@@ -256,36 +297,48 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
     __syncwarp();
     const RowNumbers numbers = Numbers::load(a, lane, first_group, image.packed, area);
     __syncwarp();
-#pragma unroll
-    for (uint32_t i = 0; i < Layout::kAreaBytes; i += kWarp * 16) {
-      enter_step(SharedPhase::kClear);
-      write_shared(area + i + lane * 16, make_uint4(0, 0, 0, 0));
-    }
-    const Scale scale = scale_of_row<T>(numbers, points);
-    __syncwarp();
-    FarTaps far = add_weights<Layout, kReach>(a, lane, numbers, scale.factor, area);
-    // what was read as the numbers of a group that does not exist may be anything
-    if (first_group + lane / Numbers::kPixels >= uint32_t(a.call.groups)) far.bits = 0;
-    bool has_far = __any_sync(kAllLanes, far.bits != 0);
+    const bool has_product = is_worth_a_product<Layout, kDepth, kReach>(a, tile, unit, lane, numbers);
+    Scale scale{1.0f, 1.0f};
+    FarTaps far{};
     FarLayer<T, kDepth, kReach> layer;
-    if (has_far) layer.take(a, tile, unit, lane, scale.factor, image, far);
+    bool has_far = false;
+    if (has_product) {
+#pragma unroll
+      for (uint32_t i = 0; i < Layout::kAreaBytes; i += kWarp * 16) {
+        enter_step(SharedPhase::kClear);
+        write_shared(area + i + lane * 16, make_uint4(0, 0, 0, 0));
+      }
+      scale = scale_of_row<T>(numbers, points);
+      __syncwarp();
+      far = add_weights<Layout, kReach>(a, lane, numbers, scale.factor, area);
+      // what was read as the numbers of a group that does not exist may be anything
+      if (first_group + lane / Numbers::kPixels >= uint32_t(a.call.groups)) far.bits = 0;
+      has_far = __any_sync(kAllLanes, far.bits != 0);
+      if (has_far) layer.take(a, tile, unit, lane, scale.factor, image, far);
+    } else {
+      write_taps<T, kDepth, kReach>(a, tile, unit, lane, numbers, area);
+    }
     if (unit == warp) {
       wait_copies<0>();
       __syncthreads();
     }
     __syncwarp();
-    float sum[2][kDepth / 8][4] = {};
-    multiply<T, kDepth, kReach>(a, unit, lane, area, cells, sum);
-    __syncwarp();
+    if (has_product) {
+      float sum[2][kDepth / 8][4] = {};
+      multiply<T, kDepth, kReach>(a, unit, lane, area, cells, sum);
+      __syncwarp();
 #pragma unroll 1
-    while (has_far) {
-      layer.add(a, tile, unit, lane, image, area, cells, sum);
-      has_far = __any_sync(kAllLanes, far.bits != 0);
-      if (has_far) layer.take(a, tile, unit, lane, scale.factor, image, far);
+      while (has_far) {
+        layer.add(a, tile, unit, lane, image, area, cells, sum);
+        has_far = __any_sync(kAllLanes, far.bits != 0);
+        if (has_far) layer.take(a, tile, unit, lane, scale.factor, image, far);
+      }
+      collect<T, kDepth, kReach>(lane, sum, area);
+      __syncwarp();
+      finish<T, kDepth, kReach>(a, tile, unit, lane, scale.inverse, image, area);
+    } else {
+      gather_unit<T, kDepth, kReach>(a, tile, unit, lane, image.value, image.output, area, cells);
     }
-    collect<T, kDepth, kReach>(lane, sum, area);
-    __syncwarp();
-    finish<T, kDepth, kReach>(a, tile, unit, lane, scale.inverse, image, area);
     __syncwarp();
   }
 #endif
@@ -294,10 +347,8 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
 // Returns false, and does nothing, where the device has no code for it.
 template <typename T>
 bool launch_dcnv4_window_forward(const Dcnv4Params& p, const WindowPlan& plan, Stream stream,
-                                 const T* value, const OffsetNumbers<T>& offset_mask,
-                                 uint8_t* marks, T* output) {
+                                 const T* value, const OffsetNumbers<T>& offset_mask, T* output) {
   const WindowArguments arguments = make_window_arguments(p, plan);
-  const FarTiles far_tiles = make_far_tiles(p, plan, marks);
   bool is_launched = false;
   with_depth<T>(p.group_channels, [&](auto depth) {
     auto* kernel = &dcnv4_window_forward_kernel<T, decltype(depth)::value, kForwardReach>;
@@ -306,10 +357,8 @@ bool launch_dcnv4_window_forward(const Dcnv4Params& p, const WindowPlan& plan, S
       launch(kernel, blocks, plan.threads, plan.shared_bytes, stream, arguments,
              value + image * p.height * p.width * p.channels(),
              offset_mask.from(image * p.queries() * p.offset_mask_channels),
-             far_tiles.from(image * plan.blocks_per_image()),
              output + image * p.queries() * p.channels());
     });
-    launch_far_tiles(p, plan, stream, value, offset_mask, far_tiles, output);
     is_launched = true;
   });
   return is_launched;

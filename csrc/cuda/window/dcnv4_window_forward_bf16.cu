@@ -7,7 +7,7 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template bool launch_dcnv4_window_forward(const Dcnv4Params&, const WindowPlan&, Stream,
-                                          const BFloat16*, const OffsetNumbers<BFloat16>&, uint8_t*,
+                                          const BFloat16*, const OffsetNumbers<BFloat16>&,
                                           BFloat16*);
 
 } // namespace cuda

@@ -7,8 +7,7 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template bool launch_dcnv4_window_forward(const Dcnv4Params&, const WindowPlan&, Stream,
-                                          const Half*, const OffsetNumbers<Half>&, uint8_t*,
-                                          Half*);
+                                          const Half*, const OffsetNumbers<Half>&, Half*);
 
 } // namespace cuda
 } // namespace mmdcnv4

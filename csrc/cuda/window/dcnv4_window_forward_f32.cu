@@ -7,8 +7,7 @@ namespace mmdcnv4 {
 namespace cuda {
 
 template bool launch_dcnv4_window_forward(const Dcnv4Params&, const WindowPlan&, Stream,
-                                          const float*, const OffsetNumbers<float>&, uint8_t*,
-                                          float*);
+                                          const float*, const OffsetNumbers<float>&, float*);
 
 } // namespace cuda
 } // namespace mmdcnv4

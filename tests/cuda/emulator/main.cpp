@@ -137,8 +137,7 @@ void run_fixed(const Dcnv4Params& p, const DeviceLimits& limits, bool are_float,
 const char* const kPhases[] = {"copy",   "numbers", "clear", "scatter", "weights",
                                "pixels", "collect", "taps",  "far",     "finish"};
 
-// The forward kernel on tensor cores, with its accesses to shared memory counted, and the tiles that
-// it leaves to another kernel.
+// The forward kernel on tensor cores, with its accesses to shared memory counted.
 template <typename T>
 void run_window(const Dcnv4Params& p, const DeviceLimits& limits, int alignment, bool are_float,
                 std::fstream& file) {
@@ -151,16 +150,12 @@ void run_window(const Dcnv4Params& p, const DeviceLimits& limits, int alignment,
   if (!file) throw std::invalid_argument("emulator: the file is too short");
   const WindowPlan plan = make_window_plan(p, {int32_t(sizeof(T)), 4, alignment, false}, limits);
   if (plan.reach == 0) throw std::invalid_argument("emulator: not a call for tensor cores");
-  const int64_t tiles = p.batch * plan.blocks_per_image();
-  Buffer<uint8_t> marks(tiles, 1, 0xff);
   launch_dcnv4_window_forward(p, plan, Stream(), static_cast<const T*>(value.data()),
-                              OffsetNumbers<T>{packed.data(), are_float}, marks.data(),
-                              output.data());
+                              OffsetNumbers<T>{packed.data(), are_float}, output.data());
   file.seekp(0, std::ios::end);
   output.write(file);
   std::cout << "[" << to_json(plan) << ", "
-            << emulator::take_counts(kPhases, std::size(kPhases)) << ", "
-            << std::accumulate(marks.data(), marks.data() + tiles, int64_t(0)) << "]\n";
+            << emulator::take_counts(kPhases, std::size(kPhases)) << "]\n";
 }
 
 // The backward kernels on tensor cores; scratch memory holds NaN before.
