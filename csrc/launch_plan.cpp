@@ -176,8 +176,7 @@ int64_t blocks_per_multiprocessor(const Dcnv4Params& p, const DeviceLimits& limi
   constexpr int64_t kReserved = 1024;
   const int64_t by_memory =
       (limits.most_shared_bytes + kReserved) / (plan.shared_bytes + kReserved);
-  const int64_t warps =
-      plan.is_mirrored && plan.reach == 2 && p.group_channels < 64 ? 24 : 16;
+  const int64_t warps = plan.is_mirrored && plan.reach == 2 && p.group_channels < 64 ? 24 : 16;
   return std::max<int64_t>(1, std::min(by_memory, warps * kWarp / plan.threads));
 }
 

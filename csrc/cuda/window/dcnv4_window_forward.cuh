@@ -262,8 +262,8 @@ MMDCNV4_DEVICE void finish(const WindowArguments& a, const Tile& tile, uint32_t 
 }
 
 template <typename T, int kDepth, int kReach>
-__global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
-                                  kDepth == 64 ? 3 : 2)
+__global__ void __launch_bounds__(window_threads<T>(kDepth),
+                                  window_threads<T>(kDepth) < kMaxThreads ? 3 : 2)
     dcnv4_window_forward_kernel(const WindowArguments a,
                                 const T* __restrict__ value,        // [N, H, W, G, D]
                                 const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
@@ -297,7 +297,8 @@ __global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
     __syncwarp();
     const RowNumbers numbers = Numbers::load(a, lane, first_group, image.packed, area);
     __syncwarp();
-    const bool has_product = is_worth_a_product<Layout, kDepth, kReach>(a, tile, unit, lane, numbers);
+    const bool has_product =
+        is_worth_a_product<Layout, kDepth, kReach>(a, tile, unit, lane, numbers);
     Scale scale{1.0f, 1.0f};
     FarTaps far{};
     FarLayer<T, kDepth, kReach> layer;

@@ -241,9 +241,10 @@ struct UnitGradients {
                             unsigned char* grad_packed) const {
     if (are_wider) {
       write_unit<T, float, kDepth, kReach>(a, tile, unit, lane, area,
-                                        reinterpret_cast<float*>(grad_packed));
+                                           reinterpret_cast<float*>(grad_packed));
     } else {
-      write_unit<T, T, kDepth, kReach>(a, tile, unit, lane, area, reinterpret_cast<T*>(grad_packed));
+      write_unit<T, T, kDepth, kReach>(a, tile, unit, lane, area,
+                                       reinterpret_cast<T*>(grad_packed));
     }
   }
 
@@ -328,12 +329,12 @@ MMDCNV4_DEVICE void take_left_over(const WindowArguments& a, const Tile& tile, u
 }
 
 template <typename T, int kDepth, int kReach>
-__global__ void __launch_bounds__(kDepth == 64 ? kMaxThreads / 2 : kMaxThreads,
-                                  kDepth == 64 ? 3 : 2)
+__global__ void __launch_bounds__(window_threads<T>(kDepth),
+                                  window_threads<T>(kDepth) < kMaxThreads ? 3 : 2)
     dcnv4_window_grad_offset_kernel(const WindowArguments a,
-                                    const T* __restrict__ grad_output, // [N, Ho, Wo, G, D]
-                                    const T* __restrict__ value,       // [N, H, W, G, D]
-                                    const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
+                                    const T* __restrict__ grad_output,         // [N, Ho, Wo, G, D]
+                                    const T* __restrict__ value,               // [N, H, W, G, D]
+                                    const OffsetNumbers<T> offset_mask,        // [N, Ho, Wo, P]
                                     const OffsetGradients<T> grad_offset_mask, // [N, Ho, Wo, P]
                                     const FarLists lists) {
 #if MMDCNV4_HAS_TENSOR_CORES

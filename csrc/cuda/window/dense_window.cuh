@@ -36,10 +36,16 @@ constexpr uint32_t kBlockSide = kWindowBlock; // output pixels of a block along 
 constexpr uint32_t kMatrixRows = kBlockSide * kBlockSide;
 constexpr uint32_t kRowBytes = 4; // of a weight: float32
 constexpr uint32_t kWeightBytes = uint32_t(kWarp) * kRowBytes; // of a cell, for all rows of a unit
-constexpr uint32_t kCellBytes = kWindowSliceBytes; // of the channels of a cell
+constexpr uint32_t kCellBytes = kWindowSliceBytes;             // of the channels of a cell
 constexpr uint32_t kChunkBytes = 16;
 template <typename T>
 constexpr uint32_t kChunkNumbers = kChunkBytes / uint32_t(sizeof(T)); // of a chunk
+
+// Most threads of a block: where a group fills the slice, a tile has units for four warps.
+template <typename T>
+constexpr int window_threads(int depth) {
+  return depth * int(sizeof(T)) == kWindowSliceBytes ? kMaxThreads / 2 : kMaxThreads;
+}
 
 // Rows belong to the pixels of one map, cells to those of another: output and input, except for the
 // gradient of value, where it is the other way round.

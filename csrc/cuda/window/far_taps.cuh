@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // far_taps.cuh — samples of the tensor-core forward kernel that lie outside the window of their
-// pixel: four of them make one more step of its product.
+// pixel: four of them make one more step of its product, in float32 two half a step.
 //
 //     far taps of a unit      row 3: tap 0   row 9: tap 6   row 17: tap 2   row 30: taps 0 and 2
 //     first layer, a round    cells 0 ... 3  cells 4 ... 7  cells 8 ... 11  cells 12 ... 15: tap 2
@@ -42,15 +42,17 @@ MMDCNV4_DEVICE OffsetNumbers<T> numbers_of(const WindowArguments& a, const Row& 
 }
 
 // One far tap of each row that has any, the lane's own: a layer. Its rows take turns in rounds of
-// four. The corners of four taps are sixteen more cells, and their weights one more step of the
-// product; both matrices of the unit take the same cells, with weights of zero for taps of the
+// four, in float32 of two. The corners of four taps are sixteen more cells, and their weights one
+// more step of the product; both matrices of the unit take the same cells, with weights of zero for taps of the
 // other one. Where all corners of a round are among the tile's cells, it reads them there.
 template <typename T, int kDepth, int kReach>
 struct FarLayer {
   using Layout = DenseWindow<T, kDepth, kReach>;
-  static constexpr int kRows = 4;                   // of a round: a tap each, four cells each
-  static constexpr int kCopies = Layout::kTeam / 2; // chunks of 16 cells, by 32 lanes
-  using Fragment = WeightFragment<T>;
+  static constexpr int kPairs = sizeof(T) == sizeof(float) ? 1 : 2;
+  static constexpr int kRows = 2 * kPairs;         // of a round: a tap each, four cells each
+  static constexpr int kLoads = Layout::kTeam / 2; // of fragments of cells
+  static constexpr int kCopies = 4 * kRows * Layout::kTeam / kWarp; // chunks of cells, by 32 lanes
+  using Fragment = WeightFragment<T, kPairs>;
   static constexpr int kParts = Fragment::kParts;
 
   uint32_t weights[2][kParts]; // of the lane's tap: upper and lower pair of corners
@@ -110,13 +112,12 @@ struct FarLayer {
       uint32_t at[kAddresses];
       locate_corners(lane, rows, are_cells, at);
 #pragma unroll
-      for (int load = 0; load < kCopies; ++load) {
-        uint32_t pixels[4];
+      for (int load = 0; load < kLoads; ++load) {
+        uint32_t pixels[2 * kPairs];
         enter_step(SharedPhase::kFar);
         load_corners(base, at, 2 * load * kChunkBytes, pixels);
 #pragma unroll
-        for (int m = 0; m < 2; ++m)
-          fragment[m].multiply(pixels, sum[m] + Fragment::kTiles * load);
+        for (int m = 0; m < 2; ++m) fragment[m].multiply(pixels, sum[m] + Fragment::kTiles * load);
       }
       __syncwarp();
       waiting = later;
@@ -124,8 +125,8 @@ struct FarLayer {
   }
 
  private:
-  // Of a lane: with ldmatrix that of a row, else those of the four numbers that it gets.
-  static constexpr int kAddresses = sizeof(T) == sizeof(float) ? 4 : 1;
+  // Of a lane: with ldmatrix that of a row, else those of the numbers that it gets.
+  static constexpr int kAddresses = sizeof(T) == sizeof(float) ? 2 * kPairs : 1;
 
   // Where the first of them are, from `base` on. What a row's corners would be, of a round with
   // fewer: those of another row, weighing zero.
@@ -138,35 +139,35 @@ struct FarLayer {
     } else {
       const uint32_t g = lane / 4, t = lane % 4;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) { // cells 2t, 2t + 1, and those eight further on
-        const uint32_t row = row_of_cell(rows, 8 * half + 2 * t);
+      for (uint32_t i = 0; i < 2 * kPairs; ++i) { // 2t and 2t + 1 of each eight cells
+        const uint32_t cell = i / 2 * 8 + 2 * t + i % 2, row = row_of_cell(rows, cell);
         const TapPlace from = place.of_lane(row < uint32_t(kWarp) ? row : rows[0]);
-#pragma unroll
-        for (uint32_t odd = 0; odd < 2; ++odd) {
-          const uint32_t cell = 8 * half + 2 * t + odd;
-          at[2 * half + odd] = (are_cells ? from.cell(cell % 4) ^ (g / 4 * kChunkBytes)
-                                          : chunk_at(cell, g / 4)) +
-                               g % 4 * uint32_t(sizeof(float));
-        }
+        at[i] = (are_cells ? from.cell(cell % 4) ^ (g / 4 * kChunkBytes) : chunk_at(cell, g / 4)) +
+                g % 4 * uint32_t(sizeof(float));
       }
     }
   }
   static MMDCNV4_DEVICE void load_corners(const unsigned char* base,
                                           const uint32_t (&at)[kAddresses], uint32_t chunk,
-                                          uint32_t (&pixels)[4]) {
+                                          uint32_t (&pixels)[2 * kPairs]) {
     if constexpr (kAddresses == 1) {
       load_matrices_transposed(base + (at[0] ^ chunk), pixels);
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) pixels[i] = read_shared<uint32_t>(base + (at[i] ^ chunk));
+      for (int i = 0; i < kAddresses; ++i)
+        pixels[i] = read_shared<uint32_t>(base + (at[i] ^ chunk));
     }
   }
 
   // The row to whose tap a cell of a round belongs.
   static MMDCNV4_DEVICE uint32_t row_of_cell(const uint32_t (&rows)[kRows], uint32_t cell) {
     const uint32_t upper = cell / 4 % 2 != 0 ? rows[1] : rows[0];
-    const uint32_t lower = cell / 4 % 2 != 0 ? rows[3] : rows[2];
-    return cell / 8 != 0 ? lower : upper;
+    if constexpr (kPairs == 1) {
+      return upper;
+    } else {
+      const uint32_t lower = cell / 4 % 2 != 0 ? rows[3] : rows[2];
+      return cell / 8 != 0 ? lower : upper;
+    }
   }
 
   // Weights of a round as fragments of A.
@@ -174,7 +175,7 @@ struct FarLayer {
                                      Fragment (&fragment)[2]) const {
     const uint32_t g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) { // cells 2t, 2t + 1, and those eight further on
+    for (int half = 0; half < kPairs; ++half) { // cells 2t, 2t + 1, and those eight further on
       const uint32_t row = t / 2 != 0 ? rows[2 * half + 1] : rows[2 * half];
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
@@ -195,7 +196,7 @@ struct FarLayer {
                                    uint32_t lane, const uint32_t (&rows)[kRows],
                                    const Image<T>& image, unsigned char* area,
                                    const unsigned char* cells) const {
-#pragma unroll 2 // four would take registers
+#pragma unroll
     for (int i = 0; i < kCopies; ++i) {
       const uint32_t cell = (lane + i * kWarp) / Layout::kTeam, chunk = lane % Layout::kTeam;
       const uint32_t row = row_of_cell(rows, cell);

@@ -52,10 +52,12 @@ struct Tf32Fragment {
   }
 };
 
-// Fragment of A: the weights of one matrix for 16 cells. With bfloat16 `low` is what rounding left.
-template <typename T>
+// Fragment of A: the weights of one matrix for kEights eights of cells, two but for float32. With
+// bfloat16 `low` is what rounding left.
+template <typename T, int kEights = 2>
 struct WeightFragment {
-  static constexpr int kTiles = 2;  // of 8 channels, in a fragment of V
+  static_assert(kEights == 2, "m16n8k16");
+  static constexpr int kTiles = 2; // of 8 channels, in a fragment of V
   static constexpr int kParts = std::is_same<T, BFloat16>::value ? 2 : 1;
   uint32_t high[4], low[kParts == 2 ? 4 : 1];
 
@@ -93,15 +95,15 @@ struct WeightFragment {
   }
 };
 
-template <>
-struct WeightFragment<float> {
+template <int kEights>
+struct WeightFragment<float, kEights> {
   static constexpr int kTiles = 1;
   static constexpr int kParts = 2;
-  Tf32Fragment<float> eight[2]; // cells each
+  Tf32Fragment<float> eight[kEights]; // cells each
 
   MMDCNV4_DEVICE void load(const unsigned char* upper, const unsigned char* lower) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2 * kEights; ++i) {
       const unsigned char* from = (i % 2 ? lower : upper) + i / 2 * (8 * kWeightBytes);
       eight[i / 2].put(i % 2, read_shared<float>(from));
       eight[i / 2].put(2 + i % 2, read_shared<float>(from + kWeightBytes));
@@ -116,9 +118,9 @@ struct WeightFragment<float> {
     eight[i / 2].put(2 * part + i % 2, __uint_as_float(word));
   }
 
-  MMDCNV4_DEVICE void multiply(const uint32_t (&pixels)[4], float (*to)[4]) const {
+  MMDCNV4_DEVICE void multiply(const uint32_t (&pixels)[2 * kEights], float (*to)[4]) const {
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int i = 0; i < kEights; ++i)
       eight[i].multiply(__uint_as_float(pixels[2 * i]), __uint_as_float(pixels[2 * i + 1]), to[0]);
   }
 };
@@ -165,7 +167,8 @@ class CellRows {
       const uint32_t at = Layout::chunk_at(x + cell % Layout::kSide, y + cell / Layout::kSide,
                                            a.cells_w, group * Layout::kTeam + lane / 16);
 #pragma unroll
-      for (int load = 0; load < kLoads; ++load) at_[i][load] = cells + (at ^ (2 * load * kChunkBytes));
+      for (int load = 0; load < kLoads; ++load)
+        at_[i][load] = cells + (at ^ (2 * load * kChunkBytes));
     }
   }
 
