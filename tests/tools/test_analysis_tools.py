@@ -316,7 +316,7 @@ def test_benchmark_errors():
         tool.main([*command, 'cuda:99'])
 
 
-def test_throughput(capsys):
+def test_throughput(capsys, monkeypatch):
     """The models of one batch size take turns on the same images."""
     tool = load_tool('analysis_tools/throughput')
     assert set(tool.DEFAULT) <= set(tool.BACKBONES)
@@ -332,3 +332,11 @@ def test_throughput(capsys):
     assert len(table) == 2 + 4 and table[2].startswith('ConvNeXt-T + DCNv4')
     with pytest.raises(SystemExit):
         tool.parse_args(['--batch', '0'])
+    modes = []
+    monkeypatch.setattr(torch.nn.Module, 'compile', lambda self, **options: modes.append(options))
+    quick = ['--models', *names, '--size', '32', '--batch', '1', '--repeats', '1', '--warm-up', '0',
+             '--device', 'cpu']
+    tool.main([*quick, '--compile'])
+    assert 'float32, compiled (default), cpu' in capsys.readouterr().out
+    tool.main([*quick, '--compile', 'reduce-overhead'])
+    assert [options['mode'] for options in modes] == 2 * ['default'] + 2 * ['reduce-overhead']

@@ -3,6 +3,7 @@
 """Images per second of backbones of one size class, on the same input in one process.
 
 python tools/analysis_tools/throughput.py --size 224 --batch 1 8 [--models NAME ...] [--amp]
+    [--compile [MODE]]
 
 The speed columns of tables 4 to 7 of the DCNv4 paper: FlashInternImage, InternImage, ConvNeXt and
 Swin. Swin is that of mmdet; ConvNeXt is `ConvNeXtDCNv4` with its own depthwise convolutions, which
@@ -51,6 +52,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
     'ViT-B': dict(type='ViTDCNv4', arch='b', layer_with_dcn=()),
     'ViT-B + DCNv4': dict(type='ViTDCNv4', arch='b'),
 }
+COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune')
 DEFAULT = ('FlashInternImage-T', 'InternImage-T', 'Swin-T', 'ConvNeXt-T')
 
 
@@ -114,6 +116,9 @@ def measure(names: Sequence[str], batch: int, args: argparse.Namespace) -> list[
     images = torch.randn(batch, 3, args.size, args.size,
                          generator=torch.Generator().manual_seed(0)).to(device)
     models = {name: build(name, device) for name in names}
+    if args.compile:
+        for model in models.values():
+            model.compile(mode=args.compile, dynamic=False)
     runs = {name: make_run(model, images, args.amp) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(args.warm_up + args.repeats):
@@ -136,6 +141,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument('--batch', type=int, nargs='+', default=[1, 8])
     parser.add_argument('--amp', action='store_true',
                         help='autocast to float16 on a GPU, to bfloat16 on a CPU')
+    parser.add_argument('--compile', nargs='?', const='default', choices=COMPILE_MODES,
+                        metavar='MODE',
+                        help='through torch.compile; `reduce-overhead` also records a CUDA graph')
     parser.add_argument('--repeats', type=int, default=20)
     parser.add_argument('--warm-up', type=int, default=3)
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
@@ -152,8 +160,9 @@ def main(argv: Optional[Sequence[str]] = None) -> list[Row]:
     rows = []
     with explain(debug=args.debug):
         preflight.check_device(args.device)
-        print(f'{args.size} x {args.size}, {"autocast" if args.amp else "float32"}, {args.device}, '
-              f'{torch.get_num_threads()} threads, torch {torch.__version__}\n'
+        compiled = f'compiled ({args.compile}), ' if args.compile else ''
+        print(f'{args.size} x {args.size}, {"autocast" if args.amp else "float32"}, {compiled}'
+              f'{args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}\n'
               f'{"backbone":20} {"M par.":>7} {"batch":>5} {"images/s":>9} {"ms":>9} '
               f'{"fastest":>9} {"slowest":>9}')
         for batch in args.batch:
