@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.cuda_cases import BF16, F16, assert_norms, hostile_offsets, make_call, size_name
+from helpers.cuda_cases import BF16, F16, F32, assert_norms, hostile_offsets, make_call, size_name
 from helpers.emulate import ONE_PROCESSOR, THREE, emulate_window_backward
 from helpers.window_cases import BACKWARD_WEIGHTS, GEOMETRIES, KERNELS, SIZES, TYPES
 from mmdcnv4.ops import dcnv4_reference
@@ -292,7 +292,7 @@ def test_two_units_of_a_warp(emulator, tmp_path, dtypes):
 
 def accesses_per_unit(emulator, tmp_path, depth, dtype, spread, offset_scale=1.0):
     """Instructions and wavefronts of shared memory per unit of 32 rows, by phase."""
-    groups = 64 // depth
+    groups = 128 // dtype.itemsize // depth
     geometry = dict(kernel_size=3, padding=1, offset_scale=offset_scale)
     inputs, grad_output = make_call((1, 16, 32, groups, depth), (dtype, dtype), geometry)
     inputs = near_offsets(inputs, groups, spread)
@@ -307,36 +307,49 @@ def accesses_per_unit(emulator, tmp_path, depth, dtype, spread, offset_scale=1.0
             for phase, count in run.accesses.items()}
 
 
-def test_bank_conflicts(emulator, tmp_path):
-    """Units of 4x4 pixels, two groups of 32: what the layouts were designed for, no more."""
-    still = accesses_per_unit(emulator, tmp_path, 32, F16, 0)
-    # 64 cells, 32 rows, a number at a time; cells of both kernels, 128 bytes each, once
-    assert still['collect'] == (64, 64) and still['pixels'] == (32, 128)
+@pytest.mark.parametrize('dtype', [F16, F32])
+def test_bank_conflicts(emulator, tmp_path, dtype):
+    """Units of 4x4 pixels, two groups of 32, or two blocks of one in float32: what the layouts were
+    designed for, no more."""
+    is_float = dtype == F32
+    still = accesses_per_unit(emulator, tmp_path, 32, dtype, 0)
+    # 64 cells, 32 rows, a number at a time; cells of both kernels, 128 bytes each, once. In float32
+    # there are twice as many of them, and the gradient of value reads a number at a time
+    assert still['collect'] == (64, 64)
+    assert still['pixels'] == ((32 + 128, 256) if is_float else (32, 128))
     assert still['taps'] == (36, 36)  # nine taps, four cells
     # nine taps, four cells, read and written, by 15 lanes in 16: 240 output pixels for a tile of
     # 128 input pixels; 25 weights of each
     assert still['scatter'] == (126, 126) and still['clear'] == (50, 50)
     # 12 of 16 lines of weights are in reach of either half of a block, two blocks
     assert still['weights'] == (48, 48)
-    # 15 words for each row: two of 32 pixels share a bank; of 256, four
-    assert still['numbers'][0] == 16 + 2 * 16 and still['numbers'][1] <= 2 * 16 + 4 * 32
+    # 15 words for each row, or 27: two of 16 pixels share a bank; of 32, four
+    words, ways = (27, 4) if is_float else (16, 2)
+    assert still['numbers'][0] == 3 * words
+    assert still['numbers'][1] <= ways * words + 4 * 2 * words
     # 27 numbers out, row by row, and back, pixel by pixel
-    assert still['finish'][0] == 27 + 16 and still['finish'][1] <= 80
+    pixels = 32 if is_float else 16
+    assert still['finish'][0] == 27 + pixels
+    assert still['finish'][1] <= (ways * 27 + pixels if is_float else 80)
     # in random places two rows may want the same bank
-    moved = accesses_per_unit(emulator, tmp_path, 32, F16, 0.5)
+    moved = accesses_per_unit(emulator, tmp_path, 32, dtype, 0.5)
     assert moved['taps'][0] == 36 and moved['taps'][1] <= 75
     assert moved['scatter'][0] == 126 and moved['scatter'][1] <= 350
     for phase in ('copy', 'numbers', 'clear', 'weights', 'pixels', 'collect', 'finish'):
-        assert moved[phase] == still[phase]
+        assert moved[phase] == still[phase], phase
 
 
-@pytest.mark.parametrize(('depth', 'scale'), [(16, 1.0), (64, 2.0)])
-def test_no_conflicts_but_in_the_scatter(emulator, tmp_path, depth, scale):
+@pytest.mark.parametrize(('depth', 'scale', 'dtype'), [(16, 1.0, BF16), (64, 2.0, BF16),
+                                                       (16, 1.0, F32)])
+def test_no_conflicts_but_in_the_scatter(emulator, tmp_path, depth, scale, dtype):
     """Other group widths, and the wide window of 12x12 cells."""
-    counts = accesses_per_unit(emulator, tmp_path, depth, BF16, 0.0, offset_scale=scale)
+    counts = accesses_per_unit(emulator, tmp_path, depth, dtype, 0.0, offset_scale=scale)
     cells = 64 if scale == 1 else 144
     assert counts['collect'] == (cells, cells)
-    assert counts['pixels'] == (cells * depth / 64, cells * depth / 16)
+    if dtype == F32:
+        assert counts['pixels'] == (cells * depth / 64 + 4 * depth, 8 * depth)
+    else:
+        assert counts['pixels'] == (cells * depth / 64, cells * depth / 16)
     assert counts['taps'] == (36, 36) and counts['scatter'][0] == counts['scatter'][1]
     # eight pixels of a window of 12 may lie on two lines, which meet in a bank
     if scale == 1:

@@ -13,12 +13,15 @@ import json
 import pytest
 import torch
 
-from helpers.cuda_cases import BF16, F16, assert_norms, hostile_offsets, make_call, size_name
+from helpers.cuda_cases import BF16, F16, F32, assert_norms, hostile_offsets, make_call, size_name
 from helpers.emulate import GPU, ONE_PROCESSOR, THREE, emulate_window
 from helpers.window_cases import FORWARD_WEIGHTS, GEOMETRIES, KERNELS, SIZES, TYPES
 from mmdcnv4.ops import dcnv4_reference
 from mmdcnv4.ops.contract import make_geometry
 from mmdcnv4.testing import assert_accurate, random_grad_output
+
+WIDTHS = [(depth, dtype) for dtype in (F16, BF16, F32) for depth in (16, 32, 64)
+          if dtype != F32 or depth < 64]
 
 
 def assert_window(actual, inputs, **geometry):
@@ -230,9 +233,14 @@ def test_two_units_of_a_warp(emulator, tmp_path, way, dtypes):
     assert plan['tile_h'] * plan['tile_w'] * 4 / 32 == 2 * plan['threads'] / 32
 
 
+def slice_groups(depth, dtype):
+    """Groups of `depth` channels in the 128 bytes of a tile's cell."""
+    return 128 // dtype.itemsize // depth
+
+
 def accesses_per_unit(emulator, tmp_path, depth, dtype, spread):
     """Instructions and wavefronts of shared memory per unit of 32 rows, by phase."""
-    groups = 64 // depth
+    groups = slice_groups(depth, dtype)
     geometry = dict(kernel_size=3, padding=1)
     inputs, _ = make_call((1, 16, 32, groups, depth), (dtype, dtype), geometry)
     packed = inputs.offset_mask[..., :27 * groups].unflatten(-1, (groups, 27))
@@ -245,15 +253,19 @@ def accesses_per_unit(emulator, tmp_path, depth, dtype, spread):
             for phase, count in accesses.items()}
 
 
-@pytest.mark.parametrize('dtype', [F16, BF16])
+@pytest.mark.parametrize('dtype', [F16, BF16, F32])
 def test_bank_conflicts(emulator, tmp_path, dtype):
-    """Units of 4x4 pixels, two groups of 32: what the layouts were designed for, no more."""
+    """Units of 4x4 pixels, two groups of 32, or two blocks of one in float32: what the layouts were
+    designed for, no more."""
     still = accesses_per_unit(emulator, tmp_path, 32, dtype, 0)
     assert still['clear'] == (16, 64)  # 8 KB by 128 bytes
     assert still['weights'] == (64, 64)  # 64 cells, 32 rows, a number at a time
-    assert still['pixels'] == (16, 64)  # 64 cells of 128 bytes, once each
+    # 64 cells of 128 bytes, once each; in float32 twice as many, and a number at a time
+    assert still['pixels'] == ((128, 128) if dtype == F32 else (16, 64))
     assert still['collect'] == (16, 32) and still['finish'] == (8, 32)  # 4 KB out and back
-    assert still['numbers'][0] == 16 and still['numbers'][1] <= 32  # two pixels share a bank
+    # two pixels share a bank, of 32 four
+    instructions, ways = (27, 4) if dtype == F32 else (16, 2)
+    assert still['numbers'][0] == instructions and still['numbers'][1] <= ways * instructions
     # nine taps, four cells, read and written; in random places two rows may want the same bank
     assert still['scatter'] == (72, 72)
     moved = accesses_per_unit(emulator, tmp_path, 32, dtype, 0.5)
@@ -262,19 +274,19 @@ def test_bank_conflicts(emulator, tmp_path, dtype):
         assert moved[phase] == still[phase]
     # most units have a layer of few far taps, a round: two matrices of 16 cells from anywhere, and
     # where some of them are not among the tile's cells two copies there before
-    assert still['far'] == (0, 0) and 2 <= moved['far'][0] <= 4
-    assert moved['far'][1] <= 5 * moved['far'][0]
+    loads = 16 if dtype == F32 else 2  # a number at a time, or a matrix
+    assert still['far'] == (0, 0) and 0.6 * loads <= moved['far'][0] <= 2 * loads
+    assert moved['far'][1] <= (2 if dtype == F32 else 5) * moved['far'][0]
 
 
-@pytest.mark.parametrize('dtype', [F16, BF16])
-@pytest.mark.parametrize('depth', [16, 32, 64])
+@pytest.mark.parametrize(('depth', 'dtype'), WIDTHS)
 @pytest.mark.parametrize('lengths', [(2, 3), (2, 9), (6, 9)])
 def test_many_far_taps(emulator, tmp_path, depth, dtype, lengths):
     """Rows with seven far taps, next to rows with none: layers of one tap a row, rounds of four.
 
     Of corners among the tile's cells, elsewhere in the image, and both in a round.
     """
-    groups = 64 // depth
+    groups = slice_groups(depth, dtype)
     geometry = dict(kernel_size=3, padding=1)
     inputs, _ = make_call((1, 24, 32, groups, depth), (dtype, dtype), geometry)
     scale_offsets(inputs, groups, 9, 0)
@@ -288,22 +300,23 @@ def test_many_far_taps(emulator, tmp_path, depth, dtype, lengths):
     _, plan, accesses = check(emulator, tmp_path, inputs, groups=groups, count=True,
                               device=ONE_PROCESSOR, **geometry)
     assert (plan['tile_h'], plan['tile_w']) == (8, 16) and parts_taken(accesses) == {'product'}
-    units, width = 24 * 32 * groups // 32, depth // 16
+    units = 24 * 32 * groups // 32
     count = accesses['far']['instructions'] / units
-    products = 7 * 8 / 4 * width  # of seven layers, eight rows each
+    rounds = 7 * 8 / 4  # of seven layers, eight rows each
+    loads = rounds * depth * dtype.itemsize / 32  # of 32 bytes of 16 cells, by a warp
+    products = loads * (4 if dtype == F32 else 1)  # a number at a time, or a matrix
     copies = count - products
     assert accesses['finish']['instructions'] == units * depth // 4
     if lengths == (2, 3):  # a far tap of the next block's row may be near
         assert 0.5 * products < count < 1.3 * products
     else:
-        assert products < count <= 3 * products + units and copies > 0.5 * products
+        assert 0.5 * loads < copies <= 2 * loads + 1
 
 
-@pytest.mark.parametrize('dtype', [F16, BF16])
-@pytest.mark.parametrize('depth', [16, 32, 64])
+@pytest.mark.parametrize(('depth', 'dtype'), WIDTHS)
 def test_gathered_units(emulator, tmp_path, depth, dtype):
     """Units with one far tap in many rows, one of the two by which they are judged."""
-    groups = 64 // depth
+    groups = slice_groups(depth, dtype)
     geometry = dict(kernel_size=3, padding=1)
     ways = []
     for far_rows in (2, 16):
@@ -320,16 +333,17 @@ def test_gathered_units(emulator, tmp_path, depth, dtype):
     assert accesses['taps']['instructions'] == 27 * units  # weights, corners, step
     assert 'finish' not in accesses or accesses['finish']['instructions'] == 0
     # each tap of a row reads its numbers three times, and its corners at most four times
-    assert 27 * depth // 8 < accesses['far']['instructions'] / units <= 63 * depth // 8
+    team = depth * dtype.itemsize // 16
+    assert 27 * team < accesses['far']['instructions'] / units <= 63 * team
 
 
-@pytest.mark.parametrize('depth', [16, 32, 64])
-def test_no_conflicts_but_in_the_scatter(emulator, tmp_path, depth):
+@pytest.mark.parametrize(('depth', 'dtype'), [(16, F16), (32, F16), (64, F16), (16, F32)])
+def test_no_conflicts_but_in_the_scatter(emulator, tmp_path, depth, dtype):
     """Other group widths."""
-    counts = accesses_per_unit(emulator, tmp_path, depth, F16, 0.3)
+    counts = accesses_per_unit(emulator, tmp_path, depth, dtype, 0.3)
     assert counts['clear'] == (16, 64)
     assert counts['weights'] == (64, 64)
-    assert counts['pixels'] == (depth / 2, 2 * depth)
+    assert counts['pixels'] == ((4 * depth, 4 * depth) if dtype == F32 else (depth / 2, 2 * depth))
     assert counts['collect'] == (depth / 2, depth)
     assert counts['finish'] == (depth / 4, depth)
 
