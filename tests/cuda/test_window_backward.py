@@ -12,7 +12,15 @@ import torch
 
 from helpers.cuda_cases import BF16, F16, F32, assert_norms, hostile_offsets, make_call, size_name
 from helpers.emulate import ONE_PROCESSOR, THREE, emulate_window_backward
-from helpers.window_cases import BACKWARD_WEIGHTS, GEOMETRIES, KERNELS, SIZES, TYPES
+from helpers.window_cases import (
+    BACKWARD_WEIGHTS,
+    DOTS,
+    GEOMETRIES,
+    KERNELS,
+    SIZES,
+    TYPES,
+    WINDOW_NORMS,
+)
 from mmdcnv4.ops import dcnv4_reference
 from mmdcnv4.ops.contract import make_geometry
 from mmdcnv4.testing import assert_accurate, forward_backward
@@ -22,10 +30,10 @@ NAMES = ('grad_value', 'grad_offset_mask')
 
 def assert_window(actual, inputs, grad_output, **geometry):
     """Compares with the reference; weights are rounded."""
-    results = [None, *actual]
-    assert_norms(results, assert_accurate(
-        results, inputs, grad_output, weight_error=BACKWARD_WEIGHTS[inputs.value.dtype],
-        **geometry))
+    results, dtype = [None, *actual], inputs.value.dtype
+    exact = assert_accurate(results, inputs, grad_output, weight_error=BACKWARD_WEIGHTS[dtype],
+                            dot_error=DOTS[dtype], **geometry)
+    assert_norms(results, exact, WINDOW_NORMS)
 
 
 def check(emulator, tmp_path, inputs, grad_output, **options):

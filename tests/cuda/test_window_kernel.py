@@ -15,7 +15,14 @@ import torch
 
 from helpers.cuda_cases import BF16, F16, F32, assert_norms, hostile_offsets, make_call, size_name
 from helpers.emulate import GPU, ONE_PROCESSOR, THREE, emulate_window
-from helpers.window_cases import FORWARD_WEIGHTS, GEOMETRIES, KERNELS, SIZES, TYPES
+from helpers.window_cases import (
+    FORWARD_WEIGHTS,
+    GEOMETRIES,
+    KERNELS,
+    SIZES,
+    TYPES,
+    WINDOW_NORMS,
+)
 from mmdcnv4.ops import dcnv4_reference
 from mmdcnv4.ops.contract import make_geometry
 from mmdcnv4.testing import assert_accurate, random_grad_output
@@ -28,7 +35,7 @@ def assert_window(actual, inputs, **geometry):
     """Compares with the reference; weights are rounded."""
     assert_norms([actual], assert_accurate(
         [actual], inputs, random_grad_output(inputs), **geometry,
-        weight_error=FORWARD_WEIGHTS[actual.dtype]))
+        weight_error=FORWARD_WEIGHTS[actual.dtype]), WINDOW_NORMS)
 
 
 def check(emulator, tmp_path, inputs, *, groups, **options):
