@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from helpers.cuda_cases import BF16, DTYPES, F16, F32, NORMS
 
 TYPES = {name: DTYPES[name] for name in ('f16', 'bf16', 'f16-f32', 'bf16-f32', 'f32')}
@@ -25,6 +27,10 @@ DOTS = {F16: 0.0, BF16: 0.0, F32: DOT_SPLIT}
 # is half complete on average: 0.7e-6. The roundings that direct kernels have as well are as many. A
 # low part that is missing would be 1e-4.
 WINDOW_NORMS = {**NORMS, F32: (1.2e-6, 1.2e-6, 1.2e-6)}
+# the largest numbers, infinite when rounded to TF32; NaN that is infinite when it is cut off, and
+# NaN that is zero when it is rounded
+HARD_TO_SPLIT = torch.tensor([0x7f7fffff, -0x00800001, 0x7f800001, 0x7fffffff, -1],
+                             dtype=torch.int32).view(F32)
 GEOMETRIES = {
     '3x3': dict(kernel_size=3, padding=1),
     '3x3-wide': dict(kernel_size=3, padding=1, offset_scale=2.0),
