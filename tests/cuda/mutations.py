@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT / 'tests'))
 
 import mutants_cpu  # noqa: E402
 import mutants_direct  # noqa: E402
+import mutants_float  # noqa: E402
 import mutants_forward  # noqa: E402
 import mutants_window  # noqa: E402
 
@@ -46,8 +47,8 @@ from helpers.faults import Fault  # noqa: E402
 
 FOLDER = ROOT / '.build' / 'mutants'
 CXX = os.environ.get('CXX') or 'g++'
-FAULTS = [*mutants_window.FAULTS, *mutants_forward.FAULTS, *mutants_direct.FAULTS,
-          *mutants_cpu.FAULTS]
+FAULTS = [*mutants_window.FAULTS, *mutants_forward.FAULTS, *mutants_float.FAULTS,
+          *mutants_direct.FAULTS, *mutants_cpu.FAULTS]
 SECONDS = 300  # for the tests of one fault; a barrier that is missing may make them hang
 # half of the time of -O1, and the sanitizers see as much
 QUICK = ['-O0' if flag == '-O1' else flag for flag in FLAGS if not flag.startswith('-W')] + ['-w']
