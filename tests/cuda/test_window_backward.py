@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers.cuda_cases import F16, assert_norms, hostile_offsets, make_call, size_name
-from helpers.emulate import ONE_PROCESSOR, THREE, emulate_window_backward
+from helpers.emulate import ONE_PROCESSOR, THREE, emulate_window, emulate_window_backward
 from helpers.window_cases import (
     BACKWARD_WEIGHTS,
     DOTS,
@@ -22,7 +22,7 @@ from helpers.window_cases import (
     TYPES,
     WINDOW_NORMS,
 )
-from mmdcnv4.ops import dcnv4_reference
+from mmdcnv4.ops import dcnv4_reference, kernel_check
 from mmdcnv4.ops.contract import make_geometry
 from mmdcnv4.testing import assert_accurate, forward_backward
 
@@ -48,6 +48,24 @@ def check(emulator, tmp_path, inputs, grad_output, **options):
     used = 3 * make_geometry(**geometry).points * geometry['groups']
     assert not actual[1][..., used:].any()
     return actual, run
+
+
+@pytest.mark.parametrize(('family', 'calls'), [
+    ('window D=16 f32', slice(1, None, 5)), *(
+        pytest.param(name, slice(None), marks=pytest.mark.slow)
+        for name in kernel_check.families() if name.startswith('window'))])
+def test_kernel_check(emulator, tmp_path, family, calls):
+    """The check that a user runs on a GPU accepts right kernels, forward as well."""
+    def compute(case, tensors):
+        options = dict(groups=case.size[3], **case.geometry)
+        gradients, run = emulate_window_backward(emulator, tmp_path / 'call', tensors[:2],
+                                                 tensors[2], **options)
+        if run.offset_mask_plan['reach'] == 4:  # forward, these are for the direct kernels
+            return kernel_check.gradients(dcnv4_reference, tensors, **options)[0], *gradients
+        return emulate_window(emulator, tmp_path / 'call', tensors[:2], **options)[0], *gradients
+
+    for case in [*kernel_check.cases(family)][calls]:
+        assert kernel_check.is_good(kernel_check.check(case, compute)), case
 
 
 def near_offsets(inputs, groups, spread):
