@@ -140,7 +140,7 @@ def forward_backward(function: Callable[..., Tensor], inputs: Inputs, grad_outpu
 
 
 def error_bounds(inputs: Inputs, grad_output: Tensor, *, weight_error: float = 0.0,
-                 **geometry: Any) -> tuple[Tensor, Tensor, Tensor]:
+                 dot_error: float = 0.0, **geometry: Any) -> tuple[Tensor, Tensor, Tensor]:
     """How far output and gradients of any right implementation may be from the exact ones.
 
     To first order, for sums in any order. With u, one rounding of the type in which is computed,
@@ -160,6 +160,8 @@ def error_bounds(inputs: Inputs, grad_output: Tensor, *, weight_error: float = 0
         inputs, grad_output: of the call, in the types of the call.
         weight_error: relative error of the bilinear weights times masks on top of it, for kernels
             that round them.
+        dot_error: likewise of the products of `grad_output` and `value`, for kernels that do not
+            multiply all of their bits.
         geometry: the other arguments of :func:`mmdcnv4.ops.dcnv4`.
 
     Returns:
@@ -180,9 +182,10 @@ def error_bounds(inputs: Inputs, grad_output: Tensor, *, weight_error: float = 0
     grad_value = taps.scatter(relative - terms * u, px, py).reshape(inputs.value.shape)
     all4, by_x, by_y, full = (taps.dot(part) for part in (all4, by_x, by_y, full))
     scale = abs(rules.offset_scale) * mask
-    grad_x = scale * ((depth + 4) * u * by_x + (8 * u + py) * all4 + taps.mask_error * by_x)
-    grad_y = scale * ((depth + 4) * u * by_y + (8 * u + px) * all4 + taps.mask_error * by_y)
-    grad_mask = (depth * full + 8 * all4) * u + px * by_x + py * by_y
+    dot = depth * u + dot_error
+    grad_x = scale * ((dot + 4 * u) * by_x + (8 * u + py) * all4 + taps.mask_error * by_x)
+    grad_y = scale * ((dot + 4 * u) * by_y + (8 * u + px) * all4 + taps.mask_error * by_y)
+    grad_mask = dot * full + 8 * u * all4 + px * by_x + py * by_y
     if rules.softmax:
         # m_k (h_k - sum_j m_j h_j)
         mean = taps.over_taps(mask * grad_mask)
@@ -332,7 +335,8 @@ def assert_within(actual: Tensor, exact: Tensor, bound: Tensor, name: str = 'res
 
 
 def assert_accurate(actual: Sequence[Optional[Tensor]], inputs: Inputs, grad_output: Tensor, *,
-                    weight_error: float = 0.0, **geometry: Any) -> tuple[Tensor, ...]:
+                    weight_error: float = 0.0, dot_error: float = 0.0,
+                    **geometry: Any) -> tuple[Tensor, ...]:
     """Compares output, gradient of value, gradient of offset_mask (None: not computed) with the
     float64 reference, each number with its own bound (see :func:`error_bounds`).
 
@@ -344,7 +348,8 @@ def assert_accurate(actual: Sequence[Optional[Tensor]], inputs: Inputs, grad_out
         exact: tuple[Tensor, ...] = (dcnv4_reference(*wide, **geometry).detach(),)
     else:
         exact = forward_backward(dcnv4_reference, wide, grad_output, **geometry)
-    bounds = error_bounds(inputs, grad_output, weight_error=weight_error, **geometry)
+    bounds = error_bounds(inputs, grad_output, weight_error=weight_error, dot_error=dot_error,
+                          **geometry)
     names = ('output', 'grad_value', 'grad_offset_mask')
     for name, tensor, right, bound in zip(names, actual, exact, bounds):
         if tensor is not None:

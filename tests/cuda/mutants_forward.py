@@ -30,10 +30,10 @@ LOOSE, LOOSE_RING, LOOSE_WIDE, LOOSE_SLICES = (
     W + f'test_geometries[gather-{name}]'
     for name in ('16-f16-3x3', '16-f16-3x3-ring', '32-f16-3x3', '64-f16-3x3'))
 LOOSE_TWO = W + 'test_two_units_of_a_warp[gather-f16]'
-CLOSE, AWAY, MIXED = (W + f'test_many_far_taps[lengths{number}-16-dtype0]' for number in range(3))
-AWAY_WIDER = W + 'test_many_far_taps[lengths1-32-dtype0]'
+CLOSE, AWAY, MIXED = (W + f'test_many_far_taps[lengths{number}-16-f16]' for number in range(3))
+AWAY_WIDER = W + 'test_many_far_taps[lengths1-32-f16]'
 AWAY_SLICES = W + 'test_sizes[1x11x19x3x32-f16]'
-CHOICE = W + 'test_gathered_units[16-dtype0]'
+CHOICE = W + 'test_gathered_units[16-f16]'
 SHIFTED, SHIFTED_LOOSE = (W + f'test_shifted_maps[{way}]' for way in ('product', 'gather'))
 PADDING = W + 'test_padding_of_any_content[product-10000.0]'
 LOOSE_NAN = W + 'test_pixels_that_are_not_finite[gather-nan-3x3-f16]'
@@ -44,7 +44,7 @@ BARRIERS = [
             '      multiply<T, kDepth, kReach>(a, unit, lane, area, cells, sum);\n'
             '      __syncwarp();\n', F, SIMPLE),
     barrier('results are written, then read (forward)', FORWARD,
-            '      collect<kDepth, kReach>(lane, sum, area);\n      __syncwarp();\n', F, SIMPLE),
+            '      collect<T, kDepth, kReach>(lane, sum, area);\n      __syncwarp();\n', F, SIMPLE),
     fault('no barrier: results are read, then overwritten (forward)', FORWARD,
           'image.output, area, cells);\n    }\n    __syncwarp();\n',
           'image.output, area, cells);\n    }\n    if (!has_product) __syncwarp();\n', F, TWO),
@@ -55,8 +55,7 @@ BARRIERS = [
             '        copy_corners(a, tile, unit, lane, rows, image, area, cells);\n'
             '        __syncwarp();\n', F, SIMPLE),
     barrier('far cells are multiplied, then overwritten', FAR,
-            'pixels[2 * half + 1], sum[m][2 * pair + half]);\n      }\n      __syncwarp();\n',
-            F, SIMPLE),
+            'sum[m] + Fragment::kTiles * load);\n      }\n      __syncwarp();\n', F, SIMPLE),
     fault('no barrier: taps are written, then read', FORWARD,
           '      __syncthreads();\n    }\n    __syncwarp();\n',
           '      __syncthreads();\n    }\n    if (has_product) __syncwarp();\n', F, LOOSE_TWO),
@@ -67,8 +66,8 @@ BARRIERS = [
 CHOICES = [
     fault('judged by rows that do not exist', FORWARD, 'count(exists & !sample.is_near());',
           'count(!sample.is_near());', F, PADDING),
-    fault('eight far taps are as good as one', FORWARD, 'Layout::kTeam == 2 ? 8 :',
-          'Layout::kTeam == 2 ? 1 :', F, CHOICE),
+    fault('eight far taps are as good as one', FORWARD, 'kDepth == 16 ? 8 :',
+          'kDepth == 16 ? 1 :', F, CHOICE),
     fault('all units take the product', FORWARD, 'return kRowsPerFar * far <= count(exists);',
           'return true || far != 0;', F, CHOICE),
     fault('the window of a row begins at its pixel', FORWARD,
@@ -169,14 +168,15 @@ LAYERS = [
     fault('places of the layer before are kept', FAR, '    place = TapPlace::none();\n', '', F,
           SIMPLE, CHOICE, BANKS),
     fault('weights of the layer before are kept', FAR,
-          'weights[part][0] = weights[part][1] = 0;', ';', F, SIMPLE, SPLIT, NOT_FINITE, AWAY,
+          'weights[0][part] = weights[1][part] = 0;', ';', F, SIMPLE, SPLIT, NOT_FINITE, AWAY,
           equivalent='weights count for rows that wait, and those have weights of their own'),
     fault('far samples outside have corners', FAR,
           '    if (!sample.bilinear.inside) return;\n', '', F, SIMPLE, RING, NOT_FINITE,
           equivalent='their weights are zero; where they are NaN the row is gathered'),
     fault('far weights are transposed', FAR,
-          'pack(0, weight.x, weight.y);\n    pack(1, weight.z, weight.w);',
-          'pack(0, weight.x, weight.z);\n    pack(1, weight.y, weight.w);', F, SIMPLE),
+          'pack(weight.x, weight.y, weights[0]);\n    Fragment::pack(weight.z, weight.w,',
+          'pack(weight.x, weight.z, weights[0]);\n    Fragment::pack(weight.y, weight.w,', F,
+          SIMPLE),
     fault('far cells of the first slice', FAR,
           '(uint32_t(row.group) - tile.first_group) * Layout::kTeam);',
           'uint32_t(row.group) * Layout::kTeam);', F, SLICES),
@@ -192,17 +192,19 @@ LAYERS = [
     fault('a row takes two turns', FAR, '        later &= later - 1;\n',
           '        if (i != 1) later &= later - 1;\n', F, SIMPLE),
     fault('corners of a lane that may have none', FAR,
-          'place.of_lane(row < uint32_t(kWarp) ? row : rows[0]);', 'place.of_lane(row);', F,
+          'row = row_of_cell(rows, cell);\n'
+          '      const TapPlace from = place.of_lane(row < uint32_t(kWarp) ? row : rows[0]);',
+          'row = row_of_cell(rows, cell);\n      const TapPlace from = place.of_lane(row);', F,
           SIMPLE, CLOSE),
     fault('both halves of a group are its first chunk', FAR,
-          'from.cell(cell % 4) ^ (lane / 16 * kChunkBytes)', 'from.cell(cell % 4)', F, CLOSE),
-    fault('corners in another order', FAR, 'are_cells ? from.cell(cell % 4) ^',
-          'are_cells ? from.cell(cell / 4) ^', F, CLOSE),
-    fault('channels half way', FAR, 'base + (at ^ (2 * pair * kChunkBytes))',
-          'base + (at ^ (pair * kChunkBytes))', F, WIDER),
+          'from.cell(cell % 4) ^ (chunk * kChunkBytes) : chunk_at',
+          'from.cell(cell % 4) : chunk_at', F, CLOSE),
+    fault('corners in another order', FAR, 'are_cells ? from.cell(cell % 4) ^ (chunk',
+          'are_cells ? from.cell(cell / 4) ^ (chunk', F, CLOSE),
+    fault('channels half way', FAR, 'load_corners(base, at, 2 * load * kChunkBytes,',
+          'load_corners(base, at, load * kChunkBytes,', F, WIDER),
     fault('far taps of the first matrix count twice', FAR,
-          'fragment[m].multiply(pixels[2 * half], pixels[2 * half + 1],',
-          'fragment[0].multiply(pixels[2 * half], pixels[2 * half + 1],', F, SIMPLE),
+          'fragment[m].multiply(pixels,', 'fragment[0].multiply(pixels,', F, SIMPLE),
     fault('far cells meet in the banks', FAR,
           'const uint32_t key = cell * Layout::kTeam / 8 % Layout::kTeam;',
           'const uint32_t key = 0;', F, BANKS),
@@ -214,17 +216,17 @@ LAYERS = [
           'const uint32_t pair = t % 2 != 0 ? lower : upper;',
           'const uint32_t pair = t % 2 != 0 ? upper : lower;', F, SIMPLE),
     fault('far weights in rows of both matrices', FAR,
-          'to[0] = row == m * kMatrixRows + g ? pair : 0;',
-          'to[0] = row % kMatrixRows == g ? pair : 0;', F, SIMPLE),
-    fault('far weights in the upper rows', FAR, 'to[1] = row == m * kMatrixRows + 8 + g ?',
-          'to[1] = row == m * kMatrixRows + g ?', F, SIMPLE),
+          'row == m * kMatrixRows + g ? pair : 0);',
+          'row % kMatrixRows == g ? pair : 0);', F, SIMPLE),
+    fault('far weights in the upper rows', FAR, 'row == m * kMatrixRows + 8 + g ? pair',
+          'row == m * kMatrixRows + g ? pair', F, SIMPLE),
     fault('far pixels of the first matrix', FAR,
           'locate_matrix(a, 2 * unit + row % kWarp / kMatrixRows).group;',
           'locate_matrix(a, 2 * unit).group;', F, AWAY),
     fault('far pixels of the first slice', FAR,
           'tile.first_group + Layout::locate_matrix(a, 2 * unit + row',
           'Layout::locate_matrix(a, 2 * unit + row', F, AWAY_SLICES),
-    fault('far pixels of the first chunk', FAR, 'group * kDepth + chunk * kChunkNumbers);',
+    fault('far pixels of the first chunk', FAR, 'group * kDepth + chunk * kChunkNumbers<T>);',
           'group * kDepth);', F, AWAY),
     fault('copied cells of the first chunk', FAR,
           '(from.cell(cell % 4) ^ (chunk * kChunkBytes))', 'from.cell(cell % 4)', F, MIXED),
@@ -289,8 +291,8 @@ GATHERS = [
     fault('rows in another order', GATHER, 'pass * (kWarp / kTeam) + lane / kTeam;',
           'pass * (kWarp / kTeam) + lane % (kWarp / kTeam);', F, LOOSE),
     fault('the first channels for all of a team', GATHER,
-          'const uint32_t column = lane % kTeam * kChunkNumbers;',
-          'const uint32_t column = 0 * kChunkNumbers;', F, LOOSE),
+          'const uint32_t column = lane % kTeam * kChunkNumbers<T>;',
+          'const uint32_t column = 0;', F, LOOSE),
     fault('the first chunk for all of a team', GATHER,
           'const uint32_t chunk = lane % kTeam * kChunkBytes;', 'const uint32_t chunk = 0;', F,
           LOOSE_WIDE),

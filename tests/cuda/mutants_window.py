@@ -10,25 +10,25 @@ W, G = 'tests/cuda/test_window_kernel.py::', 'tests/cuda/test_window_backward.py
 FOLDER = 'csrc/cuda/window/'
 FORWARD, OFFSET, VALUE = (f'{FOLDER}dcnv4_window_{name}.cuh'
                           for name in ('forward', 'grad_offset', 'grad_value'))
-DENSE, NUMBERS, TAPS, FAR, LISTS, LISTED, REST, LAUNCH = (
+DENSE, FRAGMENTS, NUMBERS, TAPS, FAR, LISTS, LISTED, REST, LAUNCH = (
     FOLDER + name for name in (
-        'dense_window.cuh', 'window_numbers.cuh', 'window_taps.cuh', 'far_taps.cuh',
-        'far_lists.cuh', 'listed_taps.cuh', 'dcnv4_window_grad_rest.cuh',
+        'dense_window.cuh', 'fragments.cuh', 'window_numbers.cuh', 'window_taps.cuh',
+        'far_taps.cuh', 'far_lists.cuh', 'listed_taps.cuh', 'dcnv4_window_grad_rest.cuh',
         'dcnv4_window_backward.cuh'))
 F, F_BF16, B, B_BF16 = (f'{FOLDER}dcnv4_window_{name}.cu' for name in (
     'forward_f16', 'forward_bf16', 'backward_f16', 'backward_bf16'))
 SIMPLE, RING = (W + f'test_geometries[product-16-f16-{name}]' for name in ('3x3', '3x3-ring'))
 TWO, TWO_SPLIT = (W + f'test_two_units_of_a_warp[product-{name}]' for name in ('f16', 'bf16-f32'))
 BACK_TWO = G + 'test_two_units_of_a_warp[f16]'
-BANKS = W + 'test_bank_conflicts[dtype0]'
+BANKS = W + 'test_bank_conflicts[f16]'
 NOT_FINITE = W + 'test_pixels_that_are_not_finite[product-nan-3x3-f16]'
 MASKS = W + 'test_masks_of_every_size[product-f16]'
 BACK, BACK_32, BACK_WIDE = (G + f'test_geometries[{name}]'
-                            for name in ('16-f16-2', '32-f16-2', '16-f16-4'))
+                            for name in ('2-16-f16', '2-32-f16', '4-16-f16'))
 FULL = G + 'test_full_lists[f16-forward]'
 NAN_GRAD = G + 'test_numbers_that_are_nan[grad_output-3x3-f16]'
 HOSTILE = G + 'test_hostile_offsets[3x3-f16]'
-LISTED_TEST = G + 'test_far_taps_are_listed[1.0]'
+LISTED_TEST = G + 'test_far_taps_are_listed[1.0-f16-f32]'
 
 
 def fault(name, file, right, wrong, unit, *tests, equivalent=''):
@@ -116,16 +116,16 @@ PRODUCTS = [
     fault('the scale of another row is undone', FORWARD,
           '__shfl_sync(kAllLanes, inverse, int(index))', 'inverse', F,
           MASKS),
-    fault('low halves of the split are dropped', FAR,
-          '    if constexpr (kIsSplit) multiply_add(to, low, b0, b1, T());\n', '',
-          F_BF16, TWO_SPLIT),
-    fault('the split keeps one of two numbers', FAR,
-          'low[i] = narrow_pair(even - rounded.x, odd - rounded.y, T());',
-          'low[i] = narrow_pair(even - rounded.x, 0.0f, T());', F_BF16,
-          TWO_SPLIT),
+    fault('low halves of the split are dropped', FRAGMENTS,
+          '      if constexpr (kParts == 2)\n        multiply_add(to[tile], low, pixels[2 * tile], '
+          'pixels[2 * tile + 1], T());\n', '', F_BF16, TWO_SPLIT),
+    fault('the split keeps one of two numbers', FRAGMENTS,
+          'parts[1] = narrow_pair(even - rounded.x, odd - rounded.y, T());',
+          'parts[1] = narrow_pair(even - rounded.x, 0.0f, T());', F_BF16, TWO_SPLIT),
     fault('low halves of far taps are dropped', FAR,
-          'weights[1][line] = narrow_pair(left - rounded.x, right - rounded.y, T());',
-          'weights[1][line] = 0;', F_BF16, W + 'test_geometries[product-16-bf16-3x3]'),
+          '    Fragment::pack(weight.z, weight.w, weights[1]);\n',
+          '    Fragment::pack(weight.z, weight.w, weights[1]);\n'
+          '    weights[1][kParts - 1] = 0;\n', F_BF16, W + 'test_geometries[product-16-bf16-3x3]'),
     fault('no limit of the scale', NUMBERS, 'wanted < 253 ? wanted : 253', 'wanted', F,
           MASKS, equivalent=(
               'such rows have masks below 2^-115, so that their outputs are zero in float16; where '
@@ -157,7 +157,7 @@ BORDERS = [
     fault('channels after the last', DENSE, 'has_channel = channel < a.call.channels;',
           'has_channel = channel <= a.call.channels;', F, SIMPLE),
     fault('chunks meet in the banks', DENSE, '(chunk ^ ((x + 4 * y) & 7))', '(chunk ^ (x & 7))',
-          F, W + 'test_no_conflicts_but_in_the_scatter[16]'),
+          F, W + 'test_no_conflicts_but_in_the_scatter[16-f16]'),
     fault('weights meet in the banks', DENSE, '((row * kRowBytes) ^ ((cell & 6) << 4));',
           '(row * kRowBytes);', F, BANKS),
     fault('results meet in the banks', DENSE, '^ (key * kChunkBytes);', '^ (key * 0);',

@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT / 'tests'))
 
 import mutants_cpu  # noqa: E402
 import mutants_direct  # noqa: E402
+import mutants_float  # noqa: E402
 import mutants_forward  # noqa: E402
 import mutants_window  # noqa: E402
 
@@ -46,8 +47,8 @@ from helpers.faults import Fault  # noqa: E402
 
 FOLDER = ROOT / '.build' / 'mutants'
 CXX = os.environ.get('CXX') or 'g++'
-FAULTS = [*mutants_window.FAULTS, *mutants_forward.FAULTS, *mutants_direct.FAULTS,
-          *mutants_cpu.FAULTS]
+FAULTS = [*mutants_window.FAULTS, *mutants_forward.FAULTS, *mutants_float.FAULTS,
+          *mutants_direct.FAULTS, *mutants_cpu.FAULTS]
 SECONDS = 300  # for the tests of one fault; a barrier that is missing may make them hang
 # half of the time of -O1, and the sanitizers see as much
 QUICK = ['-O0' if flag == '-O1' else flag for flag in FLAGS if not flag.startswith('-W')] + ['-w']
@@ -57,7 +58,7 @@ NATIVE = ['-std=c++20', '-O0', '-fPIC', '-w', '-fvisibility=hidden', '-fno-math-
 # compiled once, for all sources that know torch
 TORCH_HEADERS = ('torch/library.h', 'torch/csrc/autograd/custom_function.h', 'ATen/Parallel.h',
                  'ATen/core/Tensor.h', 'torch/csrc/autograd/python_variable.h')
-NOT_COMPILED = ('groups must have 16, 32 or 64', 'the reach must be 2 or 4')
+LEFT_OUT = 'mutations.py has left out this kernel'
 
 _objects: dict[Path, Path] = {}  # of the emulator, without faults
 
@@ -114,10 +115,11 @@ class Compiler:
     def keep(self, widths: Sequence[int], reaches: Sequence[int]) -> None:
         """Of the tensor-core kernels only those that the tests call: each is a second or so."""
         text = self.dispatch
-        for kind, kept, known in (('visit', widths, (16, 32, 64)), ('with_reach', reaches, (2, 4))):
+        for name, kept, known in (('depth', widths, (16, 32, 64)), ('reach', reaches, (2, 4))):
             for number in set(known) - set(kept):
-                text, count = re.subn(rf'\n *case {number}: return {kind}\(.*', '', text)
-                assert count == 1, f'dispatch.h has {count} cases for {number}'
+                text, count = re.subn(rf'(if \({name} == {number}\)) return .*;',
+                                      rf'\1 throw std::logic_error("{LEFT_OUT}");', text)
+                assert count == 1, f'dispatch.h has {count} cases for {name} == {number}'
         (self.folder / 'csrc/cuda/dispatch.h').write_text(text)
 
     def native(self, fault: Fault) -> Path:
@@ -150,7 +152,7 @@ def widths_of(tests: Sequence[str]) -> tuple[int, ...]:
 
 def reaches_of(tests: Sequence[str]) -> tuple[int, ...]:
     """Of the backward kernels; the forward kernels have but one."""
-    far = ('-wide', '-4]')
+    far = ('-wide', '[4-')
     return (2, 4) if any(name in test for test in tests for name in far) else (2,)
 
 
@@ -248,7 +250,7 @@ def first_red(fault: Fault, made: Path, notes: Path) -> tuple[str, str]:
         return '', ''
     test, message = json.loads(notes.read_text()) if notes.exists() else ('', '')
     # 1: a test has failed; below 0: killed by a signal
-    if code > 1 or not test or any(text in message for text in NOT_COMPILED):
+    if code > 1 or not test or LEFT_OUT in message:
         log = notes.with_suffix('.log').read_text()
         raise RuntimeError(f'{fault.name}: pytest ended with {code}: {message} {log[-3000:]}')
     return test, message

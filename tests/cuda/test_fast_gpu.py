@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.cuda_cases import BF16, DTYPES, F16, F32, hostile_offsets, make_call, size_name
+from helpers.cuda_cases import BF16, DTYPES, F16, F32, F64, hostile_offsets, make_call, size_name
 from helpers.gpu_cases import (
     DEVICE,
     NAMES,
@@ -37,12 +37,13 @@ pytestmark = on_a_gpu
 @pytest.mark.parametrize('depth', [16, 32, 64])
 @pytest.mark.parametrize('name', GEOMETRIES)
 def test_geometries(fast_path, name, depth, dtypes):
-    """Every kernel on tensor cores; samples near, far, and outside the image."""
+    """Every kernel on tensor cores; samples near, far, and outside the image. In float32 groups of
+    64 channels and wide windows are left to the direct kernels."""
     inputs, grad_output = make_call((2, 9, 13, 3, depth), DTYPES[dtypes], GEOMETRIES[name])
     check(inputs, grad_output, groups=3, **GEOMETRIES[name])
 
 
-@pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32'])
+@pytest.mark.parametrize('dtypes', ['f16', 'bf16-f32', 'f32'])
 @pytest.mark.parametrize('size', SIZES, ids=size_name)
 def test_sizes(fast_path, size, dtypes):
     inputs, grad_output = make_call(size, DTYPES[dtypes], SAME)
@@ -67,9 +68,10 @@ def test_hostile_numbers(fast_path, name, dtypes, where):
         assert not other.isnan().all() and torch.equal(one.isnan(), other.isnan()), name
 
 
-def test_backward_is_repeatable(fast_path):
+@pytest.mark.parametrize('dtypes', ['bf16', 'f32'])
+def test_backward_is_repeatable(fast_path, dtypes):
     """As long as no sample is far from its pixel: then nothing is added in any order."""
-    inputs, grad_output = make_call((2, 56, 56, 4, 32), DTYPES['bf16'], SAME)
+    inputs, grad_output = make_call((2, 56, 56, 4, 32), DTYPES[dtypes], SAME)
     inputs.offset_mask[..., :108].unflatten(-1, (4, 27))[..., :18] *= 0.02
     first, *others = (forward_backward(on_gpu, inputs, grad_output, groups=4, **SAME)
                       for _ in range(5))
@@ -90,16 +92,37 @@ def took_tensor_cores(run):
 def test_the_switch(both_paths):
     """The switch chooses the kernel; calls that the fast one is not made for take the other."""
     is_fast = both_paths == 'fast' and torch.cuda.get_device_capability() >= (8, 0)
-    for dtypes, geometry, is_theirs in (
-            ((F16, F16), SAME, True), ((BF16, F32), SAME, True), ((F32, F32), SAME, False),
-            ((F16, F16), dict(kernel_size=5, padding=2), False),
-            ((F16, F16), dict(kernel_size=3, stride=2, padding=1), False)):
-        tensors = gpu_inputs(dtypes=dtypes, **geometry)
+    wide = dict(SAME, offset_scale=2.0)
+    for dtypes, depth, geometry, are_theirs in (  # forward, backward
+            ((F16, F16), 16, SAME, (True, True)), ((BF16, F32), 64, SAME, (True, True)),
+            ((F32, F32), 16, SAME, (True, True)), ((F32, F32), 32, SAME, (True, True)),
+            ((F32, F32), 64, SAME, (False, False)), ((F64, F64), 16, SAME, (False, False)),
+            ((F16, F16), 16, wide, (False, True)), ((F32, F32), 16, wide, (False, False)),
+            ((F16, F16), 16, dict(kernel_size=5, padding=2), (False, False)),
+            ((F16, F16), 16, dict(kernel_size=3, stride=2, padding=1), (False, False))):
+        tensors = gpu_inputs((2, 9, 7, 2, depth), dtypes, **geometry)
 
         def run(tensors=tensors, geometry=geometry):
             gradients(*tensors, groups=2, backend='native', **geometry)
         run()
-        assert took_tensor_cores(run) == 2 * (is_fast and is_theirs,)
+        assert took_tensor_cores(run) == tuple(is_fast and theirs for theirs in are_theirs)
+
+
+def test_the_switch_in_deterministic_mode(both_paths):
+    """Forward it chooses as ever: nothing is added in any order there. Backward the direct kernels
+    add in fixed point."""
+    is_fast = both_paths == 'fast' and torch.cuda.get_device_capability() >= (8, 0)
+    for dtypes in ((F16, F16), (F32, F32)):
+        tensors = gpu_inputs(dtypes=dtypes)
+
+        def run(tensors=tensors):
+            gradients(*tensors, groups=2, backend='native', **SAME)
+        torch.use_deterministic_algorithms(True)
+        try:
+            run()
+            assert took_tensor_cores(run) == (is_fast, False)
+        finally:
+            torch.use_deterministic_algorithms(False)
 
 
 @needs_memory(60)

@@ -18,6 +18,7 @@ from helpers.gpu_cases import (
     SAME,
     gpu_inputs,
     gradients,
+    losses,
     on_a_gpu,
     on_gpu,
 )
@@ -43,7 +44,8 @@ def deterministic():
 
 
 @pytest.mark.parametrize('both_paths, dtypes', [
-    *(('direct', dtypes) for dtypes in DTYPES), ('fast', 'f16'), ('fast', 'bf16-f32')],
+    *(('direct', dtypes) for dtypes in DTYPES), ('fast', 'f16'), ('fast', 'bf16-f32'),
+    ('fast', 'f32')],
     indirect=['both_paths'])
 def test_opcheck(both_paths, dtypes):
     value, offset_mask, grad_output = gpu_inputs(dtypes=DTYPES[dtypes])
@@ -54,8 +56,10 @@ def test_opcheck(both_paths, dtypes):
 
 @pytest.mark.parametrize('dtypes', ['f32', 'f16'])
 def test_strided_and_misaligned_inputs(both_paths, dtypes):
+    """Where tensor cores do not take what is misaligned, the direct kernels do: results differ by
+    what both round."""
     tensors = value, offset_mask, grad_output = gpu_inputs(dtypes=DTYPES[dtypes])
-    dtype, tolerance = value.dtype, 1e-6 if value.dtype == F32 else 2e-3
+    dtype, tolerance = value.dtype, 1e-5 if value.dtype == F32 else 2e-3
     expected = gradients(*tensors, groups=2, **SAME)
 
     def compare(*moved):
@@ -180,8 +184,8 @@ def test_deterministic_mode(both_paths, deterministic, dtypes):
     torch.use_deterministic_algorithms(False)  # no business of the reference
     exact = forward_backward(dcnv4_reference, inputs.leaves(F64, F64), grad_output, groups=4,
                              **SAME)
-    bounds = list(error_bounds(inputs, grad_output, groups=4, weight_error=2.0**-11 * (
-        both_paths == 'fast' and inputs.value.dtype in (F16, BF16)), **SAME))
+    bounds = list(error_bounds(inputs, grad_output, groups=4,
+                               **losses(inputs.value.dtype, both_paths == 'fast'), **SAME))
     # the step of the fixed point is below 2^-40 of the largest term: float64 alone shows it
     mask = inputs.offset_mask[..., :108].unflatten(-1, (4, 27))[..., 18:]
     bounds[1] = bounds[1] + 2.0**-40 * (grad_output.abs().max() * mask.abs().max()).double()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mutants_cpu
 import mutants_direct
+import mutants_float
 import mutants_forward
 import mutants_window
 import pytest
@@ -17,7 +18,7 @@ from helpers.faults import Fault
 
 ROOT = Path(__file__).parents[2]
 TABLES = dict(window=mutants_window.FAULTS, forward=mutants_forward.FAULTS,
-              direct=mutants_direct.FAULTS, cpu=mutants_cpu.FAULTS)
+              float=mutants_float.FAULTS, direct=mutants_direct.FAULTS, cpu=mutants_cpu.FAULTS)
 
 
 @pytest.mark.parametrize('name', TABLES)

@@ -10,10 +10,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.cuda_cases import BF16, F16, assert_norms, hostile_offsets, make_call, size_name
-from helpers.emulate import ONE_PROCESSOR, THREE, emulate_window_backward
-from helpers.window_cases import BACKWARD_WEIGHTS, GEOMETRIES, KERNELS, SIZES, TYPES
-from mmdcnv4.ops import dcnv4_reference
+from helpers.cuda_cases import F16, assert_norms, hostile_offsets, make_call, size_name
+from helpers.emulate import ONE_PROCESSOR, THREE, emulate_window, emulate_window_backward
+from helpers.window_cases import (
+    BACKWARD_WEIGHTS,
+    DOTS,
+    GEOMETRIES,
+    HARD_TO_SPLIT,
+    KERNELS,
+    SIZES,
+    TYPES,
+    WINDOW_NORMS,
+)
+from mmdcnv4.ops import dcnv4_reference, kernel_check
 from mmdcnv4.ops.contract import make_geometry
 from mmdcnv4.testing import assert_accurate, forward_backward
 
@@ -22,10 +31,10 @@ NAMES = ('grad_value', 'grad_offset_mask')
 
 def assert_window(actual, inputs, grad_output, **geometry):
     """Compares with the reference; weights are rounded."""
-    results = [None, *actual]
-    assert_norms(results, assert_accurate(
-        results, inputs, grad_output, weight_error=BACKWARD_WEIGHTS[inputs.value.dtype],
-        **geometry))
+    results, dtype = [None, *actual], inputs.value.dtype
+    exact = assert_accurate(results, inputs, grad_output, weight_error=BACKWARD_WEIGHTS[dtype],
+                            dot_error=DOTS[dtype], **geometry)
+    assert_norms(results, exact, WINDOW_NORMS)
 
 
 def check(emulator, tmp_path, inputs, grad_output, **options):
@@ -39,6 +48,24 @@ def check(emulator, tmp_path, inputs, grad_output, **options):
     used = 3 * make_geometry(**geometry).points * geometry['groups']
     assert not actual[1][..., used:].any()
     return actual, run
+
+
+@pytest.mark.parametrize(('family', 'calls'), [
+    ('window D=16 f32', slice(1, None, 5)), *(
+        pytest.param(name, slice(None), marks=pytest.mark.slow)
+        for name in kernel_check.families() if name.startswith('window'))])
+def test_kernel_check(emulator, tmp_path, family, calls):
+    """The check that a user runs on a GPU accepts right kernels, forward as well."""
+    def compute(case, tensors):
+        options = dict(groups=case.size[3], **case.geometry)
+        gradients, run = emulate_window_backward(emulator, tmp_path / 'call', tensors[:2],
+                                                 tensors[2], **options)
+        if run.offset_mask_plan['reach'] == 4:  # forward, these are for the direct kernels
+            return kernel_check.gradients(dcnv4_reference, tensors, **options)[0], *gradients
+        return emulate_window(emulator, tmp_path / 'call', tensors[:2], **options)[0], *gradients
+
+    for case in [*kernel_check.cases(family)][calls]:
+        assert kernel_check.is_good(kernel_check.check(case, compute)), case
 
 
 def near_offsets(inputs, groups, spread):
@@ -211,6 +238,30 @@ def test_numbers_that_are_nan(emulator, tmp_path, name, dtypes, where):
 
 
 @pytest.mark.hostile
+@pytest.mark.parametrize('where', ['value', 'grad_output', 'mask'])
+def test_split_of_what_has_no_room(emulator, tmp_path, where):
+    """The largest float32 is infinite in TF32, and NaN may be zero or infinite there: the device
+    makes NaN whose bits are all set."""
+    options = dict(GEOMETRIES['3x3'], groups=2)
+    inputs, grad_output = make_call((1, 13, 9, 2, 16), TYPES['f32'], GEOMETRIES['3x3'])
+    inputs = near_offsets(inputs, 2, 0.2)
+    mask = inputs.offset_mask[..., :54].unflatten(-1, (2, 27))[..., 18:]
+    tensors = dict(value=inputs.value, grad_output=grad_output, mask=mask.transpose(3, 4))
+    for tensor in tensors.values():
+        tensor.mul_(2.0**-10)
+    for i, number in enumerate(HARD_TO_SPLIT):
+        tensors[where][0, 3 * i, 4, 2::7] = number
+    actual, _ = emulate_window_backward(emulator, tmp_path / 'call', inputs, grad_output,
+                                        **options)
+    expected = forward_backward(dcnv4_reference, inputs, grad_output, **options)[1:]
+    for name, one, other in zip(NAMES, actual, expected):
+        assert torch.equal(one.isnan(), other.isnan()) and not other.isinf().any(), name
+    assert any(tensor.isnan().any() for tensor in expected)
+    assert max(tensor[tensor.isfinite()].abs().max() for tensor in expected) > 1e34
+    assert_window(actual, inputs, grad_output, **options)
+
+
+@pytest.mark.hostile
 def test_numbers_that_are_infinite(emulator, tmp_path):
     """They make gradients that are not finite where they meet, and leave all others alone."""
     options = dict(GEOMETRIES['3x3'], groups=2)
@@ -290,11 +341,11 @@ def test_two_units_of_a_warp(emulator, tmp_path, dtypes):
     assert plan['tile_h'] * plan['tile_w'] * 4 / 32 == 2 * plan['threads'] / 32
 
 
-def accesses_per_unit(emulator, tmp_path, depth, dtype, spread, offset_scale=1.0):
+def accesses_per_unit(emulator, tmp_path, depth, dtypes, spread, offset_scale=1.0):
     """Instructions and wavefronts of shared memory per unit of 32 rows, by phase."""
-    groups = 64 // depth
+    groups = 128 // TYPES[dtypes][0].itemsize // depth
     geometry = dict(kernel_size=3, padding=1, offset_scale=offset_scale)
-    inputs, grad_output = make_call((1, 16, 32, groups, depth), (dtype, dtype), geometry)
+    inputs, grad_output = make_call((1, 16, 32, groups, depth), TYPES[dtypes], geometry)
     inputs = near_offsets(inputs, groups, spread)
     _, run = check(emulator, tmp_path, inputs, grad_output, groups=groups, device=ONE_PROCESSOR,
                    count=True, **geometry)
@@ -307,36 +358,49 @@ def accesses_per_unit(emulator, tmp_path, depth, dtype, spread, offset_scale=1.0
             for phase, count in run.accesses.items()}
 
 
-def test_bank_conflicts(emulator, tmp_path):
-    """Units of 4x4 pixels, two groups of 32: what the layouts were designed for, no more."""
-    still = accesses_per_unit(emulator, tmp_path, 32, F16, 0)
-    # 64 cells, 32 rows, a number at a time; cells of both kernels, 128 bytes each, once
-    assert still['collect'] == (64, 64) and still['pixels'] == (32, 128)
+@pytest.mark.parametrize('dtypes', ['f16', 'f32'])
+def test_bank_conflicts(emulator, tmp_path, dtypes):
+    """Units of 4x4 pixels, two groups of 32, or two blocks of one in float32: what the layouts were
+    designed for, no more."""
+    is_float = dtypes == 'f32'
+    still = accesses_per_unit(emulator, tmp_path, 32, dtypes, 0)
+    # 64 cells, 32 rows, a number at a time; cells of both kernels, 128 bytes each, once. In float32
+    # there are twice as many of them, and the gradient of value reads a number at a time
+    assert still['collect'] == (64, 64)
+    assert still['pixels'] == ((32 + 128, 256) if is_float else (32, 128))
     assert still['taps'] == (36, 36)  # nine taps, four cells
     # nine taps, four cells, read and written, by 15 lanes in 16: 240 output pixels for a tile of
     # 128 input pixels; 25 weights of each
     assert still['scatter'] == (126, 126) and still['clear'] == (50, 50)
     # 12 of 16 lines of weights are in reach of either half of a block, two blocks
     assert still['weights'] == (48, 48)
-    # 15 words for each row: two of 32 pixels share a bank; of 256, four
-    assert still['numbers'][0] == 16 + 2 * 16 and still['numbers'][1] <= 2 * 16 + 4 * 32
+    # 15 words for each row, or 27: two of 16 pixels share a bank; of 32, four
+    words, ways = (27, 4) if is_float else (16, 2)
+    assert still['numbers'][0] == 3 * words
+    assert still['numbers'][1] <= ways * words + 4 * 2 * words
     # 27 numbers out, row by row, and back, pixel by pixel
-    assert still['finish'][0] == 27 + 16 and still['finish'][1] <= 80
+    pixels = 32 if is_float else 16
+    assert still['finish'][0] == 27 + pixels
+    assert still['finish'][1] <= (ways * 27 + pixels if is_float else 80)
     # in random places two rows may want the same bank
-    moved = accesses_per_unit(emulator, tmp_path, 32, F16, 0.5)
+    moved = accesses_per_unit(emulator, tmp_path, 32, dtypes, 0.5)
     assert moved['taps'][0] == 36 and moved['taps'][1] <= 75
     assert moved['scatter'][0] == 126 and moved['scatter'][1] <= 350
     for phase in ('copy', 'numbers', 'clear', 'weights', 'pixels', 'collect', 'finish'):
-        assert moved[phase] == still[phase]
+        assert moved[phase] == still[phase], phase
 
 
-@pytest.mark.parametrize(('depth', 'scale'), [(16, 1.0), (64, 2.0)])
-def test_no_conflicts_but_in_the_scatter(emulator, tmp_path, depth, scale):
+@pytest.mark.parametrize(('depth', 'scale', 'dtypes'), [
+    (16, 1.0, 'bf16'), (64, 2.0, 'bf16'), (16, 1.0, 'f32')])
+def test_no_conflicts_but_in_the_scatter(emulator, tmp_path, depth, scale, dtypes):
     """Other group widths, and the wide window of 12x12 cells."""
-    counts = accesses_per_unit(emulator, tmp_path, depth, BF16, 0.0, offset_scale=scale)
+    counts = accesses_per_unit(emulator, tmp_path, depth, dtypes, 0.0, offset_scale=scale)
     cells = 64 if scale == 1 else 144
     assert counts['collect'] == (cells, cells)
-    assert counts['pixels'] == (cells * depth / 64, cells * depth / 16)
+    if dtypes == 'f32':
+        assert counts['pixels'] == (cells * depth / 64 + 4 * depth, 8 * depth)
+    else:
+        assert counts['pixels'] == (cells * depth / 64, cells * depth / 16)
     assert counts['taps'] == (36, 36) and counts['scatter'][0] == counts['scatter'][1]
     # eight pixels of a window of 12 may lie on two lines, which meet in a bank
     if scale == 1:

@@ -50,17 +50,18 @@ def hostile_offsets(inputs, points):
     return inputs._replace(offset_mask=packed.to(inputs.offset_mask.dtype))
 
 
-def assert_norms(actual, exact):
-    """||actual - exact|| / ||exact|| over what is finite, of what was computed (not None). A bound
-    for each number allows all of them to be rounded by as much as there is; in norm the errors of
-    many must be as large as their mean square."""
-    for tensor, right, allowed in zip(actual, exact, zip(*NORMS.values())):
+def assert_norms(actual, exact, norms=None):
+    """||actual - exact|| / ||exact|| over what is finite, of what was computed (not None), at most
+    as in `norms` (default: NORMS). A bound for each number allows all of them to be rounded by as
+    much as there is; in norm the errors of many must be as large as their mean square."""
+    norms = norms or NORMS
+    for tensor, right, allowed in zip(actual, exact, zip(*norms.values())):
         if tensor is None:
             continue
         is_finite = right.isfinite()
         size = right[is_finite].norm().item()
         error = (tensor.double()[is_finite] - right[is_finite]).norm().item()
-        most = dict(zip(NORMS, allowed))[tensor.dtype]
+        most = dict(zip(norms, allowed))[tensor.dtype]
         # of a few numbers all may be rounded by as much as there is; of many, a few may be large
         count = size**4 / right[is_finite].pow(4).sum().clamp(min=1e-300)
         assert error <= most * size * (1 if count >= FEW else 2), (

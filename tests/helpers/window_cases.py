@@ -4,17 +4,33 @@
 
 from __future__ import annotations
 
-from helpers.cuda_cases import BF16, DTYPES, F16, F32
+import torch
+
+from helpers.cuda_cases import BF16, DTYPES, F16, F32, NORMS
 
 TYPES = {name: DTYPES[name] for name in ('f16', 'bf16', 'f16-f32', 'bf16-f32', 'f32')}
-# every D of every type, and whether there are kernels for windows of 12x12 cells
+# every D of every type
 KERNELS = [(depth, dtypes) for dtypes in TYPES for depth in (16, 32, 64)
            if dtypes != 'f32' or depth < 64]
-# Largest relative error of a weight: float16 and TF32 have 11 bits, two bfloat16 have 16. In
-# float32 both factors are two numbers of TF32: what is left of them is cut to 11 bits, and its
-# product left out.
-FORWARD_WEIGHTS = {F16: 2.0**-11, BF16: 2.0**-16, F32: 2.0**-20}
-BACKWARD_WEIGHTS = {F16: 2.0**-11, BF16: 2.0**-11, F32: 2.0**-20}
+# Largest relative error of a product in float32, whose factors are two numbers of TF32 each: of 24
+# bits one of A and two of B are cut off, 2^-23 and 3 * 2^-23, and the product of the small ones is
+# left out, 2^-21: together 2^-20. Tensor cores cut off their sums, 2^-23: 24 of them are a product
+# with 64 cells, 12 one with 32 channels.
+WEIGHT_SPLIT = 2.0**-20 + 24 * 2.0**-23
+DOT_SPLIT = 2.0**-20 + 12 * 2.0**-23
+# ... of a weight: float16 and TF32 have 11 bits, two bfloat16 have 16. Half types are multiplied
+# exactly with each other.
+FORWARD_WEIGHTS = {F16: 2.0**-11, BF16: 2.0**-16, F32: WEIGHT_SPLIT}
+BACKWARD_WEIGHTS = {F16: 2.0**-11, BF16: 2.0**-11, F32: WEIGHT_SPLIT}
+DOTS = {F16: 0.0, BF16: 0.0, F32: DOT_SPLIT}
+# In norm, of float32: each of 24 sums loses 2^-24 on average, always towards zero, of a result that
+# is half complete on average: 0.7e-6. The roundings that direct kernels have as well are as many. A
+# low part that is missing would be 1e-4.
+WINDOW_NORMS = {**NORMS, F32: (1.2e-6, 1.2e-6, 1.2e-6)}
+# the largest numbers, infinite when rounded to TF32; NaN that is infinite when it is cut off, and
+# NaN that is zero when it is rounded
+HARD_TO_SPLIT = torch.tensor([0x7f7fffff, -0x00800001, 0x7f800001, 0x7fffffff, -1],
+                             dtype=torch.int32).view(F32)
 GEOMETRIES = {
     '3x3': dict(kernel_size=3, padding=1),
     '3x3-wide': dict(kernel_size=3, padding=1, offset_scale=2.0),

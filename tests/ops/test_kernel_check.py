@@ -47,13 +47,30 @@ def leaking_nan(case, tensors):
     return (output, *gradients)
 
 
+def one_part(number):
+    """Case -> results where `number`, of value, masks and grad_output, is rounded to TF32: in every
+    product that has it, its second part is missing."""
+    def compute(case, tensors):
+        tensors = [tensor.clone() for tensor in tensors]
+        part = tensors[number]
+        if number == 1:
+            points = 3 ** 2 - case.geometry.get('remove_center', False)
+            part = part[..., :case.size[3] * 3 * points].unflatten(-1, (case.size[3], -1))
+            part = part[..., 2 * points:]
+        bits = part.contiguous().view(torch.int32)
+        part.copy_((bits + 0x1000 & -0x2000).view(torch.float32))
+        return on_cpu(case, tensors)
+    return compute
+
+
 @pytest.mark.parametrize('family', kernel_check.families())
 def test_right_kernels_pass(family):
     rows = kernel_check.run_family(family, on_cpu)
     assert kernel_check.is_good(rows) and rows[-1]['last']
 
 
-@pytest.mark.parametrize('family', ['direct f32', 'window D=32 f16', 'window D=16 bf16'])
+@pytest.mark.parametrize('family', ['direct f32', 'window D=32 f16', 'window D=16 bf16',
+                                    'window D=32 f32'])
 @pytest.mark.parametrize('fault', [swapped_axes, dropped_tail, leaking_nan])
 def test_a_fault_is_seen(family, fault):
     assert not kernel_check.is_good(kernel_check.run_family(family, fault))
@@ -61,6 +78,19 @@ def test_a_fault_is_seen(family, fault):
 
 def test_one_rounding_more_of_bfloat16_is_seen():
     assert not kernel_check.is_good(kernel_check.run_family('window D=32 bf16', one_rounding_more))
+
+
+@pytest.mark.parametrize('depth', [16, 32])
+@pytest.mark.parametrize('number', [0, 1, 2])
+def test_a_missing_part_of_float32_is_seen(depth, number):
+    """In each result that it has a share in."""
+    compute = one_part(number)
+    rows = kernel_check.run_family(f'window D={depth} f32', compute)
+    shares = [('output', 'grad_offset_mask'), ('output', 'grad_value', 'grad_offset_mask'),
+              ('grad_value', 'grad_offset_mask')][number]
+    for row in rows:
+        assert row['ok'] == (row['result'] not in shares), row
+        assert row['ok'] or row['error'] > 8 * row['allowed'], row
 
 
 def test_results_that_vary_are_seen_where_they_must_not():

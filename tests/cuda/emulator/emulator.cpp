@@ -122,6 +122,7 @@ bool release_warp(int first) {
   } else {
     pass_warp_barrier(first / kWarp);
   }
+  align_steps(first / kWarp);
   for (int thread = first; thread < first + kWarp; ++thread) fibres[thread].is_waiting = false;
   return true;
 }

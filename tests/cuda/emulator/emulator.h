@@ -67,6 +67,7 @@ using Operation = void (*)(void* const* lanes);
 void meet(Operation operation, uint32_t mask, void* brought);
 void meet_block(); // all threads of the block, likewise
 int lane();
+void align_steps(int warp); // its threads have met: see enter_step() of warp_words.h
 
 } // namespace emulator
 

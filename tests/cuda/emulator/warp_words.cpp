@@ -6,6 +6,7 @@
 #include "../../../csrc/cuda/window/tensor_core.cuh"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -83,8 +84,8 @@ void count_block() {
   accesses.clear();
 }
 
-PerThread& own() {
-  PerThread& thread = threads[thread_index.x];
+PerThread& of_thread(uint32_t index) {
+  PerThread& thread = threads[index];
   if (thread.block != block_index.x) {
     if (!thread.copies.empty()) {
       std::fprintf(stderr, "emulator: a thread returned and left copies behind\n");
@@ -95,10 +96,19 @@ PerThread& own() {
   }
   return thread;
 }
+PerThread& own() { return of_thread(thread_index.x); }
 
 } // namespace
 
 void set_counting(bool on) { is_counting = on; }
+
+void align_steps(int warp) {
+  if (!is_counting) return;
+  uint32_t last = 0;
+  for (int lane = 0; lane < kLanes; ++lane)
+    last = std::max(last, of_thread(uint32_t(warp * kLanes + lane)).step);
+  for (int lane = 0; lane < kLanes; ++lane) threads[size_t(warp * kLanes + lane)].step = last;
+}
 
 void enter_step(int phase) {
   PerThread& thread = own();
@@ -208,12 +218,38 @@ void load_matrices_transposed(void* const* lanes) {
   });
 }
 
+namespace {
+
+// d + a . b, as tensor cores add: numbers are cut where the largest of them has its 24th bit, and so
+// is their sum. Devices may keep a bit or two more, and add a half of the products at a time (Fasi,
+// Higham, Mikaitis, Pranesh, doi:10.7717/peerj-cs.330).
+template <int kCount>
+float add_products(float d, const float (&a)[kCount], const float (&b)[kCount]) {
+  double numbers[kCount + 1] = {d};
+  float plain = d;
+  double largest = std::fabs(numbers[0]);
+  for (int k = 0; k < kCount; ++k) {
+    numbers[k + 1] = double(a[k]) * double(b[k]); // exact
+    plain += a[k] * b[k];
+    largest = std::max(largest, std::fabs(numbers[k + 1]));
+  }
+  if (!std::isfinite(plain) || largest == 0) return plain;
+  const int last = std::max(std::ilogb(largest), -126) - 23; // exponent of the last bit
+  const double scale = std::ldexp(1.0, -last);
+  int64_t sum = 0;
+  for (double number : numbers) sum += int64_t(number * scale);
+  for (int bit = 24; std::abs(sum) >> bit != 0; ++bit) sum -= sum % (int64_t(1) << (bit - 23));
+  return float(std::ldexp(double(sum), last));
+}
+
+} // namespace
+
 // D[16][8] += A[16][16] B[16][8]. Of A a lane holds rows lane / 4 and lane / 4 + 8 and columns
 // 2 (lane % 4) + {0, 1} and the same + 8; of B those numbers of k and column lane / 4; of D columns
 // 2 (lane % 4) + {0, 1} of the two rows.
 void multiply_add(void* const* lanes) {
   const auto at = [&](int lane) { return static_cast<Product*>(lanes[lane]); };
-  float a[16][16], b[16][8];
+  float a[16][16], b[8][16]; // columns of B
   for (int lane = 0; lane < kLanes; ++lane) {
     const Product& own = *at(lane);
     const int row = lane / 4, column = 2 * (lane % 4);
@@ -223,16 +259,14 @@ void multiply_add(void* const* lanes) {
       a[row + 8][column + i] = own.widen(own.a[1] >> shift & 0xffffu);
       a[row][column + 8 + i] = own.widen(own.a[2] >> shift & 0xffffu);
       a[row + 8][column + 8 + i] = own.widen(own.a[3] >> shift & 0xffffu);
-      b[column + i][row] = own.widen(own.b0 >> shift & 0xffffu);
-      b[column + 8 + i][row] = own.widen(own.b1 >> shift & 0xffffu);
+      b[row][column + i] = own.widen(own.b0 >> shift & 0xffffu);
+      b[row][column + 8 + i] = own.widen(own.b1 >> shift & 0xffffu);
     }
   }
   for (int lane = 0; lane < kLanes; ++lane)
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
-      float sum = at(lane)->d[i];
-      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
-      at(lane)->d[i] = sum;
+      at(lane)->d[i] = add_products(at(lane)->d[i], a[row], b[column]);
     }
 }
 
@@ -252,20 +286,18 @@ namespace {
 template <typename Read>
 void multiply_add_eight(void* const* lanes, const Read& read) {
   const auto at = [&](int lane) { return static_cast<Product*>(lanes[lane]); };
-  float a[16][8], b[8][8];
+  float a[16][8], b[8][8]; // columns of B
   for (int lane = 0; lane < kLanes; ++lane) {
     const Product& own = *at(lane);
     const int row = lane / 4, column = lane % 4;
     for (int i = 0; i < 4; ++i) a[row + i % 2 * 8][column + i / 2 * 4] = read(own.a[i]);
-    b[column][row] = read(own.b0);
-    b[column + 4][row] = read(own.b1);
+    b[row][column] = read(own.b0);
+    b[row][column + 4] = read(own.b1);
   }
   for (int lane = 0; lane < kLanes; ++lane)
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
-      float sum = at(lane)->d[i];
-      for (int k = 0; k < 8; ++k) sum += a[row][k] * b[k][column];
-      at(lane)->d[i] = sum;
+      at(lane)->d[i] = add_products(at(lane)->d[i], a[row], b[column]);
     }
 }
 

@@ -16,8 +16,9 @@
 
 namespace emulator {
 
-// Accesses to shared memory are checked for races, and counted by phase. All threads of a warp enter the same steps in the
-// same order; the n-th accesses of its threads within a step are one instruction of the warp.
+// Accesses to shared memory are checked for races, and counted by phase. From one meeting of a warp
+// to the next, its threads enter the same steps in the same order, though some may leave out the
+// last of them; the n-th accesses of its threads within a step are one instruction of the warp.
 void set_counting(bool on);
 void enter_step(int phase);
 void note_access(const void* address, int bytes, Access access);
