@@ -113,8 +113,9 @@ def test_little_shared_memory(emulator, tmp_path, shared_bytes):
     assert plan['shared_bytes'] <= shared_bytes
 
 
-def test_several_launches(emulator, tmp_path):
-    inputs, _ = make_call((5, 3, 5, 2, 16), TYPES['bf16'], GEOMETRIES['3x3'])
+@pytest.mark.parametrize('dtypes', ['bf16', 'f32'])
+def test_several_launches(emulator, tmp_path, dtypes):
+    inputs, _ = make_call((5, 3, 5, 2, 16), TYPES[dtypes], GEOMETRIES['3x3'])
     _, plan, _ = check(emulator, tmp_path, inputs, groups=2,
                        device=(132, 48 * 1024, 99 * 1024, 2), **GEOMETRIES['3x3'])
     assert plan['images_per_launch'] == 2
