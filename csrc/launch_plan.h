@@ -115,13 +115,11 @@ inline StencilPitch stencil_pitch(int32_t pixels, int32_t reach) {
 }
 
 // Lists of the taps whose samples are out of reach (cuda/window/far_lists.cuh): one for each group
-// of each block of input pixels, with room for as many words as the block has numbers of value; in
-// float32 none.
+// of each block of input pixels, with room for as many words as the block has numbers of value.
 constexpr int64_t window_blocks(int64_t pixels) {
   return (pixels + kWindowBlock - 1) / kWindowBlock;
 }
-inline int64_t window_lists(const Dcnv4Params& p, int32_t element_bytes) {
-  if (element_bytes == 4) return 0;
+inline int64_t window_lists(const Dcnv4Params& p) {
   return p.batch * window_blocks(p.height) * window_blocks(p.width) * p.groups;
 }
 inline int64_t window_list_room(const Dcnv4Params& p) {

@@ -141,15 +141,11 @@ at::Tensor try_window_backward(const Dcnv4Params& p, const at::Tensor& grad_outp
                                   int32_t(offset_mask.element_size()), current_device_limits());
     if (!fast_choice().is_on(plan.value.reach != 0)) return {};
     at::Tensor grad_value = at::empty(value.sizes(), value.options());
-    WindowScratch scratch{};
-    at::Tensor counts, entries;
-    if (const int64_t lists = window_lists(p, int32_t(sizeof(T))); lists != 0) {
-      const auto words = value.options().dtype(at::kInt);
-      counts = at::zeros({1 + lists}, words);
-      entries = at::empty({lists, window_list_room(p)}, words);
-      scratch = {static_cast<uint32_t*>(counts.mutable_data_ptr()),
-                 static_cast<uint32_t*>(entries.mutable_data_ptr())};
-    }
+    const auto words = value.options().dtype(at::kInt);
+    const at::Tensor counts = at::zeros({1 + window_lists(p)}, words);
+    const at::Tensor entries = at::empty({window_lists(p), window_list_room(p)}, words);
+    const WindowScratch scratch{static_cast<uint32_t*>(counts.mutable_data_ptr()),
+                                static_cast<uint32_t*>(entries.mutable_data_ptr())};
     if (launch_dcnv4_window_backward(p, plan, stream,
                                      static_cast<const T*>(grad_output.const_data_ptr()),
                                      static_cast<const T*>(value.const_data_ptr()),

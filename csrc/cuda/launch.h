@@ -42,7 +42,7 @@ void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream 
 
 // Memory that launch_dcnv4_window_backward() works with.
 struct WindowScratch {
-  uint32_t* counts;  // 1 + window_lists(), zeros; unused where there are no lists
+  uint32_t* counts;  // 1 + window_lists(), zeros
   uint32_t* entries; // window_lists() * window_list_room(), aligned to 16 bytes, of any content
 };
 

@@ -9,8 +9,6 @@
 //     dcnv4_window_grad_rest    likewise: adds them up there
 //     dcnv4_window_grad_value   value: what is near, what is listed, or those sums
 //
-// In float32 two, the last and then the first, which adds the taps that are far.
-//
 // Limits      as dcnv4_window_forward.cuh
 #pragma once
 
@@ -29,7 +27,7 @@ void launch_window_grad_rest(const Dcnv4Params& p, const WindowBackwardPlan& pla
   WindowArguments arguments = make_window_arguments(p, plan.offset_mask);
   arguments.call.team_log2 = log2_of(int32_t(p.group_channels / kChunkNumbers<T>));
   launch(&dcnv4_window_clear_kernel<uint4>, plan.rest_blocks, kMaxThreads, 0, stream,
-         uint64_t(window_lists(p, sizeof(T))), lists);
+         uint64_t(window_lists(p)), lists);
   launch(&dcnv4_window_grad_rest_kernel<T>, plan.rest_blocks, kMaxThreads, 0, stream, arguments,
          plan.offset_mask.reach, uint64_t(p.batch) * uint64_t(p.queries()) * uint64_t(p.groups),
          grad_output, offset_mask, lists);
@@ -53,21 +51,16 @@ bool launch_dcnv4_window_backward(const Dcnv4Params& p, const WindowBackwardPlan
       return tensor + image * pixels * channels;
     };
     const int64_t in_pixels = p.height * p.width, out_pixels = p.queries();
-    const auto launch_offset = [&](const auto& target_of) {
-      for_each_launch(p, plan.offset_mask, [&](int64_t image, int64_t blocks) {
-        launch(offset_kernel, blocks, plan.offset_mask.threads, plan.offset_mask.shared_bytes,
-               stream, make_window_arguments(p, plan.offset_mask),
-               begin(grad_output, image, out_pixels, p.channels()),
-               begin(value, image, in_pixels, p.channels()),
-               offset_mask.from(image * out_pixels * p.offset_mask_channels),
-               grad_offset_mask.from(image * out_pixels * p.offset_mask_channels),
-               target_of(image));
-      });
-    };
-    if constexpr (kHasFarLists<T>) {
-      launch_offset([&](int64_t image) { return lists.from(image); });
-      launch_window_grad_rest(p, plan, stream, grad_output, offset_mask, lists);
-    }
+    for_each_launch(p, plan.offset_mask, [&](int64_t image, int64_t blocks) {
+      launch(offset_kernel, blocks, plan.offset_mask.threads, plan.offset_mask.shared_bytes, stream,
+             make_window_arguments(p, plan.offset_mask),
+             begin(grad_output, image, out_pixels, p.channels()),
+             begin(value, image, in_pixels, p.channels()),
+             offset_mask.from(image * out_pixels * p.offset_mask_channels),
+             grad_offset_mask.from(image * out_pixels * p.offset_mask_channels),
+             lists.from(image));
+    });
+    launch_window_grad_rest(p, plan, stream, grad_output, offset_mask, lists);
     for_each_launch(p, plan.value, [&](int64_t image, int64_t blocks) {
       launch(value_kernel, blocks, plan.value.threads, plan.value.shared_bytes, stream,
              make_window_arguments(p, plan.value),
@@ -76,11 +69,6 @@ bool launch_dcnv4_window_backward(const Dcnv4Params& p, const WindowBackwardPlan
              lists.from(image), Divisor(uint32_t(p.out_width)),
              grad_value + image * in_pixels * p.channels());
     });
-    if constexpr (!kHasFarLists<T>) {
-      launch_offset([&](int64_t image) {
-        return FloatSum<float>{grad_value + image * in_pixels * p.channels()};
-      });
-    }
     is_launched = true;
   });
   return is_launched;

@@ -13,9 +13,8 @@
 // Work split  as dcnv4_window_forward.cuh; lane = row while taps are read
 // Left over   taps whose cells are not all in reach ("far"), or whose gradients are not finite (a
 //             product with a cell outside the image may be 0 * NaN). The warp collects those of its
-//             unit, and teams of lanes with 16 bytes of the row each take them, gathering like
-//             dcnv4_backward.cuh. What a far tap adds to value goes into lists, for
-//             dcnv4_window_grad_value.cuh, in float32 straight to where that kernel has written
+//             unit, and teams of D / 8 lanes take them, gathering like dcnv4_backward.cuh; what a
+//             far tap adds to value goes into lists, for dcnv4_window_grad_value.cuh
 // Memory      results go through shared memory and are written once, the padding included
 // Numerics    products of 16-bit numbers are exact, sums in float32; bitwise repeatable
 // Source      arXiv:2401.06197, section 3, differentiated by hand
@@ -281,13 +280,13 @@ struct UnitGradients {
   }
 };
 
-// The gradients of the taps that are left over, and where those go that are far. grad_output, value,
-// packed and, in float32, `far` are those of the tile's image.
+// The gradients of the taps that are left over, and their place in the lists. grad_output, value
+// and packed are those of the tile's image.
 template <typename T, int kDepth, int kReach>
 MMDCNV4_DEVICE void take_left_over(const WindowArguments& a, const Tile& tile, uint32_t unit,
-                                   uint32_t lane, uint32_t count, const T* __restrict__ grad_output,
-                                   const T* __restrict__ value, const OffsetNumbers<T>& packed,
-                                   const FarTarget<T>& far,
+                                   uint32_t lane, uint32_t count,
+                                   const T* __restrict__ grad_output, const T* __restrict__ value,
+                                   const OffsetNumbers<T>& packed, const FarLists& lists,
                                    const UnitGradients<T, kDepth, kReach>& gradients) {
   using Layout = DenseWindow<T, kDepth, kReach>;
   constexpr int kVec = kChunkNumbers<T>, kTeam = Layout::kTeam;
@@ -305,33 +304,19 @@ MMDCNV4_DEVICE void take_left_over(const WindowArguments& a, const Tile& tile, u
     const TapNumbers<float> tap = numbers.load_tap(k, a.call.points);
     const Sample<float> sample = make_sample<false>(a.call, row, MaskRule<float>{}, tap, k);
     const uint32_t bits = has_tap ? corner_bits(sample.bilinear) : 0;
-    FloatSum<float> sums{nullptr};
-    if constexpr (!kHasFarLists<T>) sums = far;
     const Channels<T, FloatSum<float>> channels{
-        grad_output,
-        value,
-        sums,
-        int64_t(uint64_t(pixel) * a.call.channels + group * kDepth),
-        int64_t(group * kDepth),
-        a.call.channels,
-        int32_t(lane % kTeam) * kVec,
-        kDepth,
-        kDepth};
+        grad_output, value, {nullptr}, int64_t(uint64_t(pixel) * a.call.channels + group * kDepth),
+        int64_t(group * kDepth), a.call.channels, int32_t(lane % kTeam) * kVec, kDepth, kDepth};
     float grad[kVec], dot[4] = {};
     VectorIo<T, kVec>::widen(
         VectorIo<T, kVec>::load(grad_output + channels.row + channels.begin), grad);
     if (bits != 0) {
-      const bool is_far = !is_near(move_of_tap(a, k, tap.dx, tap.dy),
-                                   edge_of_image(row.x + a.shift_x, row.y + a.shift_y), kReach);
-      const uint4 corners = corner_pixels(a.call, sample.bilinear);
-      if constexpr (kHasFarLists<T>) {
-        gather_tap(false, channels, corners, Four<float>{}, bits, grad, dot);
-        if (is_far)
-          list_tap<kTeam>(far, tile.image, group, sample.bilinear, pixel * kTaps + uint32_t(k),
-                          lane % kTeam);
-      } else {
-        gather_tap(is_far, channels, corners, sample_weights(sample), bits, grad, dot);
-      }
+      gather_tap(false, channels, corner_pixels(a.call, sample.bilinear), Four<float>{}, bits, grad,
+                 dot);
+      const Place move = move_of_tap(a, k, tap.dx, tap.dy);
+      if (!is_near(move, edge_of_image(row.x + a.shift_x, row.y + a.shift_y), kReach))
+        list_tap<kTeam>(lists, tile.image, group, sample.bilinear, pixel * kTaps + uint32_t(k),
+                        lane % kTeam);
     }
     BilinearGrad<float> sum = bilinear_grad(dot[0], dot[1], dot[2], dot[3], sample.bilinear.fx,
                                             sample.bilinear.fy);
@@ -351,7 +336,7 @@ __global__ void __launch_bounds__(window_threads<T>(kDepth),
                                     const T* __restrict__ value,               // [N, H, W, G, D]
                                     const OffsetNumbers<T> offset_mask,        // [N, Ho, Wo, P]
                                     const OffsetGradients<T> grad_offset_mask, // [N, Ho, Wo, P]
-                                    const FarTarget<T> target) {
+                                    const FarLists lists) {
 #if MMDCNV4_HAS_TENSOR_CORES
   using Layout = DenseWindow<T, kDepth, kReach>;
   using Numbers = UnitNumbers<T, kDepth, kReach>;
@@ -367,8 +352,6 @@ __global__ void __launch_bounds__(window_threads<T>(kDepth),
   const int64_t first_number = int64_t(out_pixels * a.packed_channels);
   const OffsetNumbers<T> packed = offset_mask.from(first_number);
   const OffsetGradients<T> grad_packed = grad_offset_mask.from(first_number);
-  FarTarget<T> far = target;
-  if constexpr (!kHasFarLists<T>) far.numbers += in_pixels * a.call.channels;
   unsigned char* area = shared + warp * Layout::kAreaBytes;
   unsigned char* cells = shared + warps * Layout::kAreaBytes;
   copy_cells<T, kDepth, kReach>(a, tile, value, cells);
@@ -397,8 +380,8 @@ __global__ void __launch_bounds__(window_threads<T>(kDepth),
     if (__any_sync(kAllLanes, left_over != 0)) {
       const uint32_t count = gradients.collect(lane, left_over);
       __syncwarp();
-      take_left_over<T, kDepth, kReach>(a, tile, unit, lane, count, grad_output, value, packed, far,
-                                        gradients);
+      take_left_over<T, kDepth, kReach>(a, tile, unit, lane, count, grad_output, value, packed,
+                                        lists, gradients);
     }
     __syncwarp();
     gradients.write(tile, unit, lane, grad_packed.data);

@@ -28,8 +28,7 @@
 //             around the pixel (stencil_pitch()): a sample adds to four neighbouring planes at its
 //             thread's place, and only its thread does. Output pixels as the cells of
 //             dense_window.cuh
-// Far taps    those that are not near, see window_taps.cuh, are in a list of their block, but for
-//             float32
+// Far taps    those that are not near, see window_taps.cuh, are in a list of their block
 //             (far_lists.cuh). They make another product, eight taps at a time, A^T [16 input
 //             pixels x 8 taps] . Y. Where a list is full, its sums are added in its place
 // NaN         A^T . Y multiplies every pixel of a window with every cell, and 0 * NaN is NaN. Sums
@@ -322,25 +321,18 @@ __global__ void __launch_bounds__(kMaxThreads, kReach != 2 ? 1 : kDepth == 64 ? 
     const OwnedBlock block(a, thread / kWarp, own_lane);
     const uint32_t block_x = tile.x + block.x, block_y = tile.y + block.y;
     if (block_x < uint32_t(a.rows_w) && block_y < uint32_t(a.rows_h)) { // so for all of the warp
-      uint64_t list = 0;
-      uint32_t listed = 0;
-      const float* more = nullptr; // sums of a list that is full
-      if constexpr (kHasFarLists<T>) {
-        list = lists.list_of(tile.image, block_x / kBlockSide, block_y / kBlockSide, group);
-        listed = lists.count[list];
-        if (listed > lists.room) {
-          more = lists.sums(list);
-          listed = 0;
-        }
-      }
+      const uint64_t list =
+          lists.list_of(tile.image, block_x / kBlockSide, block_y / kBlockSide, group);
+      const uint32_t count = lists.count[list];
+      const bool is_full = count > lists.room;
+      const uint32_t listed = is_full ? 0 : count;
       float sum[kDepth / 8][4] = {};
       multiply_stencil<T, kDepth, kReach>(a, block, pass, own_lane, weights, pixels, sum);
       const auto add_list = [&](auto is_exact) {
-        if constexpr (kHasFarLists<T>)
-          add_listed<decltype(is_exact)::value, T, kDepth>(
-              a, line_of_output, block_x, block_y, group, own_lane,
-              lists.entries + list * lists.room, listed, packed,
-              grad_output + out_pixels * a.call.channels + group * kDepth, sum);
+        add_listed<decltype(is_exact)::value, T, kDepth>(
+            a, line_of_output, block_x, block_y, group, own_lane,
+            lists.entries + list * lists.room, listed, packed,
+            grad_output + out_pixels * a.call.channels + group * kDepth, sum);
       };
       add_list(std::false_type());
       float total = 0;
@@ -350,7 +342,7 @@ __global__ void __launch_bounds__(kMaxThreads, kReach != 2 ? 1 : kDepth == 64 ? 
         sum_exactly<T, kDepth, kReach>(a, block, pass, own_lane, weights, pixels, sum);
         add_list(std::true_type());
       }
-      write_block<T, kDepth>(a, tile, block, own_lane, sum, more,
+      write_block<T, kDepth>(a, tile, block, own_lane, sum, is_full ? lists.sums(list) : nullptr,
                              grad_value + in_pixels * a.call.channels + group * kDepth);
     }
     if (is_last) break;

@@ -9,9 +9,6 @@
 // in the list of each block that has a cell of its sample, 1 to 4, as 9 * output pixel + tap. No
 // number is added in global memory, where 16 bytes of grad_value cost a reduction.
 //
-// In float32 there are no lists: there the gradient is what is added to, by dcnv4_window_grad_offset
-// after dcnv4_window_grad_value has written it.
-//
 // A list has as much room as its block's gradient in float32: 16 D entries of 4 bytes, when the 16
 // pixels have 144 taps. Where more taps than fit meet in one block, the list is full: its memory
 // becomes those sums, [16 cells][D], which dcnv4_window_grad_rest.cuh clears and fills.
@@ -76,12 +73,6 @@ MMDCNV4_DEVICE void list_tap(const FarLists& lists, uint32_t image, uint32_t gro
                  entry);
   }
 }
-
-// Where the far taps of a type of value go.
-template <typename T>
-constexpr bool kHasFarLists = sizeof(T) < sizeof(float);
-template <typename T>
-using FarTarget = std::conditional_t<kHasFarLists<T>, FarLists, FloatSum<float>>;
 
 inline FarLists make_far_lists(const Dcnv4Params& p, uint32_t* counts, uint32_t* entries) {
   FarLists lists{};

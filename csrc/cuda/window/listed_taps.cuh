@@ -10,6 +10,7 @@
 //             lanes that hold a fragment's weights
 #pragma once
 
+#include "fragments.cuh"
 #include "window_numbers.cuh"
 
 namespace mmdcnv4 {
@@ -85,17 +86,19 @@ MMDCNV4_DEVICE void add_listed(const WindowArguments& a, const Divisor& line_of_
           const float weight = ListedTap::weight(x, down, mask);
 #pragma unroll
           for (int j = 0; j < kDepth / 8; ++j) {
-            const float2 grad = widen_pair(VectorIo<T, 2>::load(from + 8 * j), T());
-            sum[j][2 * half] += weight * grad.x;
-            sum[j][2 * half + 1] += weight * grad.y;
+            float grad[2];
+            VectorIo<T, 2>::widen(VectorIo<T, 2>::load(from + 8 * j), grad);
+            sum[j][2 * half] += weight * grad[0];
+            sum[j][2 * half + 1] += weight * grad[1];
           }
         }
       }
     } else {
 #pragma unroll 1
       for (uint32_t eight = 0; eight < here; eight += 8) {
-        uint32_t weights[4];
-        uint16_t grads[2][kDepth / 8]; // of tap t, t + 4
+        using One = VectorIo<T, 1>;
+        Tf32Fragment<T> weights;
+        typename One::Raw grads[2][kDepth / 8]; // of tap t, t + 4
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int tap = int(eight + t) + 4 * i;
@@ -104,17 +107,20 @@ MMDCNV4_DEVICE void add_listed(const WindowArguments& a, const Divisor& line_of_
           const float mask = __shfl_sync(kAllLanes, own.mask, tap);
           const T* from =
               grad_output + uint64_t(__shfl_sync(kAllLanes, own.pixel, tap)) * a.call.channels + g;
-          weights[2 * i] = round_to_tf32(ListedTap::weight(x, y, mask));
-          weights[2 * i + 1] = round_to_tf32(ListedTap::weight(x, y - 2.0f, mask));
+          weights.put(2 * i, ListedTap::weight(x, y, mask));
+          weights.put(2 * i + 1, ListedTap::weight(x, y - 2.0f, mask));
           const bool exists = tap < int(here);
 #pragma unroll
           for (int j = 0; j < kDepth / 8; ++j)
-            grads[i][j] = exists ? VectorIo<T, 1>::load(from + 8 * j) : uint16_t(0);
+            grads[i][j] = exists ? One::load(from + 8 * j) : typename One::Raw(0);
         }
 #pragma unroll
-        for (int j = 0; j < kDepth / 8; ++j)
-          multiply_add_tf32(sum[j], weights, widen_pair(grads[0][j], T()).x,
-                            widen_pair(grads[1][j], T()).x);
+        for (int j = 0; j < kDepth / 8; ++j) {
+          float grad[2][1];
+          One::widen(grads[0][j], grad[0]);
+          One::widen(grads[1][j], grad[1]);
+          weights.multiply(grad[0][0], grad[1][0], sum[j]);
+        }
       }
     }
   }

@@ -168,7 +168,7 @@ void run_window_backward(const Dcnv4Params& p, const DeviceLimits& limits, int a
   const int64_t packed_bytes = rows * p.offset_mask_channels * offset_bytes<T>(are_float);
   Buffer<unsigned char> packed(packed_bytes, alignment, 0);
   Buffer<unsigned char> grad_packed(packed_bytes, alignment, 0xff);
-  const int64_t lists = window_lists(p, int32_t(sizeof(T)));
+  const int64_t lists = window_lists(p);
   Buffer<uint32_t> counts(1 + lists, 4, 0), entries(lists * window_list_room(p), 16, 0xff);
   value.read(file);
   packed.read(file);
