@@ -3,6 +3,7 @@
 """Training parts that know no model: optimiser constructors and hooks."""
 
 from .hooks import (
+    CompileHook,
     InvalidLossHook,
     MultiScaleAttentionHook,
     ProgressBarHook,
@@ -12,6 +13,6 @@ from .hooks import (
 )
 from .optimizers import CustomLayerDecayOptimizerConstructor
 
-__all__ = ['CustomLayerDecayOptimizerConstructor', 'InvalidLossHook', 'MultiScaleAttentionHook',
-           'ProgressBarHook', 'ResumableRandomnessHook', 'SafeCheckpointHook',
-           'TemperatureAnnealingHook']
+__all__ = ['CompileHook', 'CustomLayerDecayOptimizerConstructor', 'InvalidLossHook',
+           'MultiScaleAttentionHook', 'ProgressBarHook', 'ResumableRandomnessHook',
+           'SafeCheckpointHook', 'TemperatureAnnealingHook']

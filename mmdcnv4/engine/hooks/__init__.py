@@ -3,6 +3,7 @@
 """Hooks of a run."""
 
 from .checkpoint import SafeCheckpointHook
+from .compile import CompileHook
 from .invalid_loss import InvalidLossHook
 from .multi_scale_attention import MultiScaleAttentionHook
 from .progress import ProgressBarHook
@@ -10,6 +11,6 @@ from .randomness import ResumableRandomnessHook
 from .run_checks import RunChecksHook
 from .temperature import TemperatureAnnealingHook
 
-__all__ = ['InvalidLossHook', 'MultiScaleAttentionHook', 'ProgressBarHook',
+__all__ = ['CompileHook', 'InvalidLossHook', 'MultiScaleAttentionHook', 'ProgressBarHook',
            'ResumableRandomnessHook', 'RunChecksHook', 'SafeCheckpointHook',
            'TemperatureAnnealingHook']
