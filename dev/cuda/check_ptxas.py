@@ -116,8 +116,9 @@ class Kernel:
         blocks = 4 if self.variant == 'K=9' or self.direction == 'attention_forward' else 3
         is_large = self.is_window or self.direction == 'attention_backward'  # 128 threads
         ceiling = REGISTERS[2 if self.dtype == 'float64' or is_large else blocks]
+        fills_slice = self.is_window and Group(self.depth, self.size).of_slice == 1
         if (self.direction == 'window_grad_value' and 'reach 4' in self.variant
-                or self.direction != 'window_grad_value' and self.variant.startswith('D=64')):
+                or self.direction != 'window_grad_value' and fills_slice):
             ceiling = 168  # one block, or blocks of 128 threads
         found = []
         if self.registers > ceiling:
