@@ -145,7 +145,7 @@ def test_parts_of_machine_code(tools):
             for i, (_, line) in enumerate(LISTING)]
     assert tools.machine_code.parts_of(code, 'window_forward', tools.window_groups.Group(32)) == {
         'warps': 2, 'copies': 2, 'units': 3, 'products': 7, 'layered': 3, 'layers': 3, 'rounds': 3,
-        'copied_rounds': 1, 'retakes': 2, 'gathered': 5, 'gather_passes': 3, 'gather_turns': 4,
+        'copied_rounds': 5, 'retakes': 2, 'gathered': 5, 'gather_passes': 3, 'gather_turns': 4,
         'cell_taps': pytest.approx(2 / 3), 'pixel_taps': pytest.approx(1 / 3)}
 
 
@@ -159,8 +159,8 @@ LISTING = [
     ('ready', '@P3 BRA to gather'),
     ('', 'HMMA.16816'), ('', '@P0 BRA to results'),
     ('layer', '@!P1 BRA to later'),
-    ('round', '@P2 BRA to corners'), ('', 'STS.128'), ('corners', 'HMMA.16816'),
-    ('', '@P2 BRA to round'),
+    ('round', '@P2 BRA to corners'), ('', 'MOV'), ('chunk', 'STS.128'), ('', '@P5 BRA to chunk'),
+    ('corners', 'HMMA.16816'), ('', '@P2 BRA to round'),
     ('later', '@!P0 BRA to next'), ('', 'F2I.FLOOR'), ('', 'LDG.E.U16'),
     ('next', '@P0 BRA to layer'),
     ('results', 'STG.E'), ('', '@!P4 BRA to done'),
