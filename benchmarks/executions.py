@@ -18,12 +18,13 @@ from window_groups import Group
 COMPILED = Path(__file__).resolve().parents[1] / 'csrc' / 'cuda' / 'compiled.md'
 BLOCK_PIXELS = 16  # 4x4
 GATHERED_TAPS = 3  # under way at a time, kTogether of gather_unit
-# Wavefronts of eight chunks that lie among the cells as samples happen to, on average. Chunks of a
-# cell are in one of eight orders, (x + 4y) % 8: the corners of a tap never meet, those of two taps
-# do in three cases of four. Words of float32 are read from four cells, two chunks of each.
-PAIR_CONFLICTS = {2: 4 * 7 / 4, 4: 4 * 3 / 2}
-# The same of cells side by side in the area of a warp; of groups of 16 channels two chunks meet.
-COPIED_CONFLICTS = {(16, 4): 4 * 2}
+# Wavefronts of reading two chunks of the cells of a round, which lie among the others as samples
+# happen to, by bytes of a number. Chunks of a cell are in one of eight orders, (x + 4y) % 8: the
+# corners of a tap never meet, those of two taps do in three cases of four. In float32 words of the
+# left corners of two taps are read, then of the right ones: they meet in one case of two.
+PAIR_CONFLICTS = {2: 4 * 7 / 4, 4: 2 * 3 / 2}
+# The same of cells side by side in the area of a warp, by lanes of a row and bytes of a number.
+COPIED_CONFLICTS = {(2, 2): 4, (4, 2): 4, (8, 2): 4, (4, 4): 2 * 2, (8, 4): 2}
 # One corner of 8 / team rows, each of which has its chunks in one of as many places, by team.
 CELL_CONFLICTS = {2: 17 / 8, 4: 3 / 2, 8: 1}
 COLUMNS = ['kernel', 'shape', 'dtype', 'arch', 'registers', 'instructions per part']
@@ -184,9 +185,10 @@ def products_wavefronts(launch: Launch) -> float:
     per_product += 2 * 4 * TAPS * rates.window_conflicts
     # corners of two taps at a time, where they lie among the cells or side by side; copies there
     from_cells = (runs['rounds'] - runs['copied_rounds']) * PAIR_CONFLICTS[group.size]
-    copied = runs['copied_rounds'] * (4 + COPIED_CONFLICTS.get(group, 4))
-    far = (from_cells + copied) * group.team / 2
-    return per_product * runs['products'] + far + 4 * rates.cell_copies * launch.rows
+    copied = runs['copied_rounds'] * COPIED_CONFLICTS[group.team, group.size]
+    put = runs['copied_rounds'] * group.round_rows * group.team / 8
+    return (per_product * runs['products'] + (from_cells + copied) * group.team / 2
+            + 4 * (put + rates.cell_copies * launch.rows))
 
 
 def gather_wavefronts(launch: Launch) -> float:

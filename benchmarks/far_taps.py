@@ -26,7 +26,6 @@ TAPS = 9
 # rows, is_worth_a_product
 ROWS_PER_FAR = {16: 8, 32: 4, 64: 3}
 JUDGED_TAPS = [1, 5]
-ROUND_ROWS = 4  # of a round of the forward kernel, FarLayer::kRows
 FORWARD_TILE = (8, 16)  # height and width, for calls that fill the device
 SAMPLED_ROWS = 20_000  # as many groups are looked at as make about this many rows
 # pixels around a tile of 16x8 (of 8x8 with reach 4): they give the stencils their banks
@@ -44,7 +43,7 @@ class FarRates(NamedTuple):
     pixel_taps: float  # and that read the image
     layered: float  # units with a product and far taps
     layers: float  # of these, one far tap a row
-    rounds: float  # four rows of a layer
+    rounds: float  # four rows of a layer, or two
     copied_rounds: float  # that have corners elsewhere than among the tile's cells
     cell_copies: float  # accesses of these to cells
     elsewhere: float  # taps whose corners are read in the image
@@ -125,7 +124,7 @@ def gathers_of(is_cell: Tensor, is_pixel: Tensor, team: int) -> tuple[int, ...]:
     return (is_cell.shape[1], *per_pass, int(is_pixel.sum()))
 
 
-def layers_of(far: Tensor, is_cell: Tensor, is_pixel: Tensor, team: int) -> tuple[int, ...]:
+def layers_of(far: Tensor, is_cell: Tensor, is_pixel: Tensor, group: Group) -> tuple[int, ...]:
     """Of (9, units, 32) far taps, most of which are one of the two: how they are multiplied.
 
     Returns:
@@ -139,12 +138,12 @@ def layers_of(far: Tensor, is_cell: Tensor, is_pixel: Tensor, team: int) -> tupl
         now = far & (layer == number)
         state = ((now & is_cell).any(0) + 2 * (now & is_pixel).any(0).long())
         order = (state == 0).long().argsort(dim=1, stable=True)  # rows with a tap first
-        state = state.gather(1, order).unflatten(1, (-1, ROUND_ROWS))
+        state = state.gather(1, order).unflatten(1, (-1, group.round_rows))
         is_copied = (state == 2).any(-1)
         rounds += int((state > 0).any(-1).sum())
         copied += int(is_copied.sum())
         # 32 lanes take as many chunks of 16 bytes: four cells of so many rows
-        per_copy = (state[is_copied] == 1).unflatten(-1, (-1, 8 // team))
+        per_copy = (state[is_copied] == 1).unflatten(-1, (-1, 8 // group.team))
         copies += int(per_copy.any(-1).sum())
     return (int((per_unit > 0).sum()), int(per_unit.sum()), rounds, copied, copies,
             int((far & is_pixel).sum()))
@@ -163,7 +162,7 @@ def forward_counts(taps: Taps, is_near: Tensor, group: Group, reach: int,
     *gathers, gathered_pixels = gathers_of(is_cell[:, is_gathered], is_pixel[:, is_gathered],
                                             group.team)
     *layers, far_pixels = layers_of(*(mask[:, ~is_gathered] for mask in (far, is_cell, is_pixel)),
-                                    group.team)
+                                    group)
     return (*gathers, *layers, gathered_pixels + far_pixels)
 
 

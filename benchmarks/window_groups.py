@@ -40,6 +40,11 @@ class Group(NamedTuple):
         """Groups of a unit, whose numbers lie side by side in offset_mask."""
         return min(2, self.of_slice)
 
+    @property
+    def round_rows(self) -> int:
+        """Far taps that the forward kernel multiplies at a time, FarLayer::kRows."""
+        return 2 if self.size == 4 else 4
+
     def number_copies(self, beside: int) -> int:
         """Copies by 32 lanes that bring the numbers of 32 rows, of so many groups per pixel."""
         lanes = 16 if beside * self.size > 4 else 8  # that copy those of a pixel, chunk by chunk

@@ -146,8 +146,6 @@ def forward_role(span: Span, inside: str, group: Group) -> Role:
         return Role(1, 'layers' if span.has('F2I') else 'rounds')
     if inside == 'products' and span.has('STG', 'F2I'):
         return NEVER  # sums that are not finite are gathered
-    if inside == 'copied_rounds' and span.is_loop:  # chunks of 16 cells, 32 at a time
-        return Role(group.team / 2 / span.count('STS'))
     if span.is_loop:
         return Role(1, 'gather_passes' if span.has('STG') else 'gather_turns') \
             if span.has('LDG', 'FFMA') else SAME
