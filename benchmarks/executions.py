@@ -13,17 +13,20 @@ from pathlib import Path
 from typing import NamedTuple, Optional
 
 from far_taps import TAPS, WARP, FarRates
+from window_groups import Group
 
 COMPILED = Path(__file__).resolve().parents[1] / 'csrc' / 'cuda' / 'compiled.md'
-SLICE = 64  # channels of a block on tensor cores, kWindowSliceChannels
 BLOCK_PIXELS = 16  # 4x4
 GATHERED_TAPS = 3  # under way at a time, kTogether of gather_unit
-# Wavefronts of eight chunks that lie among the cells as samples happen to, on average. Chunks of a
-# cell are in one of eight orders, (x + 4y) % 8: the corners of a tap never meet, those of two taps
-# do in three cases of four.
-PAIR_CONFLICTS = 7 / 4
-# One corner of 8 / team rows, each of which has its chunks in one of as many places.
-CELL_CONFLICTS = {16: 17 / 8, 32: 3 / 2, 64: 1}
+# Wavefronts of reading two chunks of the cells of a round, which lie among the others as samples
+# happen to, by bytes of a number. Chunks of a cell are in one of eight orders, (x + 4y) % 8: the
+# corners of a tap never meet, those of two taps do in three cases of four. In float32 words of the
+# left corners of two taps are read, then of the right ones: they meet in one case of two.
+PAIR_CONFLICTS = {2: 4 * 7 / 4, 4: 2 * 3 / 2}
+# The same of cells side by side in the area of a warp, by lanes of a row and bytes of a number.
+COPIED_CONFLICTS = {(2, 2): 4, (4, 2): 4, (8, 2): 4, (4, 4): 2 * 2, (8, 4): 2}
+# One corner of 8 / team rows, each of which has its chunks in one of as many places, by team.
+CELL_CONFLICTS = {2: 17 / 8, 4: 3 / 2, 8: 1}
 COLUMNS = ['kernel', 'shape', 'dtype', 'arch', 'registers', 'instructions per part']
 
 
@@ -39,7 +42,7 @@ class Launch(NamedTuple):
 
     Attributes:
         direction: the kernel, 'forward', 'window_grad_value', …
-        depth: channels of a group.
+        group: channels of a group.
         blocks, threads: of the grid, and of a block.
         rows: output pixels times groups.
         tile_h, tile_w, reach: of kernels on tensor cores, else 0.
@@ -48,7 +51,7 @@ class Launch(NamedTuple):
     """
 
     direction: str
-    depth: int
+    group: Group
     blocks: int
     threads: int
     rows: int
@@ -71,12 +74,12 @@ class Launch(NamedTuple):
     @property
     def units(self) -> int:
         """Pairs of 4x4 pixels and group; a warp takes one at a time."""
-        return self.blocks * self.tile_h * self.tile_w // BLOCK_PIXELS * (SLICE // self.depth) // 2
+        return self.blocks * self.tile_h * self.tile_w // BLOCK_PIXELS * self.group.of_slice // 2
 
     @property
     def stencils(self) -> int:
         """Turns of 32 pixels of tile and halo, of every group."""
-        return self.blocks * (SLICE // self.depth) * -(-self.cells // WARP)
+        return self.blocks * self.group.of_slice * -(-self.cells // WARP)
 
 
 def read_compiled(path: Path = COMPILED) -> dict[tuple[str, str, str, str], Kernel]:
@@ -106,7 +109,7 @@ def executions(launch: Launch) -> dict[str, float]:
     lines = launch.blocks * (launch.tile_h + 2 * launch.reach)
     runs.update(lines=lines, copies=lines * ((launch.tile_w + 2 * launch.reach) // 4))
     if launch.direction == 'window_grad_value':
-        runs.update(passes=launch.warps * (SLICE // launch.depth), stencils=launch.stencils,
+        runs.update(passes=launch.warps * launch.group.of_slice, stencils=launch.stencils,
                     prefetches=launch.stencils - launch.warps, blocks=launch.owned,
                     list_turns=rates.list_turns * launch.rows,
                     list_eights=rates.list_eights * launch.rows)
@@ -117,7 +120,7 @@ def executions(launch: Launch) -> dict[str, float]:
                     collects=rates.collects * launch.rows, takes=rates.takes * launch.rows)
         return runs
     gathered = rates.gathered * launch.rows
-    passes = gathered * launch.depth / 8
+    passes = gathered * launch.group.team
     runs.update(products=launch.units - gathered, layered=rates.layered * launch.rows,
                 layers=rates.layers * launch.rows, rounds=rates.rounds * launch.rows,
                 retakes=(rates.layers - rates.layered) * launch.rows,
@@ -140,53 +143,58 @@ def shared_wavefronts(launch: Launch) -> float:
     """Wavefronts of shared memory of a launch of a kernel on tensor cores.
 
     From the layouts (dense_window.cuh, stencil_pitch): each access takes as many as it has lines of
-    128 bytes, and more where far_taps counts conflicts. Numbers of offset_mask are 16 bits wide.
+    128 bytes, and more where far_taps counts conflicts. Numbers of offset_mask are as wide as those
+    of value.
     """
-    runs, rates, depth = executions(launch), launch.rates, launch.depth
+    runs, rates, group = executions(launch), launch.rates, launch.group
     assert rates is not None
     side = 4 + 2 * launch.reach
     window = side * side
     corners = 4 * TAPS
     total = 4 * runs['copies']  # 32 lanes, 16 bytes each
-    pair = 2 if depth < SLICE else 1  # groups whose numbers lie side by side
-    pitch = ((pair * 54 - 2 + 16 + 15) // 16 | 1) * 16
-    numbers = WARP // pair * pitch / 128
+    reads = 3 * TAPS if group.size == 4 else 16  # of a row's numbers, of 16 bits two at a time
     if launch.direction == 'window_grad_value':
         plane = 2 * launch.reach + 1
-        # words of 256 pixels share a bank by fours; weights are read and written
-        per_stencil = WARP * 80 / 128 + 15 * 4 + plane * plane
+        # every eighth pixel's numbers begin in the same bank; weights are read and written
+        per_stencil = 4 * group.number_copies(1) + 4 * reads + plane * plane
         per_stencil += 2 * corners * rates.stencil_conflicts
         # the lines of a window that no cell of a fragment's half reaches are left out; in a window
         # of 12 eight pixels may lie on two lines
         weights = window / 2 * (3 / 4 if launch.reach == 2 else 5 / 6 * 1.4)
         return (total + per_stencil * launch.stencils
-                + (weights + window * depth / 64) * launch.owned)
+                + (weights + window * group.team / 8) * launch.owned)
+    ways = 4 // group.of_unit  # pixels of a unit whose numbers begin in the same bank
+    numbers = 4 * group.number_copies(group.of_unit) + ways * reads
     if launch.direction == 'window_grad_offset':
-        # numbers, pixels; dots out, read; results
-        per_unit = numbers + 16 * 2 + window * depth / 32
-        per_unit += window + corners * rates.window_conflicts + 80
+        # numbers, pixels; dots out, read; results put there, taken line by line
+        lines = 16 if (group.of_unit, group.size) == (2, 2) else 32
+        per_unit = numbers + window * group.team / 4
+        per_unit += window + corners * rates.window_conflicts + ways * 3 * TAPS + lines
         return total + per_unit * launch.units + 4 * runs['takes']
-    return (total + (numbers + 16 * 2) * launch.units + products_wavefronts(launch)
+    return (total + numbers * launch.units + products_wavefronts(launch)
             + gather_wavefronts(launch))
 
 
 def products_wavefronts(launch: Launch) -> float:
     """Those of the forward kernel's units with a product, but for their numbers."""
-    runs, rates, depth = executions(launch), launch.rates, launch.depth
+    runs, rates, group = executions(launch), launch.rates, launch.group
     assert rates is not None
     window = (4 + 2 * launch.reach)**2
-    per_product = window * depth / 32 + 2 * window + 2 * depth  # A cleared and read; results
+    # A cleared and read, pixels; results
+    per_product = window * (2 + group.team / 4) + 2 * group.depth
     per_product += 2 * 4 * TAPS * rates.window_conflicts
     # corners of two taps at a time, where they lie among the cells or side by side; copies there
-    from_cells = runs['rounds'] - runs['copied_rounds']
-    far = 4 * (from_cells * PAIR_CONFLICTS + 2 * runs['copied_rounds']) * depth / 16
-    return per_product * runs['products'] + far + 4 * rates.cell_copies * launch.rows
+    from_cells = (runs['rounds'] - runs['copied_rounds']) * PAIR_CONFLICTS[group.size]
+    copied = runs['copied_rounds'] * COPIED_CONFLICTS[group.team, group.size]
+    put = runs['copied_rounds'] * group.round_rows * group.team / 8
+    return (per_product * runs['products'] + (from_cells + copied) * group.team / 2
+            + 4 * (put + rates.cell_copies * launch.rows))
 
 
 def gather_wavefronts(launch: Launch) -> float:
     """Those of the forward kernel's units without a product, but for their numbers."""
-    runs, depth = executions(launch), launch.depth
+    runs, team = executions(launch), launch.group.team
     written = TAPS * (4 + 2 + 1)  # weights, corners, step of 32 rows
-    per_pass = TAPS * (2 + max(1, 32 // depth))  # the same of 32 / team rows
+    per_pass = TAPS * (2 + max(1, 4 // team))  # the same of 32 / team rows
     return (written * runs['gathered'] + per_pass * runs['gather_passes']
-            + 4 * 4 * CELL_CONFLICTS[depth] * runs['cell_taps'])
+            + 4 * 4 * CELL_CONFLICTS[team] * runs['cell_taps'])

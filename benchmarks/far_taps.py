@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from gpu_peers import make_problem
 from torch import Tensor
+from window_groups import Group
 
 BLOCK = 4  # side of the pixels that share a window, kWindowBlock
 WARP = 32
@@ -25,7 +26,6 @@ TAPS = 9
 # rows, is_worth_a_product
 ROWS_PER_FAR = {16: 8, 32: 4, 64: 3}
 JUDGED_TAPS = [1, 5]
-ROUND_ROWS = 4  # of a round of the forward kernel, FarLayer::kRows
 FORWARD_TILE = (8, 16)  # height and width, for calls that fill the device
 SAMPLED_ROWS = 20_000  # as many groups are looked at as make about this many rows
 # pixels around a tile of 16x8 (of 8x8 with reach 4): they give the stencils their banks
@@ -43,7 +43,7 @@ class FarRates(NamedTuple):
     pixel_taps: float  # and that read the image
     layered: float  # units with a product and far taps
     layers: float  # of these, one far tap a row
-    rounds: float  # four rows of a layer
+    rounds: float  # four rows of a layer, or two
     copied_rounds: float  # that have corners elsewhere than among the tile's cells
     cell_copies: float  # accesses of these to cells
     elsewhere: float  # taps whose corners are read in the image
@@ -72,10 +72,11 @@ def reach_of(offsets: str) -> int:
     return 4 if offsets in ('D3', 'D4') else 2
 
 
-def in_units(rows: Tensor, depth: int) -> Tensor:
-    """(K, H, W, G) -> (K, units, 32): two groups of 4x4 pixels, or two such blocks if D is 64."""
+def in_units(rows: Tensor, group: Group) -> Tensor:
+    """(K, H, W, G) -> (K, units, 32): two groups of 4x4 pixels, or two such blocks of one that
+    fills the slice."""
     count, height, width, groups = rows.shape
-    blocks, groups_of_unit = (2, 1) if depth == 64 else (1, 2)
+    blocks, groups_of_unit = 2 // group.of_unit, group.of_unit
     rows = F.pad(rows, (0, -groups % groups_of_unit, 0, -width % (blocks * BLOCK),
                         0, -height % BLOCK))
     rows = rows.reshape(count, rows.shape[1] // BLOCK, BLOCK, -1, blocks, BLOCK,
@@ -116,14 +117,14 @@ def are_cells(taps: Taps, reach: int, tile: tuple[int, int]) -> Tensor:
             & among(taps.move_x, taps.pixel_x, width, tile[1]))
 
 
-def gathers_of(is_cell: Tensor, is_pixel: Tensor, depth: int) -> tuple[int, ...]:
+def gathers_of(is_cell: Tensor, is_pixel: Tensor, team: int) -> tuple[int, ...]:
     """Of (9, units, 32): units, taps times passes that read cells, that read the image; taps."""
-    per_pass = [int(taken.unflatten(-1, (depth // 8, -1)).any(-1).sum())
+    per_pass = [int(taken.unflatten(-1, (team, -1)).any(-1).sum())
                 for taken in (is_cell, is_pixel)]
     return (is_cell.shape[1], *per_pass, int(is_pixel.sum()))
 
 
-def layers_of(far: Tensor, is_cell: Tensor, is_pixel: Tensor, depth: int) -> tuple[int, ...]:
+def layers_of(far: Tensor, is_cell: Tensor, is_pixel: Tensor, group: Group) -> tuple[int, ...]:
     """Of (9, units, 32) far taps, most of which are one of the two: how they are multiplied.
 
     Returns:
@@ -137,30 +138,31 @@ def layers_of(far: Tensor, is_cell: Tensor, is_pixel: Tensor, depth: int) -> tup
         now = far & (layer == number)
         state = ((now & is_cell).any(0) + 2 * (now & is_pixel).any(0).long())
         order = (state == 0).long().argsort(dim=1, stable=True)  # rows with a tap first
-        state = state.gather(1, order).unflatten(1, (-1, ROUND_ROWS))
+        state = state.gather(1, order).unflatten(1, (-1, group.round_rows))
         is_copied = (state == 2).any(-1)
         rounds += int((state > 0).any(-1).sum())
         copied += int(is_copied.sum())
         # 32 lanes take as many chunks of 16 bytes: four cells of so many rows
-        per_copy = (state[is_copied] == 1).unflatten(-1, (-1, 64 // depth))
+        per_copy = (state[is_copied] == 1).unflatten(-1, (-1, 8 // group.team))
         copies += int(per_copy.any(-1).sum())
     return (int((per_unit > 0).sum()), int(per_unit.sum()), rounds, copied, copies,
             int((far & is_pixel).sum()))
 
 
-def forward_counts(taps: Taps, is_near: Tensor, depth: int, reach: int,
+def forward_counts(taps: Taps, is_near: Tensor, group: Group, reach: int,
                    tile: tuple[int, int]) -> tuple[int, ...]:
     """What the rates of the forward kernel are of, in their order."""
     _, height, width, _ = is_near.shape
     inside = are_inside(taps.pixel_x + taps.move_x, taps.pixel_y + taps.move_y, height, width)
     is_cell = are_cells(taps, reach, tile)
-    far, is_cell, is_pixel = (in_units(mask.to(torch.uint8), depth).bool() for mask in (
+    far, is_cell, is_pixel = (in_units(mask.to(torch.uint8), group).bool() for mask in (
         ~is_near, inside & is_cell, inside & ~is_cell))
-    existing = in_units(torch.ones_like(is_near[:1], dtype=torch.uint8), depth)[0].sum(1)
-    is_gathered = ROWS_PER_FAR[depth] * far[JUDGED_TAPS].sum((0, 2)) > existing
-    *gathers, gathered_pixels = gathers_of(is_cell[:, is_gathered], is_pixel[:, is_gathered], depth)
+    existing = in_units(torch.ones_like(is_near[:1], dtype=torch.uint8), group)[0].sum(1)
+    is_gathered = ROWS_PER_FAR[group.depth] * far[JUDGED_TAPS].sum((0, 2)) > existing
+    *gathers, gathered_pixels = gathers_of(is_cell[:, is_gathered], is_pixel[:, is_gathered],
+                                            group.team)
     *layers, far_pixels = layers_of(*(mask[:, ~is_gathered] for mask in (far, is_cell, is_pixel)),
-                                    depth)
+                                    group)
     return (*gathers, *layers, gathered_pixels + far_pixels)
 
 
@@ -206,21 +208,22 @@ def draw_taps(height: int, width: int, offsets: str, seed: int = 0) -> Taps:
 
 
 @functools.cache
-def far_rates(height: int, width: int, depth: int, offsets: str,
+def far_rates(height: int, width: int, group: Group, offsets: str,
               tile: tuple[int, int] = FORWARD_TILE, seed: int = 0) -> FarRates:
     """Rates on a map of this size.
 
     Args:
         height, width: of the map.
-        depth: channels of a group, 16, 32 or 64.
+        group: channels of a group.
         offsets: a distribution, see `make_problem`.
         tile: height and width of the forward kernel's.
         seed: of the offsets.
     """
-    return rates_of(draw_taps(height, width, offsets, seed), depth, reach_of(offsets), tile)
+    return rates_of(draw_taps(height, width, offsets, seed), group, reach_of(offsets), tile)
 
 
-def rates_of(taps: Taps, depth: int, reach: int, tile: tuple[int, int] = FORWARD_TILE) -> FarRates:
+def rates_of(taps: Taps, group: Group, reach: int,
+             tile: tuple[int, int] = FORWARD_TILE) -> FarRates:
     """Rates of known taps. Those of the forward kernel are of use with a reach of 2 only."""
     move_x, move_y, pixel_x, pixel_y = taps
     _, height, width, _ = move_x.shape
@@ -231,17 +234,17 @@ def rates_of(taps: Taps, depth: int, reach: int, tile: tuple[int, int] = FORWARD
     column, line = ((move + at % BLOCK + reach).floor() for move, at in ((move_x, pixel_x),
                                                                          (move_y, pixel_y)))
     is_near = (column >= 0) & (column < side - 1) & (line >= 0) & (line < side - 1)
-    forward = forward_counts(taps, is_near, depth, reach, tile)
-    cell = in_units((line * side + column) * is_near, depth)  # not near: nobody asks
+    forward = forward_counts(taps, is_near, group, reach, tile)
+    cell = in_units((line * side + column) * is_near, group)  # not near: nobody asks
     cells = corner_banks(cell.long(), 1, side)
     window = conflicts(torch.arange(WARP) ^ (cells & 6) << 2,
-                       in_units(is_near.to(torch.uint8), depth).bool().expand_as(cells))
+                       in_units(is_near.to(torch.uint8), group).bool().expand_as(cells))
 
     # backward: within reach of its own pixel, and not on the edge
     is_edge = (move_x == -1 - pixel_x) | (move_y == -1 - pixel_y)
     is_near = (torch.minimum(move_x, move_y) >= -reach) & (torch.maximum(move_x, move_y) < reach)
     is_left = ~is_near & ~is_edge
-    left = in_units(is_left.sum(0, True), depth)[0]
+    left = in_units(is_left.sum(0, True), group)[0]
     taken = left.sum(1)
     lists = lists_of(pixel_x + move_x, pixel_y + move_y, is_left)
     eights = lists // WARP * (WARP // 8) + -(-(lists % WARP) // 8)
@@ -254,9 +257,9 @@ def rates_of(taps: Taps, depth: int, reach: int, tile: tuple[int, int] = FORWARD
     stencils = corner_banks(place, pitch, below)
     return FarRates(*(number / rows for number in (
         *forward, (taken > 0).sum().item(), left.amax(1).sum().item(),
-        (-(-taken // (WARP * 8 // depth))).sum().item(), (-(-lists // WARP)).sum().item(),
+        (-(-taken // (WARP // group.team))).sum().item(), (-(-lists // WARP)).sum().item(),
         eights.sum().item(), lists.sum().item())),
-        has_full=bool((lists > BLOCK * BLOCK * depth).any()), window_conflicts=window,
+        has_full=bool((lists > BLOCK * BLOCK * group.depth).any()), window_conflicts=window,
         stencil_conflicts=conflicts(stencils % WARP, near.expand_as(stencils)))
 
 

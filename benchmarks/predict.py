@@ -47,6 +47,7 @@ from far_taps import (
 )
 from gpu import DTYPES, SHAPES, parse_shape
 from gpu_peers import Problem
+from window_groups import Group
 
 from mmdcnv4.ops import _extension, offset_mask_channels
 
@@ -93,6 +94,18 @@ class Call(NamedTuple):
     offsets: str
     direction: str
     path: str
+
+    @property
+    def group(self) -> Group:
+        """Channels of a group."""
+        return Group(self.depth, DTYPES[self.dtype].itemsize)
+
+    @property
+    def has_tensor_cores(self) -> bool:
+        """Whether there are kernels on tensor cores for it: choose_reach."""
+        if self.dtype == 'float32':
+            return self.depth < 64 and reach_of(self.offsets) == 2
+        return self.direction == 'backward' or reach_of(self.offsets) == 2
 
 
 class Terms(NamedTuple):
@@ -190,7 +203,7 @@ def direct_terms(gpu: Gpu, call: Call, table: dict) -> list[Terms]:
     plan = plan_of(problem, '_dcnv4_launch_plan', is_backward, gpu.multiprocessors)
     _, height, width, _ = problem.value.shape
     size, outputs = problem.value.element_size(), problem.value.numel()
-    launch = Launch(call.direction, call.depth, blocks_of(problem, plan), plan['threads'],
+    launch = Launch(call.direction, call.group, blocks_of(problem, plan), plan['threads'],
                     outputs // call.depth)
     fetched = pixels_per_row(height, width, call.offsets, plan['tile_h'], plan['tile_w'])
     moved = problem.bytes_moved_backward if is_backward else problem.bytes_moved
@@ -213,16 +226,16 @@ def window_launch(problem: Problem, call: Call, direction: str, plan: dict) -> L
     batch, height, width, _ = problem.value.shape
     owned = batch * -(-height // 4) * -(-width // 4) * problem.groups
     tile = (plan['tile_h'], plan['tile_w']) if direction == 'window_forward' else FORWARD_TILE
-    return Launch(direction, call.depth, blocks_of(problem, plan), plan['threads'],
+    return Launch(direction, call.group, blocks_of(problem, plan), plan['threads'],
                   problem.value.numel() // call.depth, plan['tile_h'], plan['tile_w'],
-                  plan['reach'], owned, far_rates(height, width, call.depth, call.offsets, tile))
+                  plan['reach'], owned, far_rates(height, width, call.group, call.offsets, tile))
 
 
 def window_work(problem: Problem, launch: Launch) -> Work:
     """What a kernel on tensor cores moves: each tensor once, cells per block, far taps."""
     size = problem.value.element_size()
     values, numbers = problem.value.numel() * size, problem.offset_mask.numel() * size
-    rates, row = launch.rates, launch.depth * size
+    rates, row = launch.rates, launch.group.depth * size
     cells = launch.blocks * launch.cells * 128
     wavefronts = shared_wavefronts(launch)
     if launch.direction == 'window_forward':
@@ -231,7 +244,7 @@ def window_work(problem: Problem, launch: Launch) -> Work:
         wavefronts += far / 128
     elif launch.direction == 'window_grad_offset':
         listed = 4 * rates.listed * launch.rows
-        far = 5 * rates.takes * launch.rows * (WARP * 8 // launch.depth) * row
+        far = 5 * rates.takes * launch.rows * (WARP // launch.group.team) * row
         moved = 2 * values + 2 * numbers + listed
         fetched = cells + values + 2 * numbers + far + listed
     else:
@@ -262,7 +275,7 @@ def window_terms(gpu: Gpu, call: Call, table: dict) -> list[Terms]:
     if call.direction == 'backward':
         terms.insert(0, moving(gpu, 'fill', 4 * launch.owned))  # counts of the lists
         for name, dtype in (('window_clear', 'float32'), ('window_grad_rest', call.dtype)):
-            rare = Launch(name, call.depth, plans['rest_blocks'], 256, launch.rows)
+            rare = Launch(name, call.group, plans['rest_blocks'], 256, launch.rows)
             terms.insert(2, terms_of(gpu, table[name, 'all widths', dtype, gpu.arch], rare, 0,
                                      Work(0, 0, 0)))
     return terms
@@ -270,8 +283,7 @@ def window_terms(gpu: Gpu, call: Call, table: dict) -> list[Terms]:
 
 def predict(gpu: Gpu, call: Call, table: dict) -> list[Terms]:
     """The launches of a call, in turn."""
-    has_kernels = call.direction == 'backward' or reach_of(call.offsets) == 2
-    is_window = call.path != 'direct' and has_kernels  # else the direct kernels take it
+    is_window = call.path != 'direct' and call.has_tensor_cores  # else the direct kernels take it
     return (window_terms if is_window else direct_terms)(gpu, call, table)
 
 
@@ -341,7 +353,7 @@ def grid(gpu: Gpu, table: dict, args: argparse.Namespace) -> list[str]:
     """Markdown tables, for each type and direction: shapes by distributions; nan: not modelled."""
     lines = []
     for depth, dtype, direction in itertools.product(args.group_channels, args.dtypes, DIRECTIONS):
-        paths = [path for path in PATHS if path == 'direct' or dtype != 'float32']
+        paths = [path for path in PATHS if path == 'direct' or (depth, dtype) != (64, 'float32')]
         columns = list(itertools.product(paths, args.offsets))
         lines += ['', f'{dtype}, groups of {depth} channels, {direction}', '',
                   '| shape | floor | ' + ' | '.join(' '.join(column) for column in columns) + ' |',
@@ -398,7 +410,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         Call(shape, depth, dtype, offsets, direction, path)
         for depth, dtype, offsets, shape, direction, path in itertools.product(
             args.group_channels, args.dtypes, args.offsets, args.shapes, DIRECTIONS, PATHS)
-        if path == 'direct' or dtype != 'float32']
+        if path == 'direct' or (depth, dtype) != (64, 'float32')]
     print(HEAD)
     for call in calls:
         print('\n'.join(lines_of(gpu, call, table, measured.get(call))))

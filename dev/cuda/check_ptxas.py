@@ -27,17 +27,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'benchmarks'))
 from machine_code import functions, parts_of
+from window_groups import CHUNK_BYTES, Group
 
 ROOT = Path(__file__).resolve().parents[2]
 # types of `value` as they are in the names of kernels, and bytes per number
 TYPES = {'d': ('float64', 8), 'f': ('float32', 4), 'Half': ('float16', 2),
          'BFloat16': ('bfloat16', 2)}
-# kernels on tensor cores: how many numbers of `value` or its gradient a load from global memory
-# should move beside the copies in the background
-WINDOW_VECTORS = {'window_forward': 8, 'window_grad_offset': 2, 'window_grad_value': 2}
+# kernels on tensor cores: how many bytes a load from global memory should move beside the copies in
+# the background, and whether words of float32 are read from shared memory one by one
+WINDOW_LOADS = {'window_forward': CHUNK_BYTES, 'window_grad_offset': CHUNK_BYTES,
+                'window_grad_value': 4}
+FLOAT_WORDS = ('window_forward', 'window_grad_value')
 ATTENTION = {f'attention_{name}' for name in ('forward', 'backward', 'rank', 'place')}
-DIRECTIONS = {'forward', 'backward', 'window_grad_rest', 'window_clear', *WINDOW_VECTORS}
+DIRECTIONS = {'forward', 'backward', 'window_grad_rest', 'window_clear', *WINDOW_LOADS}
 DEPTHS = (16, 32, 64)  # channels of a group, for which kernels are counted
 # run by each backward call on tensor cores, and leave at once as a rule
 RARE = ('window_grad_rest', 'window_clear')
@@ -89,20 +93,32 @@ class Kernel:
     @property
     def is_window(self) -> bool:
         """Whether it uses tensor cores."""
-        return self.direction in WINDOW_VECTORS
+        return self.direction in WINDOW_LOADS
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number of `value`."""
+        return next(size for name, size in TYPES.values() if name == self.dtype)
 
     @property
     def vector_bytes(self) -> int:
         """What one load of `value` should move."""
-        return self.vec * next(size for name, size in TYPES.values() if name == self.dtype)
+        return self.vec * self.size
+
+    @property
+    def expected_words(self) -> set[str]:
+        """Names of TENSOR_CORE_WORDS that should occur."""
+        has_matrices = self.dtype != 'float32' or self.direction not in FLOAT_WORDS
+        return {name for name in TENSOR_CORE_WORDS if name != 'load' or has_matrices}
 
     def problems(self) -> list[str]:
         """What breaks a rule, in words."""
         blocks = 4 if self.variant == 'K=9' or self.direction == 'attention_forward' else 3
         is_large = self.is_window or self.direction == 'attention_backward'  # 128 threads
         ceiling = REGISTERS[2 if self.dtype == 'float64' or is_large else blocks]
+        fills_slice = self.is_window and Group(self.depth, self.size).of_slice == 1
         if (self.direction == 'window_grad_value' and 'reach 4' in self.variant
-                or self.direction != 'window_grad_value' and self.variant.startswith('D=64')):
+                or self.direction != 'window_grad_value' and fills_slice):
             ceiling = 168  # one block, or blocks of 128 threads
         found = []
         if self.registers > ceiling:
@@ -116,8 +132,9 @@ class Kernel:
                 self.widest_reduction != expected:
             found.append(f'reductions of {self.widest_reduction} bytes, expected {expected}')
         has_body = int(self.arch) >= 80  # of kernels on tensor cores
-        if self.is_window and has_body and self.tensor_core_words != set(TENSOR_CORE_WORDS):
-            found.append(f'tensor cores: found only {sorted(self.tensor_core_words or [])}')
+        if self.is_window and has_body and self.tensor_core_words != self.expected_words:
+            found.append(f'tensor cores: found {sorted(self.tensor_core_words or [])}, expected '
+                         f'{sorted(self.expected_words)}')
         return [f'{self.label}: {text}' for text in found]
 
 
@@ -130,16 +147,17 @@ def parse_name(arch: str, mangled: str) -> Optional[Kernel]:
         return None
     if match[1] == 'window_clear':
         return Kernel(arch, match[1], 'float32', 1)  # reads nothing but a flag
-    dtype = TYPES[match[2] or match[3]][0]
+    dtype, size = TYPES[match[2] or match[3]]
     if match[1] == 'window_grad_rest':
-        return Kernel(arch, match[1], dtype, 8)
+        return Kernel(arch, match[1], dtype, CHUNK_BYTES // size)
     if match[1] in ATTENTION:
         numbers = re.findall(r'\d+', match[4])
         return Kernel(arch, match[1], dtype, int(numbers[0]) if numbers else 1,
                       'fixed point' if match[5] == 'Fixed' else '')
     first, second = map(int, re.findall(r'\d+', match[4]))
-    if match[1] in WINDOW_VECTORS:
-        return Kernel(arch, match[1], dtype, WINDOW_VECTORS[match[1]], f'D={first} reach {second}')
+    if match[1] in WINDOW_LOADS:
+        return Kernel(arch, match[1], dtype, WINDOW_LOADS[match[1]] // size,
+                      f'D={first} reach {second}')
     variant = {'forward': 'K=9', 'backward': 'softmax'}[match[1]] if second else ''
     if match[5] == 'Fixed':
         variant = f'{variant} fixed point'.strip()
@@ -228,12 +246,12 @@ def add_parts(kernels: dict[str, Kernel], sass: str) -> None:
         kernel = kernels[name]
         is_widest = kernel.vector_bytes == 16 and kernel.dtype != 'float64'
         if kernel.is_window or kernel.direction in RARE:
-            kernel.parts = {kernel.shape: parts_of(code, kernel.direction, kernel.vec,
-                                                   kernel.depth)}
+            group = Group(kernel.depth, kernel.size)
+            kernel.parts = {kernel.shape: parts_of(code, kernel.direction, group)}
         elif is_widest and kernel.variant == PLAIN.get(kernel.direction):
             depths = (32,) if kernel.direction in ATTENTION else DEPTHS
-            kernel.parts = {f'D={depth}': parts_of(code, kernel.direction, kernel.vec, depth)
-                            for depth in depths}
+            kernel.parts = {f'D={depth}': parts_of(code, kernel.direction,
+                                                   Group(depth, kernel.size)) for depth in depths}
 
 
 class Compiler:

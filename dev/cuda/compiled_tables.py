@@ -7,14 +7,12 @@ The second table is the one that benchmarks/executions.py reads; the third is wh
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'benchmarks'))
 import executions as model
 from far_taps import DISTRIBUTIONS, WARP, far_rates, reach_of
+from window_groups import Group
 
 if TYPE_CHECKING:
     from check_ptxas import Kernel
@@ -100,12 +98,12 @@ def parts(kernels: list[Kernel], archs: list[str]) -> list[str]:
         for key in order))
 
 
-def block_launch(direction: str, depth: int, offsets: str) -> model.Launch:
+def block_launch(direction: str, group: Group, offsets: str) -> model.Launch:
     """A block of 16x8 pixels, all of them in the image, with as many warps as have work."""
-    rows, pairs = 128 * model.SLICE // depth, 4 * model.SLICE // depth
+    rows, pairs = 128 * group.of_slice, 4 * group.of_slice
     warps = 8 if direction == 'window_grad_value' else min(8, pairs)
-    return model.Launch(direction, depth, 1, warps * WARP, rows, 8, 16, reach_of(offsets),
-                        2 * pairs, far_rates(56, 56, depth, offsets))
+    return model.Launch(direction, group, 1, warps * WARP, rows, 8, 16, reach_of(offsets),
+                        2 * pairs, far_rates(56, 56, group, offsets))
 
 
 def per_256(kernel: Kernel, shape: str, offsets: str) -> float:
@@ -114,7 +112,7 @@ def per_256(kernel: Kernel, shape: str, offsets: str) -> float:
     if not kernel.is_window:
         samples = 16 / 32 if kernel.direction == 'attention_backward' else 1
         return counts['warps'] * 256 * samples / (WARP * kernel.vec)
-    launch = block_launch(kernel.direction, kernel.depth, offsets)
+    launch = block_launch(kernel.direction, Group(kernel.depth, kernel.size), offsets)
     count = model.instructions(model.Kernel(kernel.registers, counts), launch)
     return count * 256 / (launch.rows * kernel.depth)
 

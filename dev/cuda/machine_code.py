@@ -19,6 +19,8 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple, Optional
 
+from window_groups import CHUNK_BYTES, Group
+
 Code = list[tuple[int, str]]  # address, instruction
 
 
@@ -90,26 +92,27 @@ def spans_of(code: Code) -> list[Span]:
     return sorted(result, key=lambda span: (span.begin - span.end, not span.is_loop))
 
 
-def direct_role(span: Span, direction: str, vec: int, depth: int) -> Role:
+def direct_role(span: Span, direction: str, group: Group) -> Role:
     """Direct kernels: 9 taps; a team of threads has a row."""
-    team = depth // vec
     if not span.is_loop:
         return SAME
     if direction == 'backward' and 'RED' in span.body:
         # taps; around them taps by nines, channels
         return Role(9 if span.has('SHFL') and not span.has('STG') else 1)
     if span.has('SHFL'):
-        return Role(math.log2(team))
+        return Role(math.log2(group.team))
     if 'LDG.E.128' in span.body:  # forward, channels
         return SAME
     if span.has('F2I'):  # coefficients
-        return Role(-(-9 // team))
-    return Role(-(-27 // team)) if span.has('STG', 'LDS') else NEVER  # results; borders, padding
+        return Role(-(-9 // group.team))
+    if span.has('STG', 'LDS'):  # results
+        return Role(-(-27 // group.team))
+    return NEVER  # borders, padding
 
 
-def attention_role(span: Span, direction: str, vec: int, depth: int) -> Role:
+def attention_role(span: Span, direction: str, group: Group) -> Role:
     """Kernels of attention: 4 levels, 4 points."""
-    team, count = depth // vec, {'attention_forward': 16}.get(direction, 32)
+    team, count = group.team, {'attention_forward': 16}.get(direction, 32)
     if not span.is_loop:
         return SAME
     if direction == 'attention_forward':
@@ -119,27 +122,28 @@ def attention_role(span: Span, direction: str, vec: int, depth: int) -> Role:
                     math.log2(team) if span.has('SHFL') else 0)
     reductions = span.body.count('RED')
     if reductions:  # samples; around them once, with the last additions
+        vec = CHUNK_BYTES // group.size
         return Role(count if reductions <= (vec if 'F32x4' in span.body else 4 * vec) else 1)
     return Role(math.log2(team) if span.has('SHFL') else -(-count // team))
 
 
-def copying_role(span: Span, depth: int, unit_groups: int) -> Optional[Role]:
+def copying_role(span: Span, number_copies: int) -> Optional[Role]:
     """Loops that copy to shared memory in the background, as all kernels on tensor cores have."""
     if not span.is_loop or not span.has('LDGSTS') or span.has('HMMA') or span.has('FRND'):
         return None
-    if span.has('SHFL'):  # numbers of 32 rows, 8 chunks for each pixel, four pixels at a time
-        return Role(8 / unit_groups / span.count('LDGSTS'))
+    if span.has('SHFL'):  # numbers of 32 rows
+        return Role(number_copies / span.count('LDGSTS'))
     return Role(1, 'lines') if span.has_loop else Role(1 / span.count('LDGSTS'), 'copies')
 
 
-def forward_role(span: Span, inside: str, depth: int) -> Role:
+def forward_role(span: Span, inside: str, group: Group) -> Role:
     """The forward kernel on tensor cores."""
     if span.has('HMMA'):
         if span.has('STG'):
             return Role(1, 'units' if span.is_loop else 'products')
         if not span.is_loop:
             return Role(1, 'layered') if inside == 'products' else SAME
-        return Role(1, 'layers' if span.has_loop else 'rounds')
+        return Role(1, 'layers' if span.has('F2I') else 'rounds')
     if inside == 'products' and span.has('STG', 'F2I'):
         return NEVER  # sums that are not finite are gathered
     if span.is_loop:
@@ -157,7 +161,7 @@ def forward_role(span: Span, inside: str, depth: int) -> Role:
     return Role(1, 'copied_rounds') if inside == 'rounds' and span.has('STS') else SAME
 
 
-def grad_offset_role(span: Span, inside: str, depth: int) -> Role:
+def grad_offset_role(span: Span, inside: str, group: Group) -> Role:
     """The gradient of offsets and masks on tensor cores."""
     if span.has('HMMA'):
         return Role(1, 'units') if span.is_loop else SAME
@@ -165,16 +169,16 @@ def grad_offset_role(span: Span, inside: str, depth: int) -> Role:
         return Role(1, 'left_units')
     if span.is_loop and span.has('LDG', 'F2I'):
         return Role(1, 'takes')
-    if span.is_loop and span.has('SHFL'):  # sums over a team of D / 8 lanes
-        return Role(math.log2(depth / 8))
+    if span.is_loop and span.has('SHFL'):  # sums over a team
+        return Role(math.log2(group.team))
     if span.is_loop and span.has('STG', 'LDS'):  # gradients of a pixel's rows, four at a time
-        return Role(8 if depth == 64 else 4)
+        return Role(8 / group.of_unit)
     return Role(1, 'collects') if span.is_loop and span.has('STS') else SAME
 
 
-def grad_value_role(span: Span, inside: str, depth: int) -> Role:
-    """The gradient of value on tensor cores; one group of 64 channels needs no loop over groups."""
-    is_outside = inside == ('warps' if depth == 64 else 'passes')
+def grad_value_role(span: Span, inside: str, group: Group) -> Role:
+    """The gradient of value on tensor cores; a slice of one group needs no loop over groups."""
+    is_outside = inside == ('warps' if group.of_slice == 1 else 'passes')
     if span.has('HMMA'):
         if span.has('STG'):
             if is_outside:
@@ -194,14 +198,13 @@ WINDOW_ROLES = {'window_forward': forward_role, 'window_grad_offset': grad_offse
                 'window_grad_value': grad_value_role}
 
 
-def parts_of(code: Code, direction: str, vec: int, depth: int) -> dict[str, float]:
+def parts_of(code: Code, direction: str, group: Group) -> dict[str, float]:
     """Instructions per run of each part; of `warps`, per warp.
 
     Args:
         code: of a kernel.
         direction: 'forward', 'window_grad_value', …
-        vec: channels that a thread holds.
-        depth: channels of a group.
+        group: channels of a group; a thread holds 16 bytes of them.
     """
     last = max(i for i, (_, line) in enumerate(code) if 'EXIT' in line)  # then: detours
     if direction in ('window_grad_rest', 'window_clear'):  # leave at the second EXIT, as a rule
@@ -211,12 +214,12 @@ def parts_of(code: Code, direction: str, vec: int, depth: int) -> dict[str, floa
     for span in spans_of(code):
         inside = owners[span.begin]
         if direction in WINDOW_ROLES:
-            unit_groups = 1 if depth == 64 or direction == 'window_grad_value' else 2
-            role = (copying_role(span, depth, unit_groups)
-                    or WINDOW_ROLES[direction](span, inside, depth))
+            beside = 1 if direction == 'window_grad_value' else group.of_unit
+            role = (copying_role(span, group.number_copies(beside))
+                    or WINDOW_ROLES[direction](span, inside, group))
         else:
             find = attention_role if direction.startswith('attention') else direct_role
-            role = find(span, direction, vec, depth)
+            role = find(span, direction, group)
         for i in range(span.begin, span.end + 1):
             if role.part is None:
                 weights[i] *= role.turns
