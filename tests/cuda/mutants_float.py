@@ -240,8 +240,8 @@ REST = [
     fault('Y in steps of half numbers', OFFSET,
           'VectorIo<T, kInWord>::load(from + kChunkNumbers<T> * i) : 0;',
           'VectorIo<T, kInWord>::load(from + 8 * i % kDepth) : 0;', B32, NEAR),
-    fault('gradients are written in pairs', OFFSET, 'kTogether = sizeof(Offset) == 2 && ',
-          'kTogether = ', B32, BACK),
+    fault('gradients are written in pairs', OFFSET, 'int32_t(lane) * kTogether + j;',
+          'int32_t(lane) * 2 + j;', B32, BACK),
     fault('sums of a load: the first (grad_value)', VALUE, '                               '
           'sum[load]);', '                               sum[0]);', B32, NEAR),
     fault('eight weights for the other eight pixels', VALUE,
