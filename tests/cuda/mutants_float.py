@@ -12,6 +12,7 @@ from mutants_window import (
     FORWARD,
     FRAGMENTS,
     LAUNCH,
+    LISTED,
     OFFSET,
     SIMPLE,
     VALUE,
@@ -29,8 +30,9 @@ PRODUCT, WIDE, LOOSE = (W + f'test_geometries[{name}-f32-3x3]'
                         for name in ('product-16', 'product-32', 'gather-16'))
 BACK, BACK_WIDE = (G + f'test_geometries[2-{depth}-f32]' for depth in (16, 32))
 NEAR = G + 'test_nothing_left_over[f32]'
-NAN_VALUE = G + 'test_numbers_that_are_nan[value-3x3-f32]'
-BATCH, LAUNCHES = G + 'test_sizes[3x5x7x3x16-f32]', G + 'test_several_launches[f32]'
+LISTED_TEST, FULL, LAUNCHES = (G + name for name in (
+    'test_far_taps_are_listed[4.0-f32]', 'test_full_lists[f32-forward]',
+    'test_several_launches[f32]'))
 CLOSE, AWAY = (W + f'test_many_far_taps[lengths{number}-16-f32]' for number in range(2))
 AWAY_WIDE = W + 'test_many_far_taps[lengths1-32-f32]'
 TWO = W + 'test_two_units_of_a_warp[product-f32]'
@@ -75,6 +77,10 @@ SPLIT = [
     without_low('the low part of grad_output is dropped (grad_value)', VALUE,
                 'fragment[i].multiply(', '__uint_as_float(grads[2 * i])',
                 ', __uint_as_float(grads[2 * i + 1]),', B32, NEAR),
+    without_low('the low part of listed weights is dropped', LISTED, 'weights.put(2 * i + 1, ',
+                'ListedTap::weight(x, y - 2.0f, mask)', ');', B32, LISTED_TEST),
+    without_low('the low part of listed gradients is dropped', LISTED, 'weights.multiply(',
+                'grad[0][0]', ', grad[1][0], sum[j]);', B32, LISTED_TEST),
     fault('the high part of A counts twice', FRAGMENTS,
           'multiply_add_tf32_cut(to, low, high0, high1);',
           'multiply_add_tf32_cut(to, high, high0, high1);', F32, PRODUCT),
@@ -199,39 +205,13 @@ FAR_TAPS = [
           'load < kLoads / 2; ++load', F32, CLOSE),
     fault('far copies: channels by half numbers', FAR,
           'group * kDepth + chunk * kChunkNumbers<T>);', 'group * kDepth + chunk * 8);', F32, AWAY),
-]
-
-ADDED = '{grad_value + image * in_pixels * p.channels()};'
-ADDS = f"""    if constexpr (!kHasFarLists<T>) {{
-      launch_offset([&](int64_t image) {{
-        return FloatSum<float>{ADDED}
-      }});
-    }}
-"""
-VALUES = """    for_each_launch(p, plan.value, [&](int64_t image, int64_t blocks) {
-      launch(value_kernel, blocks, plan.value.threads, plan.value.shared_bytes, stream,
-             make_window_arguments(p, plan.value),
-             begin(grad_output, image, out_pixels, p.channels()),
-             offset_mask.from(image * out_pixels * p.offset_mask_channels),
-             lists.from(image), Divisor(uint32_t(p.out_width)),
-             grad_value + image * in_pixels * p.channels());
-    });
-"""
-
-IN_PLACE = [
-    fault('far taps are added, then overwritten', LAUNCH, VALUES + ADDS, ADDS + VALUES, B32, BACK),
-    fault('far taps are not added', OFFSET, 'gather_tap(is_far, channels,',
-          'gather_tap(false, channels,', B32, BACK),
-    fault('taps that are near are added again', OFFSET, 'gather_tap(is_far, channels,',
-          'gather_tap(true, channels,', B32, NAN_VALUE),
-    fault('the weights of far taps are zero', OFFSET, 'corners, sample_weights(sample), bits,',
-          'corners, Four<float>{}, bits,', B32, BACK),
-    fault('far taps are added to the first image', OFFSET,
-          'far.numbers += in_pixels * a.call.channels;', ';', B32, BATCH),
-    fault('second launch: far taps are added to the first image', LAUNCH,
-          'FloatSum<float>' + ADDED, 'FloatSum<float>{grad_value};', B32, LAUNCHES),
-    fault('far taps are added to other channels of their group', OFFSET,
-          'int32_t(lane % kTeam) * kVec,', 'int32_t(lane % kTeam) * kVec ^ kVec,', B32, BACK),
+    fault('listed gradients of four further on', LISTED,
+          'exists ? One::load(from + 8 * j) : typename One::Raw(0);',
+          'exists ? One::load(from + 4 * j) : typename One::Raw(0);', B32, LISTED_TEST),
+    fault('teams of the rest by half numbers', LAUNCH, 'p.group_channels / kChunkNumbers<T>));',
+          'p.group_channels / 8));', B32, FULL),
+    fault('second launch of float32: lists of the first image', LAUNCH,
+          'lists.from(image), Divisor', 'lists, Divisor', B32, LAUNCHES),
 ]
 
 REST = [
@@ -279,4 +259,4 @@ REST = [
           'channel % kChunkNumbers<T> * sizeof(T)),', 'channel % 2 * sizeof(T)),', B32, NAN_GRAD),
 ]
 
-FAULTS: list[Fault] = [*SPLIT, *CELLS, *FAR_TAPS, *IN_PLACE, *REST]
+FAULTS: list[Fault] = [*SPLIT, *CELLS, *FAR_TAPS, *REST]

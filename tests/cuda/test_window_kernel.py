@@ -309,7 +309,7 @@ def test_bank_conflicts(emulator, tmp_path, dtypes):
         assert moved[phase] == still[phase]
     # most units have a layer of few far taps, a round: two matrices of 16 cells from anywhere, and
     # where some of them are not among the tile's cells two copies there before
-    loads = 16 if dtypes == 'f32' else 2  # a number at a time, or a matrix
+    loads = 8 if dtypes == 'f32' else 2  # a number at a time, or a matrix
     assert still['far'] == (0, 0) and 0.6 * loads <= moved['far'][0] <= 2 * loads
     assert moved['far'][1] <= (2 if dtypes == 'f32' else 5) * moved['far'][0]
 
@@ -345,8 +345,8 @@ def test_many_far_taps(emulator, tmp_path, depth, dtypes, lengths):
     copies = count - products
     most = 2 * loads * of_round / 4  # read and written, by all lanes
     assert accesses['finish']['instructions'] == units * depth // 4
-    if lengths == (2, 3):  # a far tap of the next block's row may be near
-        assert 0.5 * products < count < 1.3 * products
+    if lengths == (2, 3):  # about half of them are in the window of their block
+        assert 0.4 * products < count < 1.3 * products
     else:
         assert 0.25 * most < copies <= most + 1
 
