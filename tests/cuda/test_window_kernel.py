@@ -343,12 +343,12 @@ def test_many_far_taps(emulator, tmp_path, depth, dtypes, lengths):
     loads = 7 * 8 / of_round * depth * dtype.itemsize / 32  # of 32 bytes of the cells of a round
     products = loads * at_a_time  # a number at a time, or a matrix
     copies = count - products
-    most = 2 * loads * of_round / 4  # read and written, by all lanes
+    most = 2 * loads * of_round / 4  # read from the tile's cells and written, by all lanes
     assert accesses['finish']['instructions'] == units * depth // 4
     if lengths == (2, 3):  # about half of them are in the window of their block
         assert 0.4 * products < count < 1.3 * products
     else:
-        assert 0.25 * most < copies <= most + 1
+        assert 0.25 * most < copies < 0.75 * most  # few are read there
 
 
 @pytest.mark.parametrize(('depth', 'dtypes'), WIDTHS)
