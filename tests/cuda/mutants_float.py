@@ -30,7 +30,9 @@ PRODUCT, WIDE, LOOSE = (W + f'test_geometries[{name}-f32-3x3]'
                         for name in ('product-16', 'product-32', 'gather-16'))
 BACK, BACK_WIDE = (G + f'test_geometries[2-{depth}-f32]' for depth in (16, 32))
 NEAR = G + 'test_nothing_left_over[f32]'
-LISTED_TEST = G + 'test_far_taps_are_listed[4.0-f32]'
+LISTED_TEST, FULL, LAUNCHES = (G + name for name in (
+    'test_far_taps_are_listed[4.0-f32]', 'test_full_lists[f32-forward]',
+    'test_several_launches[f32]'))
 CLOSE, AWAY = (W + f'test_many_far_taps[lengths{number}-16-f32]' for number in range(2))
 AWAY_WIDE = W + 'test_many_far_taps[lengths1-32-f32]'
 TWO = W + 'test_two_units_of_a_warp[product-f32]'
@@ -40,9 +42,7 @@ NO_ROOM, NO_ROOM_VALUE = (W + f'test_split_of_what_has_no_room[{where}]'
                           for where in ('mask', 'value'))
 NO_ROOM_BACK = tuple(G + f'test_split_of_what_has_no_room[{where}]'
                      for where in ('value', 'grad_output', 'mask'))
-FULL = G + 'test_full_lists[f32-forward]'
 CHOICE = W + 'test_not_made_for'
-BANKS, BANKS_BACK = W + 'test_bank_conflicts[f32]', G + 'test_bank_conflicts[f32]'
 
 # what is left of a number without its low part
 HIGH = '__uint_as_float(__float_as_uint({}) & 0xffffe000u)'
@@ -175,32 +175,34 @@ FAR_TAPS = [
     fault('far weights: rows and cells are exchanged', FRAGMENTS,
           'eight[i / 2].put(2 * part + i % 2,', 'eight[i / 2].put(part + 2 * (i % 2),', F32,
           PRODUCT),
-    fault('far weights: the second eight are the first', FRAGMENTS,
-          'eight[i / 2].put(2 * part + i % 2,', 'eight[0].put(2 * part + i % 2,', F32, PRODUCT),
     fault('far weights: the right corner weighs as the left', FRAGMENTS,
           'parts[1] = __float_as_uint(odd);', 'parts[1] = __float_as_uint(even);', F32, PRODUCT),
-    fault('far corners are exchanged', FAR, 'const uint32_t cell = 8 * half + 2 * t + odd;',
-          'const uint32_t cell = 8 * half + 2 * t + 1 - odd;', F32, CLOSE),
-    fault('far corners of the other half', FAR, 'row_of_cell(rows, 8 * half + 2 * t);',
-          'row_of_cell(rows, 8 * (1 - half) + 2 * t);', F32, CLOSE),
-    fault('far corners of the first half', FAR, 'row_of_cell(rows, 8 * half + 2 * t);',
-          'row_of_cell(rows, 2 * t);', F32, CLOSE),
+    fault('far corners are exchanged', FAR, 'cell = i / 2 * 8 + 2 * t + i % 2, row =',
+          'cell = i / 2 * 8 + 2 * t + 1 - i % 2, row =', F32, CLOSE),
+    fault('far corners of the other tap', FAR, '      return upper;\n',
+          '      return cell / 4 % 2 != 0 ? rows[0] : rows[1];\n', F32, CLOSE),
+    fault('far corners of the first tap', FAR, '      return upper;\n', '      return rows[0];\n',
+          F32, CLOSE),
     fault('far corners of a lane that may have none (float32)', FAR,
-          'row_of_cell(rows, 8 * half + 2 * t);\n        const TapPlace from = '
+          'row = row_of_cell(rows, cell);\n        const TapPlace from = '
           'place.of_lane(row < uint32_t(kWarp) ? row : rows[0]);',
-          'row_of_cell(rows, 8 * half + 2 * t);\n        const TapPlace from = '
-          'place.of_lane(row);', F32, PRODUCT, CLOSE),
+          'row = row_of_cell(rows, cell);\n        const TapPlace from = place.of_lane(row);', F32,
+          PRODUCT, CLOSE),
     fault('far cells: one chunk for both halves', FAR, '^ (g / 4 * kChunkBytes)', '', F32, CLOSE),
     fault('far copies: one chunk for both halves', FAR, ': chunk_at(cell, g / 4)) +',
           ': chunk_at(cell, 0)) +', F32, AWAY),
     fault('far channels: the first of four', FAR,
-          ' +\n                               g % 4 * uint32_t(sizeof(float));', ';', F32, CLOSE),
+          ' +\n                g % 4 * uint32_t(sizeof(float));', ';', F32, CLOSE),
     fault('far channels: the first pair of chunks', FAR, 'base + (at[i] ^ chunk)', 'base + at[i]',
           F32, CLOSE),
-    fault('far copies: half of the chunks', FAR, 'for (int i = 0; i < kCopies; ++i) {',
+    fault('far copies: none', FAR, 'for (int i = 0; i < kCopies; ++i) {',
           'for (int i = 0; i < kCopies / 2; ++i) {', F32, AWAY),
     fault('far copies: half of the chunks of wide groups', FAR,
-          'for (int i = 0; i < kCopies; ++i) {', 'for (int i = 0; i < 2; ++i) {', F32, AWAY_WIDE),
+          'for (int i = 0; i < kCopies; ++i) {', 'for (int i = 0; i < 1; ++i) {', F32, AWAY_WIDE),
+    fault('far copies: chunks for four taps', FAR, 'kCopies = 4 * kRows * Layout::kTeam / kWarp;',
+          'kCopies = Layout::kTeam / 2;', F32, AWAY, AWAY_WIDE),
+    fault('far loads: half of the channels', FAR, 'load < kLoads; ++load',
+          'load < kLoads / 2; ++load', F32, CLOSE),
     fault('far copies: channels by half numbers', FAR,
           'group * kDepth + chunk * kChunkNumbers<T>);', 'group * kDepth + chunk * 8);', F32, AWAY),
     fault('listed gradients of four further on', LISTED,
@@ -208,6 +210,8 @@ FAR_TAPS = [
           'exists ? One::load(from + 4 * j) : typename One::Raw(0);', B32, LISTED_TEST),
     fault('teams of the rest by half numbers', LAUNCH, 'p.group_channels / kChunkNumbers<T>));',
           'p.group_channels / 8));', B32, FULL),
+    fault('second launch of float32: lists of the first image', LAUNCH,
+          'lists.from(image), Divisor', 'lists, Divisor', B32, LAUNCHES),
 ]
 
 REST = [
@@ -240,8 +244,8 @@ REST = [
     fault('Y in steps of half numbers', OFFSET,
           'VectorIo<T, kInWord>::load(from + kChunkNumbers<T> * i) : 0;',
           'VectorIo<T, kInWord>::load(from + 8 * i % kDepth) : 0;', B32, NEAR),
-    fault('gradients are written in pairs', OFFSET, 'kTogether = sizeof(Offset) == 2 && ',
-          'kTogether = ', B32, BACK),
+    fault('gradients are written in pairs', OFFSET, 'int32_t(lane) * kTogether + j;',
+          'int32_t(lane) * 2 + j;', B32, BACK),
     fault('sums of a load: the first (grad_value)', VALUE, '                               '
           'sum[load]);', '                               sum[0]);', B32, NEAR),
     fault('eight weights for the other eight pixels', VALUE,

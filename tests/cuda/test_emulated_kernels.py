@@ -261,7 +261,7 @@ def random_sizes(generator):
     shared = generator.choice([24, 48, 96]) * 1024
     device = (generator.choice([1, 20, 132]), shared, shared + generator.choice([0, 130]) * 1024,
               generator.choice([2**31 - 1, 20000]))
-    dtype = generator.randint(2, 3) if is_common else generator.randint(0, 3)
+    dtype = generator.randint(1 if is_common else 0, 3)
     alignment = 16 if is_common else max(generator.choice([2, 4, 8, 16]), (8, 4, 2, 2)[dtype])
     return ' '.join(map(str, (alignment, dtype, generator.randint(0, 1), *device, *numbers)))
 

@@ -220,9 +220,9 @@ void load_matrices_transposed(void* const* lanes) {
 
 namespace {
 
-// d + a . b, as tensor cores add: numbers are cut where the largest of them has its 24th bit, and so
-// is their sum. Devices may keep a bit or two more, and add a half of the products at a time (Fasi,
-// Higham, Mikaitis, Pranesh, doi:10.7717/peerj-cs.330).
+// d + a . b, as tensor cores add: numbers are cut where the largest of them has its 24th bit, and
+// so is their sum. Devices may keep a bit or two more, and add some of the products at a time (Fasi,
+// Higham, Mikaitis and Pranesh, doi:10.7717/peerj-cs.330).
 template <int kCount>
 float add_products(float d, const float (&a)[kCount], const float (&b)[kCount]) {
   double numbers[kCount + 1] = {d};
