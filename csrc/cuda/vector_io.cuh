@@ -87,6 +87,12 @@ struct VectorIo {
     }
   }
 
+  static MMDCNV4_DEVICE wide_t<T> first(const Raw& raw) {
+    wide_t<T> to[kVec];
+    widen(raw, to);
+    return to[0];
+  }
+
   static MMDCNV4_DEVICE void store(const wide_t<T> (&from)[kVec], T* to) {
     Raw raw;
     if constexpr (sizeof(T) >= 4) {
@@ -106,9 +112,7 @@ struct VectorIo {
 
 template <typename T>
 MMDCNV4_DEVICE wide_t<T> load_one(const T* from) {
-  wide_t<T> to[1];
-  VectorIo<T, 1>::widen(VectorIo<T, 1>::load(from), to);
-  return to[0];
+  return VectorIo<T, 1>::first(VectorIo<T, 1>::load(from));
 }
 
 template <typename T>

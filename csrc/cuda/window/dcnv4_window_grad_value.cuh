@@ -35,7 +35,8 @@
 //             that are not finite are thrown away and taken again over the pixels that sample the
 //             cell: places that no sample has added to hold -0.0, and no sum makes -0.0
 // Numerics    weights are rounded to TF32 (11 bits, the range of float32), grad_output is exact in
-//             it, or float32 and both are split (fragments.cuh); sums in float32; bitwise repeatable, unless taps are far: lists have no order
+//             it, or float32 and both are split (fragments.cuh); sums in float32; bitwise
+//             repeatable, unless taps are far: lists have no order
 // Source      arXiv:2401.06197, section 3, differentiated by hand
 #pragma once
 
@@ -264,10 +265,21 @@ MMDCNV4_DEVICE void write_block(const WindowArguments& a, const Tile& tile,
   }
 }
 
-// with reach 4 there is shared memory for one block, else for three; with groups of 64 channels
-// there are registers for two
+// Blocks of a multiprocessor: with reach 4 there is shared memory for one, else for three; with
+// groups of 64 channels there are registers for two, from sm_100 on with those of 32 in float32.
 template <typename T, int kDepth, int kReach>
-__global__ void __launch_bounds__(kMaxThreads, kReach != 2 ? 1 : kDepth == 64 ? 2 : 3)
+constexpr int value_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  constexpr int kMostBytes = 64; // of a group, for three
+#else
+  constexpr int kMostBytes = 128;
+#endif
+  if (kReach != 2) return 1;
+  return kDepth == 64 || (sizeof(T) == 4 && kDepth * sizeof(T) > kMostBytes) ? 2 : 3;
+}
+
+template <typename T, int kDepth, int kReach>
+__global__ void __launch_bounds__(kMaxThreads, (value_blocks<T, kDepth, kReach>()))
     dcnv4_window_grad_value_kernel(const WindowArguments a,
                                    const T* __restrict__ grad_output,  // [N, Ho, Wo, G, D]
                                    const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]

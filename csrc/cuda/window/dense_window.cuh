@@ -11,8 +11,8 @@
 // where row p of A holds the sums of mask * bilinear weight by which pixel p takes from each cell.
 // Two such matrices make a unit, the work of a warp at a time: lane = row, 16 pixels of each.
 //
-//     tile     tile_w x tile_h output pixels (multiples of 4) of one image x a slice of 64 channels,
-//              in float32 of 32
+//     tile     tile_w x tile_h output pixels (multiples of 4) of one image x a slice of 64
+//              channels, in float32 of 32
 //     matrix   a 4x4 block of the tile and a group of the slice; number = block * groups + group
 //     unit     matrices 2u and 2u + 1: two groups of a block, or two blocks where a group fills the
 //              slice

@@ -43,8 +43,9 @@ MMDCNV4_DEVICE OffsetNumbers<T> numbers_of(const WindowArguments& a, const Row& 
 
 // One far tap of each row that has any, the lane's own: a layer. Its rows take turns in rounds of
 // four, in float32 of two. The corners of four taps are sixteen more cells, and their weights one
-// more step of the product; both matrices of the unit take the same cells, with weights of zero for taps of the
-// other one. Where all corners of a round are among the tile's cells, it reads them there.
+// more step of the product; both matrices of the unit take the same cells, with weights of zero
+// for taps of the other one. Where all corners of a round are among the tile's cells, it reads
+// them there.
 template <typename T, int kDepth, int kReach>
 struct FarLayer {
   using Layout = DenseWindow<T, kDepth, kReach>;

@@ -66,8 +66,7 @@ MMDCNV4_DEVICE void add_listed(const WindowArguments& a, const Divisor& line_of_
 #pragma unroll 1
   for (uint32_t first = 0; first < count; first += kWarp) {
     const uint32_t here = count - first < uint32_t(kWarp) ? count - first : kWarp;
-    ListedTap own{0, 0, 0, 0}; // with weight zero
-    own.x = 2 * kBlockSide;    // ... and out of the block
+    ListedTap own{0, 2 * kBlockSide, 0, 0}; // with weight zero, and out of the block
     if (lane < here)
       own = load_listed_tap<T>(a, line_of_output, group, packed, block_x, block_y,
                                entries[first + lane]);
@@ -115,12 +114,8 @@ MMDCNV4_DEVICE void add_listed(const WindowArguments& a, const Divisor& line_of_
             grads[i][j] = exists ? One::load(from + 8 * j) : typename One::Raw(0);
         }
 #pragma unroll
-        for (int j = 0; j < kDepth / 8; ++j) {
-          float grad[2][1];
-          One::widen(grads[0][j], grad[0]);
-          One::widen(grads[1][j], grad[1]);
-          weights.multiply(grad[0][0], grad[1][0], sum[j]);
-        }
+        for (int j = 0; j < kDepth / 8; ++j)
+          weights.multiply(One::first(grads[0][j]), One::first(grads[1][j]), sum[j]);
       }
     }
   }
