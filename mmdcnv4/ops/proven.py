@@ -30,8 +30,8 @@ class Proof(NamedTuple):
     result: str  # where the run is written down, below benchmarks/results/
 
 
-# filled from committed results on a GPU alone; where sources have changed since, the result says why
-# it holds for them
+# filled from committed results on a GPU alone; where sources have changed since, the result says
+# why it holds for them
 PROVEN = (Proof('3580d76641b73e78', 90, 'nvidia-h200-20261127-float32.md'),)
 
 
