@@ -80,7 +80,7 @@ SPLIT = [
     without_low('the low part of listed weights is dropped', LISTED, 'weights.put(2 * i + 1, ',
                 'ListedTap::weight(x, y - 2.0f, mask)', ');', B32, LISTED_TEST),
     without_low('the low part of listed gradients is dropped', LISTED, 'weights.multiply(',
-                'grad[0][0]', ', grad[1][0], sum[j]);', B32, LISTED_TEST),
+                'One::first(grads[0][j])', ', One::first(grads[1][j]), sum[j]);', B32, LISTED_TEST),
     fault('the high part of A counts twice', FRAGMENTS,
           'multiply_add_tf32_cut(to, low, high0, high1);',
           'multiply_add_tf32_cut(to, high, high0, high1);', F32, PRODUCT),
