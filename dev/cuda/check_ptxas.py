@@ -113,7 +113,9 @@ class Kernel:
 
     def problems(self) -> list[str]:
         """What breaks a rule, in words."""
-        blocks = 4 if self.variant == 'K=9' or self.direction == 'attention_forward' else 3
+        is_attention = self.direction == 'attention_forward' and \
+            (self.dtype != 'bfloat16' or self.arch not in ('86', '87', '89'))
+        blocks = 4 if self.variant == 'K=9' or is_attention else 3
         is_large = self.is_window or self.direction == 'attention_backward'  # 128 threads
         ceiling = REGISTERS[2 if self.dtype == 'float64' or is_large else blocks]
         fills_slice = self.is_window and Group(self.depth, self.size).of_slice == 1

@@ -17,7 +17,7 @@ BUDGET = 100  # kernels per architecture
 
 @pytest.mark.skipif(shutil.which('nvcc') is None, reason='nvcc is not installed')
 @pytest.mark.parametrize('arch', ['90', *(pytest.param(arch, marks=pytest.mark.slow)
-                                         for arch in ('75', '80', '100', '120'))])
+                                         for arch in ('75', '80', '86', '89', '100', '120'))])
 def test_compiled_kernels(arch):
     program = ROOT / 'dev' / 'cuda' / 'check_ptxas.py'
     result = subprocess.run([sys.executable, program, '--arch', arch],

@@ -94,8 +94,17 @@ MMDCNV4_DEVICE bool fill_samples(const AttentionArguments& a, const AttentionRow
   return sampled != kNoPixel;
 }
 
+// Blocks of a multiprocessor. With bfloat16 the compiler wants a few registers more for sm_86 and 89.
+template <typename T>
+constexpr int attention_blocks() {
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870 || __CUDA_ARCH__ == 890)
+  if (std::is_same<T, BFloat16>::value) return 3;
+#endif
+  return sizeof(T) == 8 ? 2 : 4;
+}
+
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kMaxThreads, attention_blocks<T>())
     attention_forward_kernel(const __grid_constant__ AttentionArguments a,
                              const T* __restrict__ value,       // [B, S, M, D]
                              const OffsetNumbers<T> locations,  // [B, Q, M, L, K, 2]
