@@ -6,7 +6,7 @@
 //     float16    m16n8k16, weights rounded to float16
 //     bfloat16   m16n8k16, twice: weights are the sum of two bfloat16
 //     float32    m16n8k8 in TF32, three times: both factors are the sum of two TF32, and the
-//                product of the two small ones, 2^-22 of the whole, is left out (Ootomo and
+//                product of the two small ones, 2^-21 of the whole at most, is left out (Ootomo and
 //                Yokota, arXiv:2203.03341). Of its sixteen cells a lane takes 2t, 2t + 1, 2t + 8
 //                and 2t + 9, as for the others: columns of A and rows of B are put in that order
 #pragma once
