@@ -94,10 +94,10 @@ MMDCNV4_DEVICE bool fill_samples(const AttentionArguments& a, const AttentionRow
   return sampled != kNoPixel;
 }
 
-// Blocks of a multiprocessor. With bfloat16 the compiler wants a few registers more for sm_86 and 89.
+// Blocks of a multiprocessor. With bfloat16 the compiler wants a few registers more for sm_86 to 89.
 template <typename T>
 constexpr int attention_blocks() {
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 870 || __CUDA_ARCH__ == 890)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860 && __CUDA_ARCH__ < 900
   if (std::is_same<T, BFloat16>::value) return 3;
 #endif
   return sizeof(T) == 8 ? 2 : 4;
