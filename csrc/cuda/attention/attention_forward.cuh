@@ -94,7 +94,7 @@ MMDCNV4_DEVICE bool fill_samples(const AttentionArguments& a, const AttentionRow
   return sampled != kNoPixel;
 }
 
-// Blocks of a multiprocessor. With bfloat16 the compiler wants a few registers more for sm_86 to 89.
+// Blocks of a multiprocessor. With bfloat16 the compiler wants more registers for sm_86 to 89.
 template <typename T>
 constexpr int attention_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 860 && __CUDA_ARCH__ < 900
