@@ -8,7 +8,7 @@
 //             are added to A instead of 36 D multiplications done, and tensor cores compute A . V
 //             for all channels (dense_window.cuh: shapes, tiles, layouts)
 // Work split  block = a tile; warp = one unit at a time: lane = row while A is built, fragments
-//             while it is multiplied, teams of D / 8 lanes per row when the results are finished
+//             while it is multiplied, teams of lanes with 16 bytes each per row at the end
 // Far taps    samples outside the window are noted, one bit per tap of a row, and multiplied on as
 //             cells of their own (far_taps.cuh): any offset is as exact as one within the window.
 //             A unit with many of them, judged by two taps of each row, is gathered without a
@@ -18,12 +18,12 @@
 //             away and the row's channels gathered tap by tap, as in dcnv4_forward.cuh. So NaN and
 //             infinity, of pixels and of masks, reach the outputs that sample them and no others
 // Borders     cells outside the image are zero
-// Numerics    sums in float32. A is rounded to float16 after a power of two has brought the largest
-//             mask of each row to 2^11 ... 2^12 (nine of them do not overflow, smaller ones keep
-//             their digits), or split into two bfloat16, which keep 16 bits of it. No atomics;
-//             bitwise repeatable
-// Limits      K = 8 or 9, no softmax, D in {16, 32, 64}, tensors aligned to 16 bytes: see
-//             make_window_plan(); sm_80 and newer
+// Numerics    sums in float32. With float16 A is rounded to it after a power of two has brought the
+//             largest mask of each row to 2^11 ... 2^12 (nine of them do not overflow, smaller ones
+//             keep their digits); with bfloat16 A is split into two of them, which keep 16 bits of
+//             it; with float32 A and V are (fragments.cuh). No atomics; bitwise repeatable
+// Limits      K = 8 or 9, no softmax, D in {16, 32} or, half types, 64, tensors aligned to 16
+//             bytes: see make_window_plan(); sm_80 and newer
 // Source      arXiv:2401.06197, section 3
 #pragma once
 
@@ -63,7 +63,7 @@ struct WindowSample {
 
 // Whether the product is cheaper than gathering all taps of a unit, judged by two taps of each row
 // that exists. Wider groups make the product cheaper, for as many taps; where both take the same
-// time was measured on an H200.
+// time was measured on an H200 with half types.
 template <typename Layout, int kDepth, int kReach>
 MMDCNV4_DEVICE bool is_worth_a_product(const WindowArguments& a, const Tile& tile, uint32_t unit,
                                        uint32_t lane, const RowNumbers& numbers) {

@@ -13,10 +13,12 @@
 // Work split  as dcnv4_window_forward.cuh; lane = row while taps are read
 // Left over   taps whose cells are not all in reach ("far"), or whose gradients are not finite (a
 //             product with a cell outside the image may be 0 * NaN). The warp collects those of its
-//             unit, and teams of D / 8 lanes take them, gathering like dcnv4_backward.cuh; what a
-//             far tap adds to value goes into lists, for dcnv4_window_grad_value.cuh
+//             unit, and teams of lanes with 16 bytes each take them, gathering like
+//             dcnv4_backward.cuh; what a far tap adds to value goes into lists, for
+//             dcnv4_window_grad_value.cuh
 // Memory      results go through shared memory and are written once, the padding included
-// Numerics    products of 16-bit numbers are exact, sums in float32; bitwise repeatable
+// Numerics    products of 16-bit numbers are exact, float32 is split (fragments.cuh); sums in
+//             float32; bitwise repeatable
 // Source      arXiv:2401.06197, section 3, differentiated by hand
 #pragma once
 

@@ -4,7 +4,7 @@
 // dcnv4_window_grad_rest.cuh — the gradient of value of far taps whose list is full: see
 // far_lists.cuh. Two kernels that return at once where there is none.
 //
-// Work split  clear: warp = list; rest: team of D / 8 threads = a row, over its taps
+// Work split  clear: warp = list; rest: team of threads with 16 bytes each = a row, its taps
 // Memory      the memory of a full list is cleared, then the taps that would be in it are added
 //             there, in float32
 // Numerics    as dcnv4_backward.cuh: the order of additions is not fixed

@@ -5,8 +5,8 @@
 // samples lie outside the windows of their pixels, gathering all of them is cheaper.
 //
 // Work split  as in dcnv4_forward.cuh, but for 32 rows at once: lane = row while the coefficients
-//             of its nine taps are written to the warp's area, then teams of D / 8 lanes sum them
-//             up for a row each, 8 channels per lane, three taps at a time
+//             of its nine taps are written to the warp's area, then teams of lanes with 16 bytes
+//             each sum them up for a row each, three taps at a time
 // Memory      trained offsets seldom lead far: samples whose corners are among the tile's cells are
 //             read there, only the others from global memory
 #pragma once
