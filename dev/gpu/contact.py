@@ -149,15 +149,16 @@ class Contact:
 
     def step_bench(self) -> bool:
         """Two shapes; the released package apart, since it may take its process with it."""
-        def bench(name: str, peers: Sequence[str]) -> bool:
-            arguments = [str(BENCHMARK), '--shapes', *SHAPES, '--dtypes', 'float16', '--offsets',
-                         'D1', 'D0', 'D2', '--group-channels', '32', '16', '--budget', '50',
+        def bench(name: str, dtype: str, seconds: int, *peers: str) -> bool:
+            arguments = [str(BENCHMARK), '--shapes', *SHAPES, '--dtypes', dtype, '--offsets', 'D1',
+                         'D0', 'D2', '--group-channels', '32', '16', '--budget', str(seconds),
                          '--output', str(self.out / name), '--peers', *peers]
-            return self.run(Command(name, self.module(*arguments), 90))
+            return self.run(Command(name, self.module(*arguments), seconds + 40))
 
-        own = bench('bench', ('ours', 'ours fast', 'depthwise 7x7 nhwc'))
-        released = bench('bench-released', ('ours', 'ours fast', 'official'))
-        return own and released
+        results = [bench('bench', 'float16', 50, 'ours', 'ours fast', 'depthwise 7x7 nhwc'),
+                   bench('bench-released', 'float16', 50, 'ours', 'ours fast', 'official'),
+                   bench('bench-float32', 'float32', 25, 'ours', 'ours fast')]
+        return all(results)
 
     def step_profile(self) -> bool:
         """Counters of one launch of each kernel, and of each instruction."""

@@ -59,6 +59,7 @@ def test_all_is_well(run, tmp_path):
     assert 'FAILED' not in summary and 'not run' not in summary
     assert summary.splitlines()[-1].startswith('all is well')
     words = ('nvidia-smi', 'import os, sys, torch', 'build_info', 'info --check', 'official',
+             '--dtypes float32',
              'ncu --clock-control none', 'test_dcnv4_gpu', '--tool memcheck', '--tool racecheck')
     found = [next(i for i, call in enumerate(calls) if word in call) for word in words]
     assert found == sorted(found)
