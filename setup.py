@@ -154,20 +154,27 @@ def default_architectures(toolkit: tuple) -> str:
     return ';'.join(filter(knows_architecture, names))
 
 
-def kernel_hash() -> str:
-    """Names the CUDA kernels of DCNv4 by their sources; comments and spaces do not count.
+def kernel_hash(of_all: bool = False) -> str:
+    """Names CUDA kernels of DCNv4 by their sources; comments and spaces do not count.
 
-    Bindings to torch are no part of them, nor are the kernels of multi-scale attention.
+    Those on tensor cores, which run where they have been proven, with all that they include;
+    `of_all`: the direct kernels, too. Bindings to torch are no part of them, nor is attention.
     """
+    csrc = ROOT / 'csrc'
+    found, following = {}, [*(csrc / 'cuda' / 'window').glob('*.cu'), csrc / 'window_plan.cpp']
+    if of_all:
+        following += [*(csrc / 'cuda').glob('dcnv4_*ward_*.cu'), csrc / 'launch_plan.cpp']
+    while following:
+        path = following.pop().resolve()
+        if path in found or not path.exists():  # the emulator's headers are elsewhere
+            continue
+        text = path.read_text(encoding='utf-8')
+        following += [path.parent / name for name in re.findall(r'#include "(.+)"', text)]
+        text = re.sub(r'//[^\n]*|/\*.*?\*/', ' ', text, flags=re.DOTALL)
+        found[path] = ' '.join(text.split()).encode()
     digest = hashlib.sha256()
-    paths = [*(ROOT / 'csrc' / 'cuda').rglob('*'), *(ROOT / 'csrc').glob('launch_plan.*'),
-             ROOT / 'csrc' / 'bilinear.h', ROOT / 'csrc' / 'dcnv4_params.h']
-    for path in sorted(paths, key=lambda path: path.name):
-        if (path.suffix in ('.cu', '.cuh', '.h', '.cpp') and path.parent.name != 'attention'
-                and path.name not in ('dcnv4_cuda.cu', 'binding.h')):
-            text = re.sub(r'//[^\n]*|/\*.*?\*/', ' ', path.read_text(encoding='utf-8'),
-                          flags=re.DOTALL)
-            digest.update(' '.join(text.split()).encode())
+    for path in sorted(found, key=lambda path: path.name):
+        digest.update(found[path])
     return digest.hexdigest()[:16]
 
 

@@ -14,7 +14,7 @@ Needs no GPU and no nvcc. The time of a launch is that of an empty one and the l
     l1          wavefronts of shared memory and of gathered pixels, one per cycle
     l2          bytes that blocks fetch, each once per block
     dram        bytes of all tensors, each once
-    reductions  float32 numbers that the direct gradients add to global memory
+    reductions  sectors of 32 bytes that the direct gradients add to, in global memory
 
 by the share of it that a good kernel sustains. Instructions come from csrc/cuda/compiled.md, blocks
 from the launch plan of the extension, far taps from drawn offsets (far_taps.py). Constants marked
@@ -67,7 +67,7 @@ class Gpu(NamedTuple):
     clock: float  # Hz; H200: seen under load (results/)
     copy: float  # bytes per second of a copy; H200: measured (results/), A100: assumed
     l2: float  # bytes per second; assumed
-    reductions: float  # bytes of float32 operands per second; assumed
+    reductions: float  # bytes of sectors per second; H200: measured (results/), A100: assumed
     shared_bytes: int  # of a multiprocessor
     launch: float = 0.9e-6  # seconds of an empty one in a graph; H200: measured (results/)
     sustained: float = 0.70  # of a limit; assumed (the design's model of before any measurement)
@@ -77,7 +77,7 @@ class Gpu(NamedTuple):
 
 
 GPUS = {
-    'h200': Gpu('H200', 'sm_90', 132, 1.98e9, 4.25e12, 5.5e12, 2.5e12, 228 * 1024),
+    'h200': Gpu('H200', 'sm_90', 132, 1.98e9, 4.25e12, 5.5e12, 4.6e12, 228 * 1024),
     'a100': Gpu('A100-80G', 'sm_80', 108, 1.41e9, 1.75e12, 4.0e12, 1.7e12, 164 * 1024)}
 
 
@@ -210,6 +210,9 @@ def direct_terms(gpu: Gpu, call: Call, table: dict) -> list[Terms]:
     gathered = CORNERS * outputs * size / 128
     coefficients = launch.rows * TAPS * (64 if is_backward else 32) * 2 / 128  # out and back
     added = CORNERS * outputs * 4 * existing_corners(height, width, call.offsets)
+    # those of a team are neighbours, and take as long as whole sectors of 32 bytes
+    together = plan['team'] * 4 * (plan['vec'] if int(gpu.arch[3:]) >= 90 else 1)
+    added *= max(1, 32 // together)
     work = Work(moved, moved + (fetched - 1) * outputs * size, gathered + coefficients,
                 added if is_backward else 0)
     kernel = table[call.direction, f'D={call.depth}', call.dtype, gpu.arch]
@@ -299,6 +302,13 @@ def floor_of(gpu: Gpu, call: Call) -> float:
     return max(moved / gpu.copy, gpu.launch)
 
 
+def is_outdated(call: Call, measured_on: str) -> bool:
+    """Whether the kernels that were measured on that day (YYYYMMDD) are no longer these."""
+    is_of_halves = call.direction == 'backward' and call.dtype != 'float32'
+    # until then their threads had eight channels, and reductions filled half of the sectors
+    return call.path == 'direct' and is_of_halves and measured_on <= '20261127'
+
+
 def read_measured(gpu: Gpu, folder: Path = RESULTS) -> dict[Call, float]:
     """Seconds that gpu.py has measured on this device, in the newest run that has the call."""
     measured = {}
@@ -306,12 +316,12 @@ def read_measured(gpu: Gpu, folder: Path = RESULTS) -> dict[Call, float]:
         result = json.loads(path.read_text())
         if gpu.name not in result.get('device', ''):
             continue
-        for row in result.get('rows', ()):
-            for kind, peer in PATHS.items():
-                time = row['peers'].get(peer, {}).get('device_ms', 0)
-                if time > 0:
-                    measured[Call(row['shape'], row['group_channels'], row['dtype'],
-                                  row['offsets'], row['direction'], kind)] = time / 1e3
+        for row, (kind, peer) in itertools.product(result.get('rows', ()), PATHS.items()):
+            time = row['peers'].get(peer, {}).get('device_ms', 0)
+            call = Call(row['shape'], row['group_channels'], row['dtype'], row['offsets'],
+                        row['direction'], kind)
+            if time > 0 and not is_outdated(call, path.stem.split('-')[-2]):
+                measured[call] = time / 1e3
     return measured
 
 

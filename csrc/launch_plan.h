@@ -3,11 +3,16 @@
 //
 // launch_plan.h — how a DCNv4 call is cut into blocks and threads on a GPU: a function of the sizes
 // and of the limits of the device, without a table of shapes. No torch and no CUDA headers, so that
-// it is tested on any machine.
+// it is tested on any machine. Here what all kernels share, and the direct ones; those on tensor
+// cores: window_plan.h.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "dcnv4_params.h"
 
@@ -18,6 +23,7 @@ constexpr int32_t kMaxThreads = 256;   // per block; the kernels are compiled fo
 constexpr int32_t kTapsPerPass = 9;    // taps whose coefficients are in shared memory at a time
 // What a thread loads at once, if not one number: as many bytes, or as few.
 constexpr int32_t kMaxVectorBytes = 16, kMinVectorBytes = 8;
+constexpr int32_t kMostAdded = 4; // numbers of a gradient that a thread has, and adds, at a time
 
 // What the plan needs to know about a device.
 struct DeviceLimits {
@@ -34,6 +40,40 @@ struct LaunchRequest {
   int32_t alignment;        // bytes to which every pointer of value's type is aligned
   bool backward;
 };
+
+// What is indexed with 32 bits: pixels of an image, bytes of a pixel, coordinates with a sign.
+constexpr int64_t kIndexed32 = int64_t(1) << 32;
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Throws std::length_error where sizes exceed what the kernels can index.
+inline void check_sizes(const Dcnv4Params& p) {
+  constexpr int64_t kLargestSide = int64_t(1) << 30;
+  if (p.height * p.width >= kIndexed32)
+    throw std::length_error("dcnv4: an image must have fewer than 2**32 pixels on a GPU, got " +
+                            std::to_string(p.height) + " x " + std::to_string(p.width));
+  if (p.out_height > kLargestSide || p.out_width > kLargestSide)
+    throw std::length_error("dcnv4: an output must have sides <= 2**30 on a GPU, got " +
+                            std::to_string(p.out_height) + " x " + std::to_string(p.out_width));
+  if (p.channels() >= kIndexed32 / 8)
+    throw std::length_error("dcnv4: value must have fewer than 2**29 channels on a GPU, got " +
+                            std::to_string(p.channels()));
+}
+
+// Images per launch, as many as the grid holds.
+inline int64_t images_that_fit(const Dcnv4Params& p, const DeviceLimits& limits, int64_t blocks) {
+  return std::max<int64_t>(1, std::min(p.batch, limits.blocks_per_launch / blocks));
+}
+
+// Calls visit(first image, blocks) for each launch of a plan.
+template <typename Plan, typename Visit>
+inline void for_each_launch(const Dcnv4Params& p, const Plan& plan, const Visit& visit) {
+  for (int64_t image = 0; image < p.batch; image += plan.images_per_launch) {
+    const int64_t left = p.batch - image;
+    const int64_t images = left < plan.images_per_launch ? left : plan.images_per_launch;
+    visit(image, images * plan.blocks_per_image());
+  }
+}
 
 // A row is one (query, group). Its team of threads holds its channels, `vec` neighbouring ones per
 // thread, and goes over the rest in steps of team * vec. A block covers a tile of output pixels of
@@ -70,90 +110,8 @@ inline int32_t fixed_sum_bits(const Dcnv4Params& p) {
   return bits;
 }
 
-// The same for the tensor-core kernels (cuda/dense_window.cuh): a block covers a tile of output
-// pixels of one image and a slice of its channels.
-constexpr int32_t kWindowBlock = 4;          // output pixels that share a window, along each axis
-constexpr int32_t kWindowSliceBytes = 128;   // of a pixel: 64 numbers of 16 bits, or 32 of float32
-constexpr int32_t kForwardReach = 2;         // of the forward kernel; the gradients also have 4
-constexpr int32_t window_side(int32_t reach) { return kWindowBlock + 2 * reach; }
-
-struct WindowPlan {
-  int32_t reach;            // samples this near to their pixel are dense; 0: not a call for them
-  int32_t slice_channels;   // a multiple of a group's
-  bool is_mirrored;         // tiles of input pixels, not of output pixels: gradient of value
-  int32_t tile_h, tile_w;   // output pixels per block, powers of two, at least kWindowBlock
-  int32_t threads;          // per block
-  int32_t shared_bytes;     // per block, perhaps more than without opting in
-  int64_t slices;           // blocks along the channels
-  int64_t tiles_h, tiles_w; // blocks along the output map
-  int64_t images_per_launch;
-
-  int64_t blocks_per_image() const { return slices * tiles_h * tiles_w; }
-  // Pairs of (4x4 pixels, group) in a tile; a warp computes one at a time.
-  int32_t units(const Dcnv4Params& p) const {
-    return tile_h * tile_w / (kWindowBlock * kWindowBlock) *
-           int32_t(slice_channels / p.group_channels) / 2;
-  }
-};
-
-// `reach` is 0 where the kernels are not made for the call, or the device is too small for them.
-WindowPlan make_window_plan(const Dcnv4Params& p, const LaunchRequest& request,
-                            const DeviceLimits& limits);
-
-// How the gradient of value keeps its weights in shared memory: for each column and line from
-// -reach to reach around a pixel, one float32 for each of `pixels` pixels. Pitches in bytes; by a
-// column the banks shift by 8 or back by 8, by a line by an odd number, so that a fragment meets
-// every bank once.
-struct StencilPitch {
-  int32_t column, line, bytes;
-};
-inline StencilPitch stencil_pitch(int32_t pixels, int32_t reach) {
-  const int32_t side = 2 * reach + 1;
-  const int32_t column = (pixels + 7) / 16 * 16 + 8;
-  const int32_t line = side * column | 1;
-  return {4 * column, 4 * line, (4 * side * line + 15) / 16 * 16};
-}
-
-// Lists of the taps whose samples are out of reach (cuda/window/far_lists.cuh): one for each group
-// of each block of input pixels, with room for as many words as the block has numbers of value.
-constexpr int64_t window_blocks(int64_t pixels) {
-  return (pixels + kWindowBlock - 1) / kWindowBlock;
-}
-inline int64_t window_lists(const Dcnv4Params& p) {
-  return p.batch * window_blocks(p.height) * window_blocks(p.width) * p.groups;
-}
-inline int64_t window_list_room(const Dcnv4Params& p) {
-  return kWindowBlock * kWindowBlock * p.group_channels;
-}
-
-// Bytes of the chunks of 16 that hold the numbers of `groups` groups of a pixel in offset_mask,
-// wherever they begin; an odd number of chunks, so that few pixels share a bank.
-constexpr int32_t window_numbers_pitch(int32_t groups, int32_t offset_bytes) {
-  const int32_t bytes = groups * 3 * 9 * offset_bytes - offset_bytes + kMaxVectorBytes;
-  return ((bytes + kMaxVectorBytes - 1) / kMaxVectorBytes | 1) * kMaxVectorBytes;
-}
-
-// The tensor-core gradients take two kernels: of offset_mask, cut as the forward kernel is, and of
-// value, cut into tiles of input pixels. Both reaches are the same, or 0.
-struct WindowBackwardPlan {
-  WindowPlan offset_mask, value;
-  int64_t rest_blocks; // of the kernels for what the two leave over, which loop
-};
-WindowBackwardPlan make_window_backward_plan(const Dcnv4Params& p, const LaunchRequest& request,
-                                             int32_t offset_bytes, const DeviceLimits& limits);
-
-// Calls visit(first image, blocks) for each launch of a plan.
-template <typename Plan, typename Visit>
-inline void for_each_launch(const Dcnv4Params& p, const Plan& plan, const Visit& visit) {
-  for (int64_t image = 0; image < p.batch; image += plan.images_per_launch) {
-    const int64_t left = p.batch - image;
-    const int64_t images = left < plan.images_per_launch ? left : plan.images_per_launch;
-    visit(image, images * plan.blocks_per_image());
-  }
-}
-
-// The plan as JSON, for tests and for those who want to see it.
+// Plans as JSON, for tests and for those who want to see them.
+std::string to_json(std::initializer_list<std::pair<const char*, int64_t>> numbers);
 std::string to_json(const LaunchPlan& plan);
-std::string to_json(const WindowPlan& plan);
 
 } // namespace mmdcnv4

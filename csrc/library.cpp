@@ -9,7 +9,7 @@
 #include <string>
 
 #include "dcnv4_check.h"
-#include "launch_plan.h"
+#include "window_plan.h"
 
 namespace {
 

@@ -61,7 +61,8 @@ TABLE = {
     'mmdcnv4.cli': (('mmdcnv4.cli', 'mmdcnv4.engine', 'mmdcnv4.checks', 'mmdcnv4.errors',
                      'mmdcnv4.registration', 'mmdcnv4.safe_files'), ('mmengine',)),
 }
-TORCH_FREE_HEADERS = ('bilinear.h', 'dcnv4_params.h', 'launch_plan.h', 'ms_deform_attn_params.h')
+TORCH_FREE_HEADERS = ('bilinear.h', 'dcnv4_params.h', 'launch_plan.h', 'ms_deform_attn_params.h',
+                      'window_plan.h')
 
 
 def module_name(path):

@@ -9,8 +9,9 @@
 //             grad_value[corner] += m_k * weight(corner) * grad_out
 // Work split  as in dcnv4_forward.cuh. With softmax the taps are gone over twice, first for the sum
 //             over j: it keeps nothing per tap, so that any K fits
-// Memory      grad_value is added to, by reductions of up to four float32 at once (sm_90 and
-//             newer); grad_offset_mask is summed over the team by shuffles, collected in shared
+// Memory      grad_value is added to, by reductions that fill sectors of 32 bytes where a team has
+//             enough channels: of up to four float32 at once (sm_90 and newer) or of one;
+//             grad_offset_mask is summed over the team by shuffles, collected in shared
 //             memory and written once, in its own type, its padding included
 // Numerics    float32 inside, float64 for float64; the order of the additions to grad_value is not
 //             fixed, its last bits vary from run to run, and float32 reductions flush subnormal
@@ -21,8 +22,8 @@
 #pragma once
 
 #include "dispatch.h"
+#include "gather_tap.cuh"
 #include "launch.h"
-#include "sampling.cuh"
 
 namespace mmdcnv4 {
 namespace cuda {
@@ -50,58 +51,41 @@ MMDCNV4_DEVICE void fill_backward_taps(const KernelArguments<T>& a, const Row& r
   }
 }
 
-// The channels of a row, as one thread of its team sees them.
-template <typename T, typename Sum>
-struct Channels {
-  const T* grad_output;
-  const T* value;
+// What a thread adds to grad_value: see AddedChannels.
+template <typename T, typename Sum, int kVec>
+struct Scatter {
+  Channels<T> channels;
   Sum grad_value;
-  int64_t row;              // offset of the row in grad_output
-  int64_t image;            // offset of the row's group in its image in value and grad_value
-  uint32_t stride;          // channels of a pixel
-  int32_t begin, end, step; // begin: first channel of this thread
+  int32_t lane, team;
+  int32_t first = -1;          // where channels are added one by one, the first of them
+  wide_t<T> number[kVec] = {}; // of grad_output, of those channels
 
-  MMDCNV4_DEVICE int64_t offset(uint32_t pixel, int32_t channel) const {
-    return image + int64_t(uint64_t(pixel) * stride) + channel;
+  MMDCNV4_DEVICE void add(uint32_t pixel, int32_t channel, wide_t<T> weight,
+                          const wide_t<T> (&grad)[kVec]) {
+    with_reduction_width([&](auto width) {
+      if constexpr (kAddsOneByOne<kVec, decltype(width)>) {
+        const AddedChannels to =
+            AddedChannels::of(channel - lane * kVec, channels.end, lane, team, kVec);
+        if (first != to.first) {
+          first = to.first;
+#pragma unroll
+          for (int i = 0; i < kVec; ++i)
+            number[i] = load_one(channels.grad_output + channels.row + first + i * to.pitch);
+        }
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) {
+          const wide_t<T> part[1] = {weight * number[i]};
+          grad_value.add(channels.offset(pixel, first + i * to.pitch), part);
+        }
+      } else {
+        wide_t<T> part[kVec];
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) part[i] = weight * grad[i];
+        grad_value.add(channels.offset(pixel, channel), part);
+      }
+    });
   }
 };
-
-// dot[c] += <grad_output, corner c>, over the channels of this thread; `scatters`: also adds to
-// grad_value. `grad` holds the first channels of grad_output.
-template <typename T, typename Sum, int kVec>
-MMDCNV4_DEVICE void gather_tap(bool scatters, const Channels<T, Sum>& channels, const uint4& pixel,
-                               const Four<wide_t<T>>& weight, uint32_t bits,
-                               wide_t<T> (&grad)[kVec], wide_t<T> (&dot)[4]) {
-  using Io = VectorIo<T, kVec>;
-  const uint32_t from[4] = {pixel.x, pixel.y, pixel.z, pixel.w};
-  const wide_t<T> w[4] = {weight.x, weight.y, weight.z, weight.w};
-#pragma unroll 1
-  for (int32_t channel = channels.begin; channel < channels.end; channel += channels.step) {
-    if (channels.step < channels.end)
-      Io::widen(Io::load(channels.grad_output + channels.row + channel), grad);
-    // two corners at a time: four would need more registers than three blocks per processor leave
-#pragma unroll
-    for (int pair = 0; pair < 4; pair += 2) {
-      const typename Io::Raw corner[2] = {
-          Io::load(channels.value + channels.offset(from[pair], channel)),
-          Io::load(channels.value + channels.offset(from[pair + 1], channel))};
-#pragma unroll
-      for (int c = pair; c < pair + 2; ++c) {
-        if (!(bits >> c & 1)) continue;
-        wide_t<T> number[kVec];
-        Io::widen(corner[c - pair], number);
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) dot[c] += grad[i] * number[i];
-        if (scatters) {
-          wide_t<T> part[kVec];
-#pragma unroll
-          for (int i = 0; i < kVec; ++i) part[i] = w[c] * grad[i];
-          channels.grad_value.add(channels.offset(from[c], channel), part);
-        }
-      }
-    }
-  }
-}
 
 // Writes the gradients of `count` taps, collected in taps.extra, and after the last tap of the last
 // group the padding.
@@ -142,15 +126,15 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) < 8 ? 3 : 2)
   const int64_t query = row.query(a), first_channel = int64_t(row.group) * a.group_channels;
   const int64_t packed = query * a.offset_mask_channels + int64_t(row.group) * 3 * a.points;
   const int64_t image = row.image * (int64_t(a.height) * a.width) * a.channels + first_channel;
-  const Channels<T, Sum> channels{grad_output,
-                                  value,
-                                  grad_value,
-                                  query * a.channels + first_channel,
-                                  image,
-                                  a.channels,
-                                  row.lane * kVec,
-                                  a.group_channels,
-                                  team * kVec};
+  const Channels<T> channels{grad_output,
+                             value,
+                             query * a.channels + first_channel,
+                             image,
+                             a.channels,
+                             row.lane * kVec,
+                             a.group_channels,
+                             team * kVec};
+  Scatter<T, Sum, kVec> scatter{channels, grad_value, row.lane, team};
   W grad[kVec] = {};
   if (row.is_valid && channels.begin < channels.end)
     VectorIo<T, kVec>::widen(
@@ -172,9 +156,15 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) < 8 ? 3 : 2)
       for (int32_t slot = 0; slot < count; ++slot) {
         const uint32_t bits = uint32_t(taps.extra[slot].w);
         W dot[4] = {};
-        if (bits != 0)
-          gather_tap(!kMaybeSoftmax || is_last, channels, taps.pixel[slot], taps.weight[slot], bits,
-                     grad, dot);
+        if (bits != 0) {
+          const Four<W>& of = taps.weight[slot];
+          const W weight[4] = {of.x, of.y, of.z, of.w};
+          gather_tap(channels, taps.pixel[slot], bits, grad, dot,
+                     [&](int corner, uint32_t pixel, int32_t channel) {
+                       if (!kMaybeSoftmax || is_last)
+                         scatter.add(pixel, channel, weight[corner], grad);
+                     });
+        }
         BilinearGrad<W> sum = bilinear_grad(dot[0], dot[1], dot[2], dot[3], taps.extra[slot].y,
                                             taps.extra[slot].z);
         if (kMaybeSoftmax && !is_last) {
@@ -222,11 +212,16 @@ void launch_dcnv4_backward(const Dcnv4Params& p, const LaunchPlan& plan, Stream 
                            const OffsetGradients<T>& grad_offset_mask) {
   with_vec<T>(plan.vec, [&](auto vec) {
     constexpr int kVec = decltype(vec)::value;
-    auto* launch_it = &launch_backward<kVec, true, T, FloatSum<wide_t<T>>>;
-    if constexpr (kVec * sizeof(T) == kMaxVectorBytes) {
-      if (!p.softmax) launch_it = &launch_backward<kVec, false, T, FloatSum<wide_t<T>>>;
+    if constexpr (kVec > kMostAdded) {
+      throw std::invalid_argument("dcnv4: the vector width of gradients must be at most " +
+                                  std::to_string(kMostAdded) + ", got " + std::to_string(kVec));
+    } else {
+      auto* launch_it = &launch_backward<kVec, true, T, FloatSum<wide_t<T>>>;
+      if constexpr (kVec == kMostAdded) {
+        if (!p.softmax) launch_it = &launch_backward<kVec, false, T, FloatSum<wide_t<T>>>;
+      }
+      launch_it(p, plan, stream, grad_output, value, offset_mask, grad_value, grad_offset_mask);
     }
-    launch_it(p, plan, stream, grad_output, value, offset_mask, grad_value, grad_offset_mask);
   });
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 
@@ -52,6 +53,15 @@ MMDCNV4_DEVICE void reduce_add(float* to, float a, float b, float c, float d) {
 #else
   reduce_add(to, a, b);
   reduce_add(to + 2, c, d);
+#endif
+}
+// visit(std::integral_constant<int, n>): float32 numbers that one reduction adds.
+template <typename Visit>
+MMDCNV4_DEVICE void with_reduction_width(const Visit& visit) {
+#if __CUDA_ARCH__ >= 900
+  visit(std::integral_constant<int, 4>());
+#else
+  visit(std::integral_constant<int, 1>());
 #endif
 }
 MMDCNV4_DEVICE void reduce_add(double* to, double a) { atomicAdd(to, a); }

@@ -5,7 +5,7 @@
 // of its own, so that builds run in parallel. No torch headers.
 #pragma once
 
-#include "../launch_plan.h"
+#include "../window_plan.h"
 #include "offset_numbers.cuh"
 
 namespace mmdcnv4 {

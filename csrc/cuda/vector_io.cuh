@@ -136,6 +136,23 @@ MMDCNV4_DEVICE void reduce_add_vector(T* to, const T (&from)[kVec]) {
   }
 }
 
+// Channels of a row that a thread adds to, of those from `begin` on that its team takes at a time.
+// Reductions take as long as there are sectors, 32 bytes of memory, that those of a warp meet,
+// however full. So neighbouring threads add neighbouring numbers: where the device adds vectors,
+// each thread its own; before sm_90, where it adds one number at a time, one each of the first
+// channels, then one each of the next. `vec` divides the channels.
+struct AddedChannels {
+  int32_t first, pitch;
+
+  static MMDCNV4_DEVICE AddedChannels of(int32_t begin, int32_t end, int32_t lane, int32_t team,
+                                         int32_t vec) {
+    const int32_t threads = (end - begin) / vec; // that have channels
+    return {begin + lane, threads < team ? threads : team};
+  }
+};
+template <int kVec, typename Width>
+constexpr bool kAddsOneByOne = kVec > 1 && Width::value == 1;
+
 // Where gradients of value are added up, by any thread: in floating point, in an order that varies.
 template <typename T>
 struct FloatSum {

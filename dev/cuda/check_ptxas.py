@@ -47,6 +47,7 @@ DEPTHS = (16, 32, 64)  # channels of a group, for which kernels are counted
 RARE = ('window_grad_rest', 'window_clear')
 # direct kernels that most calls take, by their variant
 PLAIN = {'forward': 'K=9', 'backward': '', 'attention_forward': '', 'attention_backward': ''}
+MOST_ADDED = 4  # channels per thread of the direct gradients, kMostAdded
 # 65536 registers and 256 threads per block: this many blocks have to fit on a multiprocessor
 REGISTERS = {4: 64, 3: 80, 2: 128}
 # kernels that add to the gradient of value in float32
@@ -166,14 +167,14 @@ def parse_name(arch: str, mangled: str) -> Optional[Kernel]:
     return Kernel(arch, match[1], dtype, first, variant)
 
 
-def kernel_hash(root: Path = ROOT) -> str:
+def kernel_hash(root: Path = ROOT, of_all: bool = True) -> str:
     """What setup.py computes of the sources in a folder; the program itself would build."""
     tree = ast.parse((ROOT / 'setup.py').read_text())
     function = next(node for node in tree.body
                     if isinstance(node, ast.FunctionDef) and node.name == 'kernel_hash')
     names = {'hashlib': hashlib, 're': re, 'ROOT': root}
     exec(compile(ast.Module([function], []), 'setup.py', 'exec'), names)
-    return names['kernel_hash']()
+    return names['kernel_hash'](of_all)
 
 
 def find_tool(name: str) -> Optional[str]:
@@ -246,14 +247,18 @@ def add_parts(kernels: dict[str, Kernel], sass: str) -> None:
     """Counts what warps execute of the kernels that INTRODUCTION names, in disassembled code."""
     for name, code in functions(sass):
         kernel = kernels[name]
-        is_widest = kernel.vector_bytes == 16 and kernel.dtype != 'float64'
+        is_gradient = kernel.direction == 'backward'
+        is_widest = kernel.dtype != 'float64' and (
+            kernel.vec == MOST_ADDED if is_gradient else kernel.vector_bytes == 16)
         if kernel.is_window or kernel.direction in RARE:
             group = Group(kernel.depth, kernel.size)
             kernel.parts = {kernel.shape: parts_of(code, kernel.direction, group)}
         elif is_widest and kernel.variant == PLAIN.get(kernel.direction):
             depths = (32,) if kernel.direction in ATTENTION else DEPTHS
-            kernel.parts = {f'D={depth}': parts_of(code, kernel.direction,
-                                                   Group(depth, kernel.size)) for depth in depths}
+            # teams of the gradients are those of four bytes per channel
+            size = 16 // MOST_ADDED if is_gradient else kernel.size
+            kernel.parts = {f'D={depth}': parts_of(code, kernel.direction, Group(depth, size))
+                            for depth in depths}
 
 
 class Compiler:

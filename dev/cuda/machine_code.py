@@ -95,7 +95,9 @@ def spans_of(code: Code) -> list[Span]:
 def direct_role(span: Span, direction: str, group: Group) -> Role:
     """Direct kernels: 9 taps; a team of threads has a row."""
     if not span.is_loop:
-        return SAME
+        # numbers of grad_output that a row adds are loaded once, with its first corner
+        is_loading = direction == 'backward' and span.has('LDG') and 'RED' not in span.body
+        return NEVER if is_loading and not span.has('F2I') else SAME
     if direction == 'backward' and 'RED' in span.body:
         # taps; around them taps by nines, channels
         return Role(9 if span.has('SHFL') and not span.has('STG') else 1)

@@ -151,7 +151,7 @@ class Contact:
         """Two shapes; the released package apart, since it may take its process with it."""
         def bench(name: str, dtype: str, seconds: int, *peers: str) -> bool:
             arguments = [str(BENCHMARK), '--shapes', *SHAPES, '--dtypes', dtype, '--offsets', 'D1',
-                         'D0', 'D2', '--group-channels', '32', '16', '--budget', str(seconds),
+                         'D0', 'D2', 'D3', '--group-channels', '32', '16', '--budget', str(seconds),
                          '--output', str(self.out / name), '--peers', *peers]
             return self.run(Command(name, self.module(*arguments), seconds + 40))
 

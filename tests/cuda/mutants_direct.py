@@ -9,10 +9,11 @@ from helpers.faults import Fault
 
 K, A = 'tests/cuda/test_emulated_kernels.py::', 'tests/cuda/test_emulated_attention.py::'
 FOLDER, ATTENTION = 'csrc/cuda/', 'csrc/cuda/attention/attention_'
-FORWARD, BACKWARD, SAMPLING, ARGUMENTS, OFFSETS, VECTORS = (FOLDER + name for name in (
-    'dcnv4_forward.cuh', 'dcnv4_backward.cuh', 'sampling.cuh', 'arguments.h',
+FORWARD, BACKWARD, GATHER, SAMPLING, ARGUMENTS, OFFSETS, VECTORS = (FOLDER + name for name in (
+    'dcnv4_forward.cuh', 'dcnv4_backward.cuh', 'gather_tap.cuh', 'sampling.cuh', 'arguments.h',
     'offset_numbers.cuh', 'vector_io.cuh'))
-PLAN, BILINEAR = 'csrc/launch_plan.cpp', 'csrc/bilinear.h'
+PLAN, WINDOW_PLAN, LIMITS, BILINEAR = (f'csrc/{name}' for name in (
+    'launch_plan.cpp', 'window_plan.cpp', 'launch_plan.h', 'bilinear.h'))
 F, F_F16, B, B_F16 = (f'{FOLDER}dcnv4_{name}.cu'
                       for name in ('forward_f32', 'forward_f16', 'backward_f32', 'backward_f16'))
 T = ATTENTION + 'f32.cu'
@@ -27,6 +28,10 @@ MANY, NAN, FIXED, LAUNCHES, PLANS, PADDING = (
         'test_several_launches', 'test_launch_plans', 'test_padding_has_no_gradient'))
 ODD, ENCODER, VERY_WIDE, TINY = (A + f'test_sizes[{name}-f32]'
                                  for name in ('odd', 'encoder', 'very-wide', 'tiny-levels'))
+FOUR_FLOATS, FOUR_HALVES, ONE_BY_ONE = (
+    K + f'test_reductions_fill_sectors[{name}]'
+    for name in ('forward-32-4-f32', 'forward-32-4-f16', 'forward-at-once-32-4-f32'))
+SAMPLES_ONE_BY_ONE = A + 'test_reductions_fill_sectors[forward-at-once-f32-4]'
 NAN_SAMPLES = tuple(A + f'test_nan_stays_where_it_is_sampled[{name}-False]'
                     for name in ('tiny-levels', 'encoder'))
 MANY_POINTS = A + 'test_sizes[many-points-f32]'
@@ -74,14 +79,14 @@ DIRECT = [
           B, SOFTMAX),
     fault('the mean of one thread', BACKWARD, '    expected = team_sum(expected, team);\n', '', B,
           SOFTMAX),
-    fault('scatters twice', BACKWARD, 'gather_tap(!kMaybeSoftmax || is_last, channels,',
-          'gather_tap(true, channels,', B, SOFTMAX),
+    fault('scatters twice', BACKWARD, 'if (!kMaybeSoftmax || is_last)\n  ', 'if (true)\n  ', B,
+          SOFTMAX),
     fault('padding is what was in memory (direct)', BACKWARD,
           'i += team) to.store(T(0), 3 * a.points + i);', 'i += team) ;', B_F16, PADDING),
     fault('padding after every group', BACKWARD,
           'if (row.group + 1 < a.groups || first + count < a.points) return;',
           'if (first + count < a.points) return;', B, ORDER),
-    fault('the first channels of grad_output for all', BACKWARD,
+    fault('the first channels of grad_output for all', GATHER,
           'if (channels.step < channels.end)', 'if (false)', B, K + 'test_order_of_threads[70-3x3]',
           K + 'test_sizes[2x3x11x2x70-f32]'),
     fault('corners that do not exist', SAMPLING, 'uint32_t(b.has_x1 & b.has_y0) << 1',
@@ -114,7 +119,14 @@ DIRECT = [
           'return {data + at * int64_t(sizeof(T)), are_float};', F_F16,
           K + 'test_geometries[f16-f32-3x3]'),
     fault('a number is added twice', VECTORS, 'from[i + 2], from[i + 3]);',
-          'from[i + 2], from[i + 2]);', B, SIMPLE),
+          'from[i + 2], from[i + 2]);', B, FOUR_FLOATS),
+    fault('one by one, but of its own channels', VECTORS,
+          'return {begin + lane, threads < team ? threads : team};',
+          'return {begin + lane * vec, 1};', B, ONE_BY_ONE),
+    fault('one by one, threads without channels as well', VECTORS,
+          'threads < team ? threads : team', 'team', B, K + 'test_order_of_threads[70-3x3]'),
+    fault('one by one, the channels of the first step', BACKWARD, 'if (first != to.first) {',
+          'if (first < 0) {', B, K + 'test_order_of_threads[70-3x3]'),
     fault('fixed point: what is not finite is left out', VECTORS,
           '        reduce_add(not_finite + at + i, from[i]);\n', '', B,
           K + 'test_fixed_point_of_hostile_numbers'),
@@ -126,15 +138,18 @@ DIRECT = [
           'static_cast<uint32_t>(base) < static_cast<uint32_t>(size);', B, SIMPLE),
     fault('vectors that are not aligned', PLAN, ' && request.alignment % bytes == 0)', ')', PLAN,
           K + 'test_alignment[1-f32]'),
-    fault('a block too many in a launch', PLAN, 'limits.blocks_per_launch / blocks));',
+    fault('a block too many in a launch', LIMITS, 'limits.blocks_per_launch / blocks));',
           'limits.blocks_per_launch / blocks + 1));', PLAN, LAUNCHES),
+    fault('more channels per thread than a reduction adds', PLAN,
+          '    if (request.backward && vec > kMostAdded) continue;\n', '', PLAN, FOUR_HALVES),
     fault('half of the shared memory', PLAN, 'plan.shared_bytes = rows * kTapsPerPass *',
           'plan.shared_bytes = rows / 2 * kTapsPerPass *', PLAN, SIMPLE),
     fault('tiles of the input', PLAN, 'plan.tiles_h = divide_up(p.out_height, plan.tile_h);',
           'plan.tiles_h = divide_up(p.height, plan.tile_h);', PLAN, PLANS,
           K + 'test_geometries[f32-3x3-softmax]'),
-    fault('window tiles of the output', PLAN, 'plan.is_mirrored ? p.height : p.out_height',
-          'p.out_height', PLAN, 'tests/cuda/test_window_backward.py::test_maps_of_two_sizes[0]'),
+    fault('window tiles of the output', WINDOW_PLAN, 'plan.is_mirrored ? p.height : p.out_height',
+          'p.out_height', WINDOW_PLAN,
+          'tests/cuda/test_window_backward.py::test_maps_of_two_sizes[0]'),
 ]
 
 ATTENTION_FAULTS = [
@@ -159,6 +174,12 @@ ATTENTION_FAULTS = [
           'for (int i = 0; i < kVec; ++i) sum[corner][i] = W(0);', ';', T, ENCODER),
     fault('the last cell is left out', ATTENTION + 'backward.cuh',
           '    run.finish(a, grad_value);\n', '', T, ENCODER),
+    fault('one by one, sums of other channels', ATTENTION + 'backward.cuh',
+          'to[i] = load_one(row + added.first + i * added.pitch);', 'to[i] = own[i];', T,
+          SAMPLES_ONE_BY_ONE),
+    fault('one by one, added to other channels', ATTENTION + 'backward.cuh',
+          'offset(a, corner) + added.first - channel;', 'offset(a, corner);', T,
+          SAMPLES_ONE_BY_ONE),
     fault('height for width', ATTENTION + 'backward.cuh', 'T(level.width) * sums.y',
           'T(level.height) * sums.y', T, ODD),
     fault('derivative before the first pixel', ATTENTION + 'backward.cuh',

@@ -24,7 +24,7 @@ from mutants_window import (
 
 from helpers.faults import Fault
 
-GATHER, PLAN = FOLDER + 'unit_gather.cuh', 'csrc/launch_plan.cpp'
+GATHER, PLAN = FOLDER + 'unit_gather.cuh', 'csrc/window_plan.cpp'
 F32, B32 = (f'{FOLDER}dcnv4_window_{name}_f32.cu' for name in ('forward', 'backward'))
 PRODUCT, WIDE, LOOSE = (W + f'test_geometries[{name}-f32-3x3]'
                         for name in ('product-16', 'product-32', 'gather-16'))

@@ -23,7 +23,7 @@ from mutants_window import (
 from helpers.faults import Fault
 
 PLACE, GATHER = FOLDER + 'tap_place.cuh', FOLDER + 'unit_gather.cuh'
-PLAN = 'csrc/launch_plan.cpp'
+PLAN = 'csrc/window_plan.cpp'
 SLICES, SPLIT = (W + f'test_geometries[product-{name}-3x3]' for name in ('64-f16', '16-bf16'))
 WIDER = W + 'test_geometries[product-32-f16-3x3]'
 LOOSE, LOOSE_RING, LOOSE_WIDE, LOOSE_SLICES = (

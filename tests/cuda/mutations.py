@@ -170,7 +170,7 @@ def native_object(unit: str) -> Path:
 def native_flags(unit: str) -> list[str]:
     includes = [f'-I{path}' for path in (*cpp_extension.include_paths(),
                                          sysconfig.get_paths()['include'])]
-    if 'kernels_' in unit or 'launch_plan' in unit:
+    if 'kernels_' in unit or '_plan' in unit:
         return [*NATIVE, *includes]
     return [*NATIVE, '-include', str(FOLDER / 'native' / 'torch.h'), *includes]
 

@@ -25,7 +25,10 @@ from mmdcnv4.ops import _extension, multi_scale_deformable_attention
 
 def emulate(emulator, path, inputs, *, schedule=None, alignment=16, device=GPU,
             deterministic=False):
-    """Output and gradients, grad_value rounded to the type of value; and both plans."""
+    """Output and gradients, grad_value rounded to the type of value; both plans, and what is added
+    to grad_value. There are no copies in the background: where those would land at once, numbers
+    are added one by one, as before sm_90, instead.
+    """
     value, locations, weights, sizes, grad_output = inputs
     data = b''.join(map(to_bytes, (value, locations, weights, grad_output)))
     path.write_bytes(data)
@@ -35,7 +38,9 @@ def emulate(emulator, path, inputs, *, schedule=None, alignment=16, device=GPU,
     numbers = [emulator.code(schedule), alignment, CODE[value.dtype], int(locations.dtype == F32),
                int(weights.dtype == F32), int(deterministic), 2.0**-exponent, *device, batch,
                queries, heads, value.shape[3], points, levels, *(n for size in sizes for n in size)]
-    plans = json.loads(emulator('attention', f'{path} {" ".join(map(str, numbers))}\n'))
+    options = ['before_sm_90'] * (schedule or emulator.schedule).endswith('-at-once')
+    *plans, added = json.loads(
+        emulator('attention', f'{path} {" ".join(map(str, numbers))}\n', *options))
     rest = path.read_bytes()[len(data):]
     output, rest = from_bytes(rest, value.dtype, grad_output.shape)
     is_wide = deterministic or value.dtype == F64
@@ -43,8 +48,7 @@ def emulate(emulator, path, inputs, *, schedule=None, alignment=16, device=GPU,
     grad_locations, rest = from_bytes(rest, locations.dtype, locations.shape)
     grad_weights, rest = from_bytes(rest, weights.dtype, weights.shape)
     assert not rest
-    return ((output, grad_value.to(value.dtype), grad_locations, grad_weights),
-            plans)
+    return (output, grad_value.to(value.dtype), grad_locations, grad_weights), plans, added
 
 
 def on_the_cpu(inputs):
@@ -59,7 +63,7 @@ def on_the_cpu(inputs):
 @pytest.mark.parametrize('name', SIZES)
 def test_sizes(emulator, tmp_path, name, dtypes):
     inputs = make_inputs(name, DTYPES[dtypes])
-    actual, _ = emulate(emulator, tmp_path / 'call', inputs)
+    actual, *_ = emulate(emulator, tmp_path / 'call', inputs)
     assert_accurate(actual, inputs)
 
 
@@ -67,7 +71,7 @@ def test_sizes(emulator, tmp_path, name, dtypes):
 @pytest.mark.skipif(not _extension.is_available, reason='no compiled kernels')
 def test_equals_the_cpu_kernels(emulator, tmp_path, name):
     inputs = make_inputs(name, DTYPES['f64'])
-    actual, _ = emulate(emulator, tmp_path / 'call', inputs)
+    actual, *_ = emulate(emulator, tmp_path / 'call', inputs)
     for found, target in zip(actual, on_the_cpu(inputs)):
         torch.testing.assert_close(found, target, atol=1e-12, rtol=1e-12)
 
@@ -79,9 +83,22 @@ def test_orders_of_threads(emulator, tmp_path, order, deterministic, dtypes):
     """What is right in one order only is a race."""
     for name in ('encoder', 'many-points'):
         inputs = make_inputs(name, DTYPES[dtypes])
-        actual, _ = emulate(emulator, tmp_path / 'call', inputs, schedule=order,
-                            device=ONE_PROCESSOR, deterministic=deterministic)
+        actual, *_ = emulate(emulator, tmp_path / 'call', inputs, schedule=order,
+                             device=ONE_PROCESSOR, deterministic=deterministic)
         assert_accurate(actual, inputs)
+
+
+@pytest.mark.parametrize('dtypes, sectors', [('f32', 4), ('f16-f32', 8)])
+@pytest.mark.parametrize('schedule', ['forward', 'forward-at-once'], indirect=True)
+def test_reductions_fill_sectors(emulator, tmp_path, schedule, dtypes, sectors):
+    """Of 32 bytes each: they are what a GPU's reductions wait for. 32 channels are four; half types
+    have eight channels per thread, and fill half of each."""
+    inputs = make_inputs('encoder', DTYPES[dtypes])
+    actual, _, added = emulate(emulator, tmp_path / 'call', inputs)
+    assert_accurate(actual, inputs)
+    pixels, rest = divmod(added['numbers'], 32)
+    assert pixels > 0 and rest == 0
+    assert added['sectors'] <= pixels * sectors
 
 
 @pytest.mark.parametrize('dtypes', ['f64', 'f32', 'f16-f32-f16', 'bf16'])
@@ -101,8 +118,8 @@ def test_few_images_per_launch(emulator, tmp_path, numbers):
     """Where blocks, samples or pixels of all images are too many to be counted in 32 bits."""
     for deterministic in (False, True):
         inputs = make_inputs('tiny-levels', DTYPES['f32'])
-        actual, plans = emulate(emulator, tmp_path / 'call', inputs, device=(*GPU[:3], numbers),
-                                deterministic=deterministic)
+        actual, plans, _ = emulate(emulator, tmp_path / 'call', inputs, device=(*GPU[:3], numbers),
+                                   deterministic=deterministic)
         assert plans[1]['images'] == max(1, numbers // 144)  # 9 queries, 2 heads, 8 samples
         assert_accurate(actual, inputs)
 
@@ -111,8 +128,8 @@ def test_few_images_per_launch(emulator, tmp_path, numbers):
 @pytest.mark.parametrize('name', ['encoder', 'many-points', 'tiny-levels', 'very-wide'])
 def test_little_shared_memory(emulator, tmp_path, name, shared_bytes):
     inputs = make_inputs(name, DTYPES['f16'])
-    actual, plans = emulate(emulator, tmp_path / 'call', inputs,
-                            device=(1, shared_bytes, *GPU[2:]))
+    actual, plans, _ = emulate(emulator, tmp_path / 'call', inputs,
+                               device=(1, shared_bytes, *GPU[2:]))
     assert all(plan['shared_bytes'] <= shared_bytes for plan in plans)
     assert_accurate(actual, inputs)
 
@@ -122,7 +139,7 @@ def test_alignment(emulator, tmp_path, dtypes):
     inputs = make_inputs('encoder', DTYPES[dtypes])
     size = inputs.value.element_size()
     for alignment, vec in ((16, 16 // size), (8, 1), (size, 1)):
-        actual, plans = emulate(emulator, tmp_path / 'call', inputs, alignment=alignment)
+        actual, plans, _ = emulate(emulator, tmp_path / 'call', inputs, alignment=alignment)
         assert [plan['vec'] for plan in plans] == [vec, vec]
         assert_accurate(actual, inputs)
 
@@ -139,7 +156,7 @@ def test_far_and_undefined_locations_count_as_zero(emulator, tmp_path, bad, dete
     hostile[:, ::2, :, 1, 2, 0] = bad
     hostile[:, ::2, :, 1, 2, 1] = 0.5
     quiet[:, ::2, :, 1, 2] = 0
-    found, _ = emulate(emulator, tmp_path / 'call', inputs._replace(locations=hostile),
+    found, *_ = emulate(emulator, tmp_path / 'call', inputs._replace(locations=hostile),
                        deterministic=deterministic)
     expected = exact(inputs._replace(weights=quiet))
     for index in (0, 1):
@@ -158,7 +175,7 @@ def test_nan_stays_where_it_is_sampled(emulator, tmp_path, name, deterministic):
     inputs.value[:, 0] = math.nan  # must not stand in for the pixel of a sample outside
     inputs.grad_output[-1, 2, :3] = math.nan
     inputs.weights[0, 1, 0, 0, 0] = math.nan
-    found, _ = emulate(emulator, tmp_path / 'call', inputs, deterministic=deterministic)
+    found, *_ = emulate(emulator, tmp_path / 'call', inputs, deterministic=deterministic)
     for one, right in zip(found, on_the_cpu(inputs)):
         assert right.isnan().any() or one is found[2]
         assert torch.equal(one.isnan(), right.isnan())
@@ -172,7 +189,7 @@ def test_whole_positions(emulator, tmp_path):
     place = torch.tensor([(x, y) for y in (-1.0, 0, 3, 4) for x in (-1.0, 0, 1, 2, 3, 4)],
                          dtype=F64)
     inputs.locations[0, :, 0, 0, 0] = (place + 0.5) / 4
-    actual, _ = emulate(emulator, tmp_path / 'call', inputs)
+    actual, *_ = emulate(emulator, tmp_path / 'call', inputs)
     for found, target in zip(actual, on_the_cpu(inputs)):
         torch.testing.assert_close(found, target, atol=1e-12, rtol=1e-12)
 
@@ -181,5 +198,5 @@ def test_whole_positions(emulator, tmp_path):
 def test_all_samples_in_one_place(emulator, tmp_path):
     inputs = make_inputs('crowded', DTYPES['f32'])
     inputs.locations[:] = inputs.locations[0, 0, 0]
-    actual, _ = emulate(emulator, tmp_path / 'call', inputs)
+    actual, *_ = emulate(emulator, tmp_path / 'call', inputs)
     assert_accurate(actual, inputs, factor=2)

@@ -39,20 +39,26 @@ from mmdcnv4.testing import (
 
 def emulate(emulator, path, inputs, grad_output, *, groups, schedule=None, alignment=16,
             device=GPU, **geometry):
-    """Output, grad_value (rounded to the dtype of value), grad_offset_mask; and both plans."""
+    """Output, grad_value (rounded to the dtype of value), grad_offset_mask; both plans and what is
+    added.
+
+    These kernels have no copies in the background: where those would land at once, numbers are
+    added one by one, as before sm_90, instead.
+    """
     value, packed = inputs.value, inputs.offset_mask
     data = to_bytes(value) + to_bytes(packed) + to_bytes(grad_output)
     path.write_bytes(data)
     call = (f'{path} {emulator.code(schedule)} {alignment} {CODE[value.dtype]} '
             f'{CODE[packed.dtype]} {" ".join(map(str, device))} '
             f'{sizes_text(value, groups, geometry)}\n')
-    plans = json.loads(emulator('run', call))
+    options = ['before_sm_90'] * (schedule or emulator.schedule).endswith('-at-once')
+    *plans, added = json.loads(emulator('run', call, *options))
     rest = path.read_bytes()[len(data):]
     output, rest = from_bytes(rest, value.dtype, grad_output.shape)
     grad_value, rest = from_bytes(rest, F64 if value.dtype == F64 else F32, value.shape)
     grad_packed, rest = from_bytes(rest, packed.dtype, packed.shape)
     assert not rest
-    return (output, grad_value.to(value.dtype), grad_packed), plans
+    return (output, grad_value.to(value.dtype), grad_packed), plans, added
 
 
 def exponent_above(tensor):
@@ -84,7 +90,8 @@ def check(emulator, tmp_path, size, dtypes, geometry, **options):
     """Compares one call with the reference; returns the plans."""
     inputs, grad_output = make_call(size, dtypes, geometry)
     geometry = dict(geometry, groups=size[3])
-    actual, plans = emulate(emulator, tmp_path / 'call', inputs, grad_output, **geometry, **options)
+    actual, plans, _ = emulate(emulator, tmp_path / 'call', inputs, grad_output, **geometry,
+                               **options)
     assert_norms(actual, assert_accurate(actual, inputs, grad_output, **geometry))
     return plans
 
@@ -120,7 +127,8 @@ def test_alignment(emulator, tmp_path, dtypes, elements):
                   alignment=alignment)
     for plan in plans:
         has_vectors = alignment >= 8 and dtypes[0] != torch.float64
-        assert plan['vec'] == (alignment // dtypes[0].itemsize if has_vectors else 1)
+        assert plan['vec'] == (alignment // dtypes[0].itemsize if has_vectors else 1) or (
+            plan is plans[1] and plan['vec'] == 4)
 
 
 @pytest.mark.parametrize('shared_bytes', [48 * 1024, 24 * 1024, 16 * 1024, 4 * 1024])
@@ -162,6 +170,22 @@ def test_order_of_threads(emulator, tmp_path, name, depth):
         torch.testing.assert_close(output, results[0][0], **same)
         torch.testing.assert_close(grad_packed, results[0][2], **same)
         torch.testing.assert_close(grad_value, results[0][1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtypes', ['f32', 'f16', 'bf16-f32'])
+@pytest.mark.parametrize('depth, by_one', [(16, 4), (32, 4), (64, 8), (96, 12)])
+@pytest.mark.parametrize('schedule', ['forward', 'forward-at-once'], indirect=True)
+def test_reductions_fill_sectors(emulator, tmp_path, schedule, depth, by_one, dtypes):
+    """Of 32 bytes each: they are what a GPU's reductions wait for. Where one number is added at a
+    time (`by_one` sectors per corner), the four threads of a group of 16 channels fill half of one.
+    """
+    geometry = dict(GEOMETRIES['3x3'], groups=2)
+    inputs, grad_output = make_call((1, 5, 7, 2, depth), DTYPES[dtypes], GEOMETRIES['3x3'])
+    actual, _, added = emulate(emulator, tmp_path / 'call', inputs, grad_output, **geometry)
+    assert_accurate(actual, inputs, grad_output, **geometry)
+    corners, rest = divmod(added['numbers'], depth)
+    assert corners > 0 and rest == 0
+    assert added['sectors'] <= corners * (depth // 8 if schedule == 'forward' else by_one)
 
 
 @pytest.mark.parametrize('dtypes', DTYPES)
@@ -207,7 +231,7 @@ def test_hostile_offsets(emulator, tmp_path, name, dtypes):
     points = make_geometry(**geometry).points
     inputs, grad_output = make_call((2, 5, 7, 3, 8), DTYPES[dtypes], GEOMETRIES[name])
     inputs = hostile_offsets(inputs, points)
-    actual, _ = emulate(emulator, tmp_path / 'call', inputs, grad_output, **geometry)
+    actual, *_ = emulate(emulator, tmp_path / 'call', inputs, grad_output, **geometry)
     assert all(tensor.isfinite().all() for tensor in actual)
     assert_accurate(actual, inputs, grad_output, **geometry)
 
@@ -222,7 +246,7 @@ def test_pixels_that_are_nan(emulator, tmp_path, name, dtypes):
     inputs = hostile_offsets(inputs, make_geometry(**geometry).points)
     for y, x in ((0, 6), (8, 0), (8, 6), (4, 3)):  # corners are where clamped coordinates end up
         inputs.value[:, y, x] = torch.nan
-    actual, _ = emulate(emulator, tmp_path / 'call', inputs, grad_output, **geometry)
+    actual, *_ = emulate(emulator, tmp_path / 'call', inputs, grad_output, **geometry)
     expected = forward_backward(dcnv4_reference, inputs, grad_output, **geometry)
     for name, one, other in zip(('output', 'grad_value', 'grad_offset_mask'), actual, expected):
         assert other.isnan().any() == (name != 'grad_value')
@@ -231,14 +255,14 @@ def test_pixels_that_are_nan(emulator, tmp_path, name, dtypes):
     # the first pixel for the output alone: the reference gathers it in place of missing corners,
     # and its gradient is 0 * NaN there
     inputs.value[:, 0, 0] = torch.nan
-    actual, _ = emulate(emulator, tmp_path / 'call', inputs, grad_output, **geometry)
+    actual, *_ = emulate(emulator, tmp_path / 'call', inputs, grad_output, **geometry)
     expected = dcnv4_reference(*inputs, **geometry)
     assert torch.equal(actual[0].isnan(), expected.isnan())
 
 
 def test_padding_has_no_gradient(emulator, tmp_path):
     inputs, grad_output = make_call((1, 3, 5, 3, 8), DTYPES['f16'], GEOMETRIES['3x3'])
-    actual, _ = emulate(emulator, tmp_path / 'call', inputs, grad_output, groups=3,
+    actual, *_ = emulate(emulator, tmp_path / 'call', inputs, grad_output, groups=3,
                         **GEOMETRIES['3x3'])
     assert actual[2].shape[-1] == offset_mask_channels(3, 9) == 88
     assert (actual[2][..., 81:] == 0).all() and (actual[2][..., :81] != 0).any()

@@ -37,7 +37,7 @@ class EmulatorBuild:
         kernels = sorted(path for path in (CSRC / 'cuda').rglob('*.cu')
                          if not path.name.endswith('_cuda.cu'))
         # the largest first: a core that is idle at the end costs nothing
-        self.units = sorted([*EMULATOR.glob('*.cpp'), CSRC / 'launch_plan.cpp', *kernels],
+        self.units = sorted([*EMULATOR.glob('*.cpp'), *CSRC.glob('*_plan.cpp'), *kernels],
                             key=lambda path: ('window' not in path.name, path.name))
         common = hashlib.sha256(' '.join((self.compiler, *FLAGS)).encode())
         for path in sorted({*CSRC.glob('*.h'), *(CSRC / 'cuda').rglob('*.*h'),

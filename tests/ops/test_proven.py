@@ -96,19 +96,25 @@ def test_the_tables_are_of_these_kernels(kernel_hash):
         'dev/cuda/check_ptxas.py --write csrc/cuda/compiled.md')
 
 
-@pytest.mark.parametrize('changed, counts', [
-    ('cuda/sampling.cuh', True), ('cuda/window/dcnv4_window_forward.cuh', True),
-    ('launch_plan.cpp', True), ('bilinear.h', True), ('cuda/dcnv4_cuda.cu', False),
-    ('cuda/binding.h', False), ('cuda/attention/attention_forward.cuh', False),
-    ('ms_deform_attn_check.cpp', False)])
-def test_the_hash_names_the_kernels_of_dcnv4(kernel_hash, tmp_path, changed, counts):
-    """What was proven on a GPU stays proven whatever becomes of bindings and of attention."""
+@pytest.mark.parametrize('changed, counts, counts_in_all', [
+    ('cuda/window/dcnv4_window_forward.cuh', True, True), ('window_plan.cpp', True, True),
+    ('cuda/sampling.cuh', True, True), ('bilinear.h', True, True), ('launch_plan.h', True, True),
+    ('launch_plan.cpp', False, True), ('cuda/dcnv4_backward.cuh', False, True),
+    ('cuda/dcnv4_forward_f32.cu', False, True), ('cuda/dcnv4_cuda.cu', False, False),
+    ('cuda/binding.h', False, False), ('cuda/attention/attention_forward.cuh', False, False),
+    ('ms_deform_attn_check.cpp', False, False)])
+def test_the_hash_names_the_kernels_on_tensor_cores(kernel_hash, tmp_path, changed, counts,
+                                                    counts_in_all):
+    """They stay proven whatever becomes of direct kernels, bindings and attention."""
     shutil.copytree(ROOT / 'csrc', tmp_path / 'csrc')
-    before = kernel_hash(tmp_path)
-    assert before == kernel_hash()
+
+    def hashes(root=tmp_path):
+        return [kernel_hash(root, of_all) for of_all in (False, True)]
+    before = hashes()
+    assert before == hashes(ROOT)
     with (tmp_path / 'csrc' / changed).open('a') as file:
         file.write('\n// a comment\n')
-    assert kernel_hash(tmp_path) == before
+    assert hashes() == before
     with (tmp_path / 'csrc' / changed).open('a') as file:
         file.write('int added;\n')
-    assert (kernel_hash(tmp_path) != before) == counts
+    assert [one != other for one, other in zip(hashes(), before)] == [counts, counts_in_all]

@@ -97,6 +97,8 @@ MMDCNV4_DEVICE void fill_team(const AttentionArguments& a, const AttentionBackwa
 template <typename T, int kVec, typename Sum>
 struct CellRun {
   using W = wide_t<T>;
+  AddedChannels added; // channels of `sum`
+  int32_t channel;     // the first of those of `pixel`
   W pixel[4][kVec];
   W sum[4][kVec];
   int64_t at;        // of the first pixel in value and grad_value
@@ -110,9 +112,37 @@ struct CellRun {
   }
 
   MMDCNV4_DEVICE void flush(const AttentionArguments& a, const Sum& grad_value, int corner) {
-    if (touched >> corner & 1) grad_value.add(offset(a, corner), sum[corner]);
+    if (touched >> corner & 1) {
+      with_reduction_width([&](auto width) {
+        if constexpr (kAddsOneByOne<kVec, decltype(width)>) {
+          const int64_t to = offset(a, corner) + added.first - channel;
+#pragma unroll
+          for (int i = 0; i < kVec; ++i) {
+            const W number[1] = {sum[corner][i]};
+            grad_value.add(to + i * added.pitch, number);
+          }
+        } else {
+          grad_value.add(offset(a, corner), sum[corner]);
+        }
+      });
+    }
 #pragma unroll
     for (int i = 0; i < kVec; ++i) sum[corner][i] = W(0);
+  }
+
+  // Of a row of grad_output, the numbers of the channels that this thread adds to; `own`: of those
+  // whose dot products it takes.
+  MMDCNV4_DEVICE void load_added(const T* row, const W (&own)[kVec], W (&to)[kVec]) const {
+    with_reduction_width([&](auto width) {
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        if constexpr (kAddsOneByOne<kVec, decltype(width)>) {
+          to[i] = load_one(row + added.first + i * added.pitch);
+        } else {
+          to[i] = own[i];
+        }
+      }
+    });
   }
 
   MMDCNV4_DEVICE void load(const AttentionArguments& a, const T* value, int corner) {
@@ -122,7 +152,9 @@ struct CellRun {
       VectorIo<T, kVec>::widen(VectorIo<T, kVec>::load(value + offset(a, corner)), pixel[corner]);
   }
 
-  MMDCNV4_DEVICE void start() {
+  MMDCNV4_DEVICE void start(const AttentionArguments& a, int32_t begin, int32_t lane) {
+    added = AddedChannels::of(begin, a.head_channels, lane, 1 << a.team_log2, kVec);
+    channel = begin + lane * kVec;
     cell = kNoCell - 1; // no cell, nor is there one after it
     bits = touched = 0;
 #pragma unroll
@@ -136,7 +168,7 @@ struct CellRun {
 
   // To the cell of a sample.
   MMDCNV4_DEVICE void move(const AttentionArguments& a, const T* value, const Sum& grad_value,
-                           int32_t channel, const uint4& words) {
+                           const uint4& words) {
     if (words.x == cell) return;
     const bool is_next = words.x == cell + 1 && (bits & kHasNextX);
     flush(a, grad_value, 0);
@@ -175,7 +207,9 @@ struct CellRun {
   }
 
   // Adds a sample to the sums; returns <grad, sample> and its derivatives, over these channels.
-  MMDCNV4_DEVICE BilinearGrad<W> add(const Four<W>& numbers, uint32_t own, const W (&grad)[kVec]) {
+  // `of_added`: grad_output of the channels that this thread adds to.
+  MMDCNV4_DEVICE BilinearGrad<W> add(const Four<W>& numbers, uint32_t own, const W (&grad)[kVec],
+                                     const W (&of_added)[kVec]) {
     const bool both_x = own & kHasBothX, both_y = own & kHasBothY;
     const bool exists[4] = {true, both_x, both_y, both_x && both_y};
     const W ax = own & kIsBeforeX ? numbers.x : W(1) - numbers.x;
@@ -190,7 +224,7 @@ struct CellRun {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {
         dot[corner] += grad[i] * pixel[corner][i];
-        sum[corner][i] += factor[corner] * grad[i];
+        sum[corner][i] += factor[corner] * of_added[i];
       }
     }
     const W line = ax * dot[0] + numbers.x * dot[1], next = ax * dot[2] + numbers.x * dot[3];
@@ -246,7 +280,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 4)
     const int32_t channel = begin + lane * kVec;
     const bool has_channels = channel < a.head_channels;
     const T* grads = call.grad_output + (has_channels ? channel : 0);
-    run.start();
+    run.start(a, begin, lane);
     typename Io::Raw next = Io::load(grads + int64_t(samples.words[0].z) * a.head_channels);
 #pragma unroll 1
     for (int32_t slot = 0; slot < a.slots; ++slot) {
@@ -258,8 +292,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 4)
         next = Io::load(grads + int64_t(samples.words[slot + 1].z) * a.head_channels);
       BilinearGrad<W> sums{};
       if (has_channels && words.y & kIsInside) {
-        run.move(a, call.value, grad_value, channel, words);
-        sums = run.add(numbers, words.y, grad);
+        W of_added[kVec];
+        run.load_added(call.grad_output + int64_t(words.z) * a.head_channels, grad, of_added);
+        run.move(a, call.value, grad_value, words);
+        sums = run.add(numbers, words.y, grad, of_added);
       }
       sums = {team_sum(sums.mask, 1 << a.team_log2), team_sum(sums.x, 1 << a.team_log2),
               team_sum(sums.y, 1 << a.team_log2)};

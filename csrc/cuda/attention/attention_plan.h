@@ -61,8 +61,6 @@ struct AttentionRequest {
 // An odd number of coefficients per team spreads the teams over the banks.
 constexpr MMDCNV4_HD int32_t slots_pitch(int32_t slots) { return slots | 1; }
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Throws std::length_error where sizes exceed what the kernels can count.
 inline void check_attention_sizes(const MsDeformAttnParams& p) {
   const auto check = [](bool is_right, const char* rule, int64_t number) {

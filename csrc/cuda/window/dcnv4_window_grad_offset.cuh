@@ -24,7 +24,9 @@
 
 #include <cfloat>
 
-#include "../dcnv4_backward.cuh"
+#include "../dispatch.h"
+#include "../gather_tap.cuh"
+#include "../launch.h"
 #include "fragments.cuh"
 #include "window_numbers.cuh"
 #include "window_taps.cuh"
@@ -306,15 +308,15 @@ MMDCNV4_DEVICE void take_left_over(const WindowArguments& a, const Tile& tile, u
     const TapNumbers<float> tap = numbers.load_tap(k, a.call.points);
     const Sample<float> sample = make_sample<false>(a.call, row, MaskRule<float>{}, tap, k);
     const uint32_t bits = has_tap ? corner_bits(sample.bilinear) : 0;
-    const Channels<T, FloatSum<float>> channels{
-        grad_output, value, {nullptr}, int64_t(uint64_t(pixel) * a.call.channels + group * kDepth),
+    const Channels<T> channels{
+        grad_output, value, int64_t(uint64_t(pixel) * a.call.channels + group * kDepth),
         int64_t(group * kDepth), a.call.channels, int32_t(lane % kTeam) * kVec, kDepth, kDepth};
     float grad[kVec], dot[4] = {};
     VectorIo<T, kVec>::widen(
         VectorIo<T, kVec>::load(grad_output + channels.row + channels.begin), grad);
     if (bits != 0) {
-      gather_tap(false, channels, corner_pixels(a.call, sample.bilinear), Four<float>{}, bits, grad,
-                 dot);
+      gather_tap(channels, corner_pixels(a.call, sample.bilinear), bits, grad, dot,
+                 [](int, uint32_t, int32_t) {});
       const Place move = move_of_tap(a, k, tap.dx, tap.dy);
       if (!is_near(move, edge_of_image(row.x + a.shift_x, row.y + a.shift_y), kReach))
         list_tap<kTeam>(lists, tile.image, group, sample.bilinear, pixel * kTaps + uint32_t(k),

@@ -10,7 +10,9 @@
 // Numerics    as dcnv4_backward.cuh: the order of additions is not fixed
 #pragma once
 
-#include "../dcnv4_backward.cuh"
+#include "../dispatch.h"
+#include "../launch.h"
+#include "../sampling.cuh"
 #include "window_taps.cuh"
 
 namespace mmdcnv4 {

@@ -25,6 +25,7 @@
 //              r ^ 8 (i / 2 % 4); before that the numbers of offset_mask, after that the results
 #pragma once
 
+#include "../../window_plan.h"
 #include "../arguments.h"
 #include "tensor_core.cuh"
 

@@ -133,6 +133,7 @@ void run(AttentionCall& call, std::fstream& file) {
   file.seekp(0, std::ios::end);
   output.write(file);
   Buffer<wide_t<T>> sum(in, 16, 0);
+  emulator::take_reductions();
   if (call.is_deterministic) {
     Buffer<uint64_t> fixed(in, 16, 0);
     const double scale = std::ldexp(call.scale, fixed_sum_bits(p));
@@ -151,7 +152,8 @@ void run(AttentionCall& call, std::fstream& file) {
   print(forward);
   std::cout << ", ";
   print(backward);
-  std::cout << "]\n";
+  const auto [numbers, sectors] = emulator::take_reductions();
+  std::cout << ", " << to_json({{"numbers", numbers}, {"sectors", sectors}}) << "]\n";
 }
 
 } // namespace

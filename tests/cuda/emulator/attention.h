@@ -10,7 +10,7 @@
 // heads nor samples exceed its last number. <scale>: of fixed point, before the bits of the plan.
 // The file holds value, locations, weights and grad_output; appended are output, grad_value (in the
 // type in which it is summed, float64 if deterministic), grad_locations and grad_weights. Standard
-// output gets the plans as JSON.
+// output gets the plans as JSON, and the reductions of the backward kernel.
 #pragma once
 
 #include <istream>

@@ -13,6 +13,8 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "races.h"
@@ -68,6 +70,13 @@ void switch_to_fibre(int thread) {
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
 #endif
 }
+
+// Reductions of the current block: how many each thread has executed; the sectors that those of a
+// warp have met, with their number; of the blocks before, how many.
+bool has_vectors = true;
+std::vector<int> executed;
+std::set<std::pair<int64_t, uintptr_t>> met;
+Reductions reductions{};
 
 // From a fibre back to the scheduler; returns when the fibre has its next turn.
 void switch_to_scheduler() {
@@ -198,6 +207,18 @@ void set_schedule(int number) {
   if (number < 0 || number >= 2 * kOrders) fail("there is no such schedule", number);
 }
 
+void set_vector_reductions(bool on) { has_vectors = on; }
+
+bool has_vector_reductions() { return has_vectors; }
+
+void note_reduction(const void* to, int numbers) {
+  const int64_t turn = int64_t(current / kWarp) << 32 | executed[current]++;
+  met.emplace(turn, reinterpret_cast<uintptr_t>(to) / 32);
+  reductions.numbers += numbers;
+}
+
+Reductions take_reductions() { return std::exchange(reductions, {}); }
+
 bool copies_land_at_once() { return schedule.copies_land_at_once; }
 
 unsigned char* shared_memory() { return shared; }
@@ -240,7 +261,10 @@ void run_grid(int64_t blocks, int threads, int shared_bytes, const std::function
     std::memset(shared, 0xff, shared_bytes); // NaN: nothing is left over from the last block
     block_index = {unsigned(is_backward ? blocks - 1 - i : i), 0, 0};
     forget_accesses(shared_bytes, threads);
+    executed.assign(threads, 0);
     run_block(threads, random);
+    reductions.sectors += int64_t(met.size());
+    met.clear();
   }
   std::free(shared);
 }

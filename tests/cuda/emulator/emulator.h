@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 
 #define __global__
 #define __grid_constant__
@@ -58,6 +59,17 @@ struct Schedule {
 
 void set_schedule(int number);
 bool copies_land_at_once();
+
+// Whether a reduction adds up to four float32, as on sm_90 and newer, or one, as before.
+void set_vector_reductions(bool on);
+bool has_vector_reductions();
+// Reductions of all threads, and sectors of 32 bytes that they meet: those that the threads of a
+// warp execute at a time (each its first, its second, ...) meet a sector once.
+struct Reductions {
+  int64_t numbers, sectors;
+};
+void note_reduction(const void* to, int numbers);
+Reductions take_reductions();
 unsigned char* shared_memory();
 void run_grid(int64_t blocks, int threads, int shared_bytes, const std::function<void()>& kernel);
 
@@ -181,17 +193,29 @@ inline uint32_t float2_to_bfloat16_pair(float first, float second) {
   return float_to_bfloat16(first) | float_to_bfloat16(second) << 16;
 }
 
+// As on sm_90 and newer, or as before.
+template <typename Visit>
+inline void with_reduction_width(const Visit& visit) {
+  if (emulator::has_vector_reductions()) {
+    visit(std::integral_constant<int, 4>());
+  } else {
+    visit(std::integral_constant<int, 1>());
+  }
+}
 // The vector forms want the alignment that the device wants.
 template <typename T>
 inline void reduce_add(T* to, T a) {
+  emulator::note_reduction(to, 1);
   *to += a;
 }
 inline void reduce_add(float* to, float a, float b) {
+  emulator::note_reduction(to, 2);
   float2& pair = *reinterpret_cast<float2*>(to);
   pair.x += a;
   pair.y += b;
 }
 inline void reduce_add(float* to, float a, float b, float c, float d) {
+  emulator::note_reduction(to, 4);
   struct alignas(16) Four {
     float x, y, z, w;
   };

@@ -15,8 +15,9 @@
 // stride, padding and dilation as pairs (height, width), offset_scale, remove_center, softmax.
 // <file> holds value, offset_mask and grad_output; output, grad_value (in the type in which it is
 // summed) and grad_offset_mask are appended; with window, the output alone. The plans go to
-// standard output, as JSON; with window, [plan, accesses to shared memory], which are counted where
-// the program has `count` as a second argument: it takes its time.
+// standard output, as JSON; with run, also the reductions of the backward kernel; with window,
+// [plan, accesses to shared memory], which are counted where the program has `count` as a second
+// argument: it takes its time. With `before_sm_90` there reductions add one number each.
 
 #include <algorithm>
 #include <cstdlib>
@@ -89,6 +90,7 @@ void run(const Dcnv4Params& p, const DeviceLimits& limits, int alignment, bool a
   const LaunchPlan backward = make_launch_plan(p, {bytes, wide, alignment, true}, limits);
   launch_dcnv4_forward(p, forward, Stream(), static_cast<const T*>(value.data()),
                        OffsetNumbers<T>{packed.data(), are_float}, output.data());
+  emulator::take_reductions();
   launch_dcnv4_backward(p, backward, Stream(), static_cast<const T*>(grad_output.data()),
                         static_cast<const T*>(value.data()),
                         OffsetNumbers<T>{packed.data(), are_float},
@@ -98,7 +100,9 @@ void run(const Dcnv4Params& p, const DeviceLimits& limits, int alignment, bool a
   output.write(file);
   grad_value.write(file);
   grad_packed.write(file);
-  std::cout << "[" << to_json(forward) << ", " << to_json(backward) << "]\n";
+  const auto [numbers, sectors] = emulator::take_reductions();
+  std::cout << "[" << to_json(forward) << ", " << to_json(backward) << ", "
+            << to_json({{"numbers", numbers}, {"sectors", sectors}}) << "]\n";
 }
 
 // The backward kernel with sums in fixed point: what is needed of dcnv4_cuda.cu, without torch.
@@ -297,7 +301,9 @@ void cover_call(std::istream& line) {
 
 int main(int count, char** arguments) {
   const std::string mode = count >= 2 ? arguments[1] : "";
-  emulator::set_counting(count == 3 && std::string(arguments[2]) == "count");
+  const std::string option = count >= 3 ? arguments[2] : "";
+  emulator::set_counting(option == "count");
+  emulator::set_vector_reductions(option != "before_sm_90");
   const std::vector<std::string> modes = {"run", "fixed", "window", "window_backward", "attention",
                                           "cover"};
   if (std::find(modes.begin(), modes.end(), mode) == modes.end()) {
