@@ -209,10 +209,8 @@ def direct_terms(gpu: Gpu, call: Call, table: dict) -> list[Terms]:
     moved = problem.bytes_moved_backward if is_backward else problem.bytes_moved
     gathered = CORNERS * outputs * size / 128
     coefficients = launch.rows * TAPS * (64 if is_backward else 32) * 2 / 128  # out and back
+    # in whole sectors: groups of 8 channels and more are added together
     added = CORNERS * outputs * 4 * existing_corners(height, width, call.offsets)
-    # those of a team are neighbours, and take as long as whole sectors of 32 bytes
-    together = plan['team'] * 4 * (plan['vec'] if int(gpu.arch[3:]) >= 90 else 1)
-    added *= max(1, 32 // together)
     work = Work(moved, moved + (fetched - 1) * outputs * size, gathered + coefficients,
                 added if is_backward else 0)
     kernel = table[call.direction, f'D={call.depth}', call.dtype, gpu.arch]

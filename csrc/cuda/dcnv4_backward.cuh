@@ -51,41 +51,134 @@ MMDCNV4_DEVICE void fill_backward_taps(const KernelArguments<T>& a, const Row& r
   }
 }
 
-// What a thread adds to grad_value: see AddedChannels.
-template <typename T, typename Sum, int kVec>
-struct Scatter {
-  Channels<T> channels;
-  Sum grad_value;
-  int32_t lane, team;
-  int32_t first = -1;          // where channels are added one by one, the first of them
-  wide_t<T> number[kVec] = {}; // of grad_output, of those channels
+// Adds to grad_value number by number: see AddedChannels. Teams of less than eight threads, of
+// groups that fill sectors, do it together with those of the rows beside them, whose taps are in
+// shared memory as well: eight threads add eight neighbouring numbers of a row, then of the next.
+template <typename T, int kVec>
+class OneByOne {
+  using W = wide_t<T>;
+  static constexpr int32_t kTogether = 8; // numbers of a sector
 
-  MMDCNV4_DEVICE void add(uint32_t pixel, int32_t channel, wide_t<T> weight,
-                          const wide_t<T> (&grad)[kVec]) {
-    with_reduction_width([&](auto width) {
-      if constexpr (kAddsOneByOne<kVec, decltype(width)>) {
-        const AddedChannels to =
-            AddedChannels::of(channel - lane * kVec, channels.end, lane, team, kVec);
-        if (first != to.first) {
-          first = to.first;
+public:
+  MMDCNV4_DEVICE void start(const KernelArguments<W>& a, const Row& row,
+                            const Channels<T>& channels) {
+    rows_log2_ = 0;
+    first_ = -1;
+    if (channels.step == channels.end && channels.end % kTogether == 0)
+      while (kTogether >> rows_log2_ > 1 << a.team_log2) ++rows_log2_;
+    if (rows_log2_ == 0) return;
+    const int32_t place = row.index & (rows() - 1); // of its row among those
+    first_ = row.lane + (place << a.team_log2);
 #pragma unroll
-          for (int i = 0; i < kVec; ++i)
-            number[i] = load_one(channels.grad_output + channels.row + first + i * to.pitch);
-        }
+    for (int i = 0; i < kVec; ++i) {
+      const int32_t other = row.index - place + (i << rows_log2_) / kVec;
+      const int64_t from = __shfl_sync(kAllLanes, row.is_valid ? channels.row : int64_t(-1),
+                                       other << a.team_log2 & (kWarp - 1));
+      const int32_t channel = first_ + (i & (of_row() - 1)) * kTogether;
+      number_[i] = from < 0 ? W(0) : load_one(channels.grad_output + from + channel);
+    }
+  }
+
+  // A tap of its row, or of all the rows.
+  template <typename Sum>
+  MMDCNV4_DEVICE void add(const KernelArguments<W>& a, const Row& row, const Channels<T>& channels,
+                          const Sum& grad_value, const Taps<W>& taps, int32_t slot) {
+#pragma unroll 1
+    for (int32_t begin = 0; begin < channels.end; begin += channels.step) {
+      const AddedChannels to =
+          AddedChannels::of(begin, channels.end, row.lane, 1 << a.team_log2, kVec);
+      if (rows_log2_ == 0 && first_ != to.first) {
+        if (row.lane >= to.pitch) return; // no channels are left for this thread
+        first_ = to.first;
+#pragma unroll
+        for (int i = 0; i < kVec; ++i)
+          number_[i] = load_one(channels.grad_output + channels.row + first_ + i * to.pitch);
+      }
+      add_rows(a, row, channels, grad_value, taps, slot,
+               rows_log2_ == 0 ? to.pitch : kTogether);
+    }
+  }
+
+private:
+  template <typename Sum>
+  MMDCNV4_DEVICE void add_rows(const KernelArguments<W>& a, const Row& row,
+                               const Channels<T>& channels, const Sum& grad_value,
+                               const Taps<W>& taps, int32_t slot, int32_t pitch) {
+    const int32_t groups = (1 << a.groups_log2) - 1, begin = row.index & -rows();
+#pragma unroll 1
+    for (int32_t other = begin; other < begin + rows(); ++other) {
+      const int32_t tap = slot + (other - row.index) * kTapsPerPass;
+      const uint32_t bits = uint32_t(taps.extra[tap].w);
+      const Four<W> weight = taps.weight[tap];
+      const uint4 pixel = taps.pixel[tap];
+      const W weights[4] = {weight.x, weight.y, weight.z, weight.w};
+      const uint32_t pixels[4] = {pixel.x, pixel.y, pixel.z, pixel.w};
+      const int32_t channel =
+          ((other & groups) - (row.index & groups)) * a.group_channels + first_;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        if (!(bits >> c & 1)) continue;
+        const int64_t at = channels.offset(pixels[c], channel);
 #pragma unroll
         for (int i = 0; i < kVec; ++i) {
-          const wide_t<T> part[1] = {weight * number[i]};
-          grad_value.add(channels.offset(pixel, first + i * to.pitch), part);
+          const W part[1] = {weights[c] * number_[i]};
+          if (i < of_row()) grad_value.add(at + i * pitch, part);
         }
-      } else {
-        wide_t<T> part[kVec];
-#pragma unroll
-        for (int i = 0; i < kVec; ++i) part[i] = weight * grad[i];
-        grad_value.add(channels.offset(pixel, channel), part);
       }
-    });
+      take_next();
+    }
   }
+
+  MMDCNV4_DEVICE int32_t rows() const { return 1 << rows_log2_; }
+  MMDCNV4_DEVICE int32_t of_row() const { return kVec >> rows_log2_; } // numbers
+
+  // The numbers of the next row come first; those of the last are followed by those of the first.
+  MMDCNV4_DEVICE void take_next() {
+    static_assert(kVec <= 4, "with others, of_row() is 1 or 2");
+    if (of_row() == 1) turn<1>();
+    if (of_row() == 2) turn<2>();
+  }
+  template <int kBy>
+  MMDCNV4_DEVICE void turn() {
+    W turned[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) turned[i] = number_[(i + kBy) % kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) number_[i] = turned[i];
+  }
+
+  int32_t rows_log2_; // of the rows that are added to together
+  int32_t first_;     // channel of number_[0]
+  W number_[kVec];    // of grad_output; of the first of the rows, then of the next
 };
+
+// Dot products of a tap with grad_output, and if `scatters`, what it adds to grad_value.
+template <typename T, typename Sum, int kVec>
+MMDCNV4_DEVICE void take_tap(bool scatters, const KernelArguments<wide_t<T>>& a, const Row& row,
+                             const Channels<T>& channels, const Sum& grad_value,
+                             const Taps<wide_t<T>>& taps, int32_t slot, uint32_t bits,
+                             OneByOne<T, kVec>& one_by_one, wide_t<T> (&grad)[kVec],
+                             wide_t<T> (&dot)[4]) {
+  with_reduction_width([&](auto width) {
+    constexpr bool kOneByOne = kAddsOneByOne<kVec, decltype(width)>;
+    if constexpr (kOneByOne) {
+      if (scatters) one_by_one.add(a, row, channels, grad_value, taps, slot);
+    }
+    if (bits == 0) return;
+    const Four<wide_t<T>>& of = taps.weight[slot];
+    const wide_t<T> weight[4] = {of.x, of.y, of.z, of.w};
+    gather_tap(channels, taps.pixel[slot], bits, grad, dot,
+               [&](int corner, uint32_t pixel, int32_t channel) {
+                 if constexpr (!kOneByOne) {
+                   if (!scatters) return;
+                   wide_t<T> part[kVec];
+#pragma unroll
+                   for (int i = 0; i < kVec; ++i) part[i] = weight[corner] * grad[i];
+                   grad_value.add(channels.offset(pixel, channel), part);
+                 }
+               });
+  });
+}
 
 // Writes the gradients of `count` taps, collected in taps.extra, and after the last tap of the last
 // group the padding.
@@ -134,7 +227,10 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) < 8 ? 3 : 2)
                              row.lane * kVec,
                              a.group_channels,
                              team * kVec};
-  Scatter<T, Sum, kVec> scatter{channels, grad_value, row.lane, team};
+  OneByOne<T, kVec> one_by_one;
+  with_reduction_width([&](auto width) {
+    if constexpr (kAddsOneByOne<kVec, decltype(width)>) one_by_one.start(a, row, channels);
+  });
   W grad[kVec] = {};
   if (row.is_valid && channels.begin < channels.end)
     VectorIo<T, kVec>::widen(
@@ -156,15 +252,8 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) < 8 ? 3 : 2)
       for (int32_t slot = 0; slot < count; ++slot) {
         const uint32_t bits = uint32_t(taps.extra[slot].w);
         W dot[4] = {};
-        if (bits != 0) {
-          const Four<W>& of = taps.weight[slot];
-          const W weight[4] = {of.x, of.y, of.z, of.w};
-          gather_tap(channels, taps.pixel[slot], bits, grad, dot,
-                     [&](int corner, uint32_t pixel, int32_t channel) {
-                       if (!kMaybeSoftmax || is_last)
-                         scatter.add(pixel, channel, weight[corner], grad);
-                     });
-        }
+        take_tap(!kMaybeSoftmax || is_last, a, row, channels, grad_value, taps, slot, bits,
+                 one_by_one, grad, dot);
         BilinearGrad<W> sum = bilinear_grad(dot[0], dot[1], dot[2], dot[3], taps.extra[slot].y,
                                             taps.extra[slot].z);
         if (kMaybeSoftmax && !is_last) {

@@ -99,8 +99,11 @@ def direct_role(span: Span, direction: str, group: Group) -> Role:
         is_loading = direction == 'backward' and span.has('LDG') and 'RED' not in span.body
         return NEVER if is_loading and not span.has('F2I') else SAME
     if direction == 'backward' and 'RED' in span.body:
-        # taps; around them taps by nines, channels
-        return Role(9 if span.has('SHFL') and not span.has('STG') else 1)
+        # taps; around them taps by nines, within them channels, and before sm_90 rows, where
+        # several add together
+        if span.has('SHFL'):
+            return Role(1 if span.has('STG') else 9)
+        return SAME if 'LDG' in span.body else Role(max(1, 8 // group.team))
     if span.has('SHFL'):
         return Role(math.log2(group.team))
     if 'LDG.E.128' in span.body:  # forward, channels

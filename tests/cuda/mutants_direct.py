@@ -28,9 +28,10 @@ MANY, NAN, FIXED, LAUNCHES, PLANS, PADDING = (
         'test_several_launches', 'test_launch_plans', 'test_padding_has_no_gradient'))
 ODD, ENCODER, VERY_WIDE, TINY = (A + f'test_sizes[{name}-f32]'
                                  for name in ('odd', 'encoder', 'very-wide', 'tiny-levels'))
-FOUR_FLOATS, FOUR_HALVES, ONE_BY_ONE = (
+FOUR_FLOATS, FOUR_HALVES, ONE_BY_ONE, TWO_ROWS, FOUR_ROWS = (
     K + f'test_reductions_fill_sectors[{name}]'
-    for name in ('forward-32-4-f32', 'forward-32-4-f16', 'forward-at-once-32-4-f32'))
+    for name in ('forward-32-f32', 'forward-32-f16', 'forward-at-once-32-f32',
+                 'forward-at-once-16-f32', 'forward-at-once-8-f32'))
 SAMPLES_ONE_BY_ONE = A + 'test_reductions_fill_sectors[forward-at-once-f32-4]'
 NAN_SAMPLES = tuple(A + f'test_nan_stays_where_it_is_sampled[{name}-False]'
                     for name in ('tiny-levels', 'encoder'))
@@ -79,8 +80,8 @@ DIRECT = [
           B, SOFTMAX),
     fault('the mean of one thread', BACKWARD, '    expected = team_sum(expected, team);\n', '', B,
           SOFTMAX),
-    fault('scatters twice', BACKWARD, 'if (!kMaybeSoftmax || is_last)\n  ', 'if (true)\n  ', B,
-          SOFTMAX),
+    fault('scatters twice', BACKWARD, 'take_tap(!kMaybeSoftmax || is_last, a,', 'take_tap(true, a,',
+          B, SOFTMAX),
     fault('padding is what was in memory (direct)', BACKWARD,
           'i += team) to.store(T(0), 3 * a.points + i);', 'i += team) ;', B_F16, PADDING),
     fault('padding after every group', BACKWARD,
@@ -125,8 +126,19 @@ DIRECT = [
           'return {begin + lane * vec, 1};', B, ONE_BY_ONE),
     fault('one by one, threads without channels as well', VECTORS,
           'threads < team ? threads : team', 'team', B, K + 'test_order_of_threads[70-3x3]'),
-    fault('one by one, the channels of the first step', BACKWARD, 'if (first != to.first) {',
-          'if (first < 0) {', B, K + 'test_order_of_threads[70-3x3]'),
+    fault('one by one, the channels of the first step', BACKWARD, '&& first_ != to.first) {',
+          '&& first_ < 0) {', B, K + 'test_order_of_threads[70-3x3]'),
+    fault('one by one, each team for itself', BACKWARD,
+          'while (kTogether >> rows_log2_ > 1 << a.team_log2)', 'while (false)', B, TWO_ROWS),
+    fault('one by one, the numbers of the first row', BACKWARD, '      take_next();\n', '', B,
+          TWO_ROWS),
+    fault('one by one, its own taps for all rows', BACKWARD,
+          'slot + (other - row.index) * kTapsPerPass;', 'slot;', B, TWO_ROWS),
+    fault('one by one, its own group for all rows', BACKWARD,
+          '((other & groups) - (row.index & groups)) * a.group_channels + first_;', 'first_;', B,
+          TWO_ROWS),
+    fault('one by one, rows of other teams', BACKWARD, 'row.index - place + (i', 'row.index + (i',
+          B, FOUR_ROWS),
     fault('fixed point: what is not finite is left out', VECTORS,
           '        reduce_add(not_finite + at + i, from[i]);\n', '', B,
           K + 'test_fixed_point_of_hostile_numbers'),
