@@ -51,7 +51,7 @@ test: $(VENV)/.built
 test-all:
 	$(MAKE) test TEST_PROCESSES=0 PYTEST_ARGS="--slow $(PYTEST_ARGS)"
 
-# Each of the 373 faults is compiled and tested: about five seconds of one core.
+# Each of the 374 faults is compiled and tested: about five seconds of one core.
 mutate: $(VENV)/.built
 	$(BIN)/python tests/cuda/mutations.py $(MUTATE_ARGS)
 

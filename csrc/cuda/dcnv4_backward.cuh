@@ -79,10 +79,12 @@ public:
     }
   }
 
-  // A tap of its row, or of all the rows.
+  // A tap of its row, whose corners are `bits`, or of all the rows.
   template <typename Sum>
   MMDCNV4_DEVICE void add(const KernelArguments<W>& a, const Row& row, const Channels<T>& channels,
-                          const Sum& grad_value, const Taps<W>& taps, int32_t slot) {
+                          const Sum& grad_value, const Taps<W>& taps, int32_t slot,
+                          uint32_t bits) {
+    if (rows_log2_ == 0 && bits == 0) return; // there may be no such row
 #pragma unroll 1
     for (int32_t begin = 0; begin < channels.end; begin += channels.step) {
       const AddedChannels to =
@@ -162,7 +164,7 @@ MMDCNV4_DEVICE void take_tap(bool scatters, const KernelArguments<wide_t<T>>& a,
   with_reduction_width([&](auto width) {
     constexpr bool kOneByOne = kAddsOneByOne<kVec, decltype(width)>;
     if constexpr (kOneByOne) {
-      if (scatters) one_by_one.add(a, row, channels, grad_value, taps, slot);
+      if (scatters) one_by_one.add(a, row, channels, grad_value, taps, slot, bits);
     }
     if (bits == 0) return;
     const Four<wide_t<T>>& of = taps.weight[slot];

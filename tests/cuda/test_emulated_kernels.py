@@ -187,6 +187,14 @@ def test_reductions_fill_sectors(emulator, tmp_path, schedule, depth, dtypes):
     assert added['sectors'] <= corners * (depth // 8)
 
 
+@pytest.mark.parametrize('dtypes', ['f32', 'f16'])
+@pytest.mark.parametrize('depth', [8, 16, 32, 33])
+@pytest.mark.parametrize('schedule', ['forward', 'forward-at-once'], indirect=True)
+def test_rows_that_do_not_exist_read_nothing(emulator, tmp_path, schedule, depth, dtypes):
+    """Of a map of one pixel, behind whose last group nothing is."""
+    check(emulator, tmp_path, (1, 1, 1, 9, depth), DTYPES[dtypes], GEOMETRIES['3x3'])
+
+
 @pytest.mark.parametrize('dtypes', DTYPES)
 @pytest.mark.parametrize('name', ['3x3', '3x3-softmax'])
 def test_fixed_point(emulator, tmp_path, name, dtypes):
