@@ -37,7 +37,9 @@ def pytest_unconfigure() -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = metafunc.config.getoption('--schedules')
-    if 'schedule' in metafunc.fixturenames and names:
+    has_own = any('schedule' in mark.args[0] for mark in
+                  metafunc.definition.iter_markers('parametrize'))
+    if 'schedule' in metafunc.fixturenames and names and not has_own:
         metafunc.parametrize('schedule', SCHEDULES if names == 'all' else names.split(','),
                              indirect=True)
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -25,7 +27,16 @@ from helpers.cuda_cases import (
     make_call,
     size_name,
 )
-from helpers.emulate import CODE, GPU, ONE_PROCESSOR, THREE, from_bytes, sizes_text, to_bytes
+from helpers.emulate import (
+    CODE,
+    GPU,
+    ONE_PROCESSOR,
+    SCHEDULES,
+    THREE,
+    from_bytes,
+    sizes_text,
+    to_bytes,
+)
 from mmdcnv4.ops import dcnv4_reference, offset_mask_channels
 from mmdcnv4.ops.contract import make_geometry
 from mmdcnv4.testing import (
@@ -312,6 +323,16 @@ def test_launch_plans(emulator):
     assert {plan['threads'] for plan in plans} == {32, 64, 128, 256}
     assert {plan['vec'] for plan in plans} == {1, 2, 4, 8}
     assert {plan['team'] for plan in plans} == {1, 2, 4, 8, 16, 32}
+
+
+def test_every_schedule_can_be_asked_for():
+    """`--schedules all`; tests that name theirs keep it."""
+    result = subprocess.run([sys.executable, '-m', 'pytest', '--collect-only', '-q', '--schedules',
+                             'all', __file__], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:]
+    names = re.findall(r'::(\w+)\[', result.stdout)
+    assert names.count('test_many_taps') == 2 * len(SCHEDULES)
+    assert names.count('test_rows_that_do_not_exist_read_nothing') == 2 * 8
 
 
 def test_the_emulator_itself(emulator):
