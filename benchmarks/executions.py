@@ -12,11 +12,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-from far_taps import TAPS, WARP, FarRates
+from far_taps import BLOCK, REACH, TAPS, WARP, FarRates
 from window_groups import Group
 
 COMPILED = Path(__file__).resolve().parents[1] / 'csrc' / 'cuda' / 'compiled.md'
-BLOCK_PIXELS = 16  # 4x4
+BLOCK_PIXELS = BLOCK * BLOCK
+WINDOW = (BLOCK + 2 * REACH)**2  # its cells
 GATHERED_TAPS = 3  # under way at a time, kTogether of gather_unit
 # Wavefronts of reading two chunks of the cells of a round, which lie among the others as samples
 # happen to, by bytes of a number. Chunks of a cell are in one of eight orders, (x + 4y) % 8: the
@@ -45,7 +46,7 @@ class Launch(NamedTuple):
         group: channels of a group.
         blocks, threads: of the grid, and of a block.
         rows: output pixels times groups.
-        tile_h, tile_w, reach: of kernels on tensor cores, else 0.
+        tile_h, tile_w: of kernels on tensor cores, else 0.
         owned: groups of 4x4 input pixels, of `window_grad_value`.
         rates: of far taps; None where there are no kernels on tensor cores.
     """
@@ -57,7 +58,6 @@ class Launch(NamedTuple):
     rows: int
     tile_h: int = 0
     tile_w: int = 0
-    reach: int = 0
     owned: int = 0
     rates: Optional[FarRates] = None
 
@@ -69,7 +69,7 @@ class Launch(NamedTuple):
     @property
     def cells(self) -> int:
         """Pixels of a tile and of its halo."""
-        return (self.tile_h + 2 * self.reach) * (self.tile_w + 2 * self.reach)
+        return (self.tile_h + 2 * REACH) * (self.tile_w + 2 * REACH)
 
     @property
     def units(self) -> int:
@@ -104,10 +104,10 @@ def executions(launch: Launch) -> dict[str, float]:
     """How often each part of a kernel runs in a launch; in machine_code.py they get their names."""
     runs: dict[str, float] = dict(warps=launch.warps)
     rates = launch.rates
-    if rates is None or not launch.reach:
+    if rates is None:
         return runs
-    lines = launch.blocks * (launch.tile_h + 2 * launch.reach)
-    runs.update(lines=lines, copies=lines * ((launch.tile_w + 2 * launch.reach) // 4))
+    lines = launch.blocks * (launch.tile_h + 2 * REACH)
+    runs.update(lines=lines, copies=lines * ((launch.tile_w + 2 * REACH) // 4))
     if launch.direction == 'window_grad_value':
         runs.update(passes=launch.warps * launch.group.of_slice, stencils=launch.stencils,
                     prefetches=launch.stencils - launch.warps, blocks=launch.owned,
@@ -148,28 +148,24 @@ def shared_wavefronts(launch: Launch) -> float:
     """
     runs, rates, group = executions(launch), launch.rates, launch.group
     assert rates is not None
-    side = 4 + 2 * launch.reach
-    window = side * side
     corners = 4 * TAPS
     total = 4 * runs['copies']  # 32 lanes, 16 bytes each
     reads = 3 * TAPS if group.size == 4 else 16  # of a row's numbers, of 16 bits two at a time
     if launch.direction == 'window_grad_value':
-        plane = 2 * launch.reach + 1
+        plane = 2 * REACH + 1
         # every eighth pixel's numbers begin in the same bank; weights are read and written
         per_stencil = 4 * group.number_copies(1) + 4 * reads + plane * plane
         per_stencil += 2 * corners * rates.stencil_conflicts
-        # the lines of a window that no cell of a fragment's half reaches are left out; in a window
-        # of 12 eight pixels may lie on two lines
-        weights = window / 2 * (3 / 4 if launch.reach == 2 else 5 / 6 * 1.4)
+        # the lines of a window that no cell of a fragment's half reaches are left out
         return (total + per_stencil * launch.stencils
-                + (weights + window * group.team / 8) * launch.owned)
+                + WINDOW * (3 / 8 + group.team / 8) * launch.owned)
     ways = 4 // group.of_unit  # pixels of a unit whose numbers begin in the same bank
     numbers = 4 * group.number_copies(group.of_unit) + ways * reads
     if launch.direction == 'window_grad_offset':
         # numbers, pixels; dots out, read; results put there, taken line by line
         lines = 16 if (group.of_unit, group.size) == (2, 2) else 32
-        per_unit = numbers + window * group.team / 4
-        per_unit += window + corners * rates.window_conflicts + ways * 3 * TAPS + lines
+        per_unit = numbers + WINDOW * group.team / 4
+        per_unit += WINDOW + corners * rates.window_conflicts + ways * 3 * TAPS + lines
         return total + per_unit * launch.units + 4 * runs['takes']
     return (total + numbers * launch.units + products_wavefronts(launch)
             + gather_wavefronts(launch))
@@ -179,9 +175,8 @@ def products_wavefronts(launch: Launch) -> float:
     """Those of the forward kernel's units with a product, but for their numbers."""
     runs, rates, group = executions(launch), launch.rates, launch.group
     assert rates is not None
-    window = (4 + 2 * launch.reach)**2
     # A cleared and read, pixels; results
-    per_product = window * (2 + group.team / 4) + 2 * group.depth
+    per_product = WINDOW * (2 + group.team / 4) + 2 * group.depth
     per_product += 2 * 4 * TAPS * rates.window_conflicts
     # corners of two taps at a time, where they lie among the cells or side by side; copies there
     from_cells = (runs['rounds'] - runs['copied_rounds']) * PAIR_CONFLICTS[group.size]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from gpu_peers import make_problem
+from gpu_peers import make_problem, offset_scale_of
 from torch import Tensor
 from window_groups import Group
 
@@ -28,8 +28,8 @@ ROWS_PER_FAR = {16: 8, 32: 4, 64: 3}
 JUDGED_TAPS = [1, 5]
 FORWARD_TILE = (8, 16)  # height and width, for calls that fill the device
 SAMPLED_ROWS = 20_000  # as many groups are looked at as make about this many rows
-# pixels around a tile of 16x8 (of 8x8 with reach 4): they give the stencils their banks
-STENCIL_PIXELS = {2: 240, 4: 256}
+REACH = 2  # pixels, how far from its own a tap is near, kReach
+STENCIL_PIXELS = 240  # in and around a tile of 16x8: they give the stencils their banks
 
 
 class FarRates(NamedTuple):
@@ -67,9 +67,9 @@ class Taps(NamedTuple):
     pixel_y: Tensor
 
 
-def reach_of(offsets: str) -> int:
-    """How far from its pixel a tap is near: depends on offset_scale, which is 2 for D3 and D4."""
-    return 4 if offsets in ('D3', 'D4') else 2
+def has_windows(offsets: str) -> bool:
+    """Whether the tensor-core kernels take calls with such offsets: up to an offset_scale of 1."""
+    return offset_scale_of(offsets) <= 1
 
 
 def in_units(rows: Tensor, group: Group) -> Tensor:
@@ -105,13 +105,13 @@ def are_inside(x: Tensor, y: Tensor, height: int, width: int) -> Tensor:
     return (x > -1) & (x < width) & (y > -1) & (y < height)
 
 
-def are_cells(taps: Taps, reach: int, tile: tuple[int, int]) -> Tensor:
+def are_cells(taps: Taps, tile: tuple[int, int]) -> Tensor:
     """Which samples have all their corners, clamped into the image, among the cells of the tile."""
     _, height, width, _ = taps.move_x.shape
 
     def among(move: Tensor, pixel: Tensor, side: int, tile_side: int) -> Tensor:
-        cell = (pixel + move).floor().clamp(0, side - 1) - pixel // tile_side * tile_side + reach
-        return (cell >= 0) & (cell < tile_side + 2 * reach - 1)
+        cell = (pixel + move).floor().clamp(0, side - 1) - pixel // tile_side * tile_side + REACH
+        return (cell >= 0) & (cell < tile_side + 2 * REACH - 1)
 
     return (among(taps.move_y, taps.pixel_y, height, tile[0])
             & among(taps.move_x, taps.pixel_x, width, tile[1]))
@@ -149,12 +149,12 @@ def layers_of(far: Tensor, is_cell: Tensor, is_pixel: Tensor, group: Group) -> t
             int((far & is_pixel).sum()))
 
 
-def forward_counts(taps: Taps, is_near: Tensor, group: Group, reach: int,
+def forward_counts(taps: Taps, is_near: Tensor, group: Group,
                    tile: tuple[int, int]) -> tuple[int, ...]:
     """What the rates of the forward kernel are of, in their order."""
     _, height, width, _ = is_near.shape
     inside = are_inside(taps.pixel_x + taps.move_x, taps.pixel_y + taps.move_y, height, width)
-    is_cell = are_cells(taps, reach, tile)
+    is_cell = are_cells(taps, tile)
     far, is_cell, is_pixel = (in_units(mask.to(torch.uint8), group).bool() for mask in (
         ~is_near, inside & is_cell, inside & ~is_cell))
     existing = in_units(torch.ones_like(is_near[:1], dtype=torch.uint8), group)[0].sum(1)
@@ -219,22 +219,21 @@ def far_rates(height: int, width: int, group: Group, offsets: str,
         tile: height and width of the forward kernel's.
         seed: of the offsets.
     """
-    return rates_of(draw_taps(height, width, offsets, seed), group, reach_of(offsets), tile)
+    return rates_of(draw_taps(height, width, offsets, seed), group, tile)
 
 
-def rates_of(taps: Taps, group: Group, reach: int,
-             tile: tuple[int, int] = FORWARD_TILE) -> FarRates:
-    """Rates of known taps. Those of the forward kernel are of use with a reach of 2 only."""
+def rates_of(taps: Taps, group: Group, tile: tuple[int, int] = FORWARD_TILE) -> FarRates:
+    """Rates of known taps."""
     move_x, move_y, pixel_x, pixel_y = taps
     _, height, width, _ = move_x.shape
     rows = move_x[0].numel()
 
     # in the window of the pixel's block
-    side = BLOCK + 2 * reach
-    column, line = ((move + at % BLOCK + reach).floor() for move, at in ((move_x, pixel_x),
+    side = BLOCK + 2 * REACH
+    column, line = ((move + at % BLOCK + REACH).floor() for move, at in ((move_x, pixel_x),
                                                                          (move_y, pixel_y)))
     is_near = (column >= 0) & (column < side - 1) & (line >= 0) & (line < side - 1)
-    forward = forward_counts(taps, is_near, group, reach, tile)
+    forward = forward_counts(taps, is_near, group, tile)
     cell = in_units((line * side + column) * is_near, group)  # not near: nobody asks
     cells = corner_banks(cell.long(), 1, side)
     window = conflicts(torch.arange(WARP) ^ (cells & 6) << 2,
@@ -242,14 +241,14 @@ def rates_of(taps: Taps, group: Group, reach: int,
 
     # backward: within reach of its own pixel, and not on the edge
     is_edge = (move_x == -1 - pixel_x) | (move_y == -1 - pixel_y)
-    is_near = (torch.minimum(move_x, move_y) >= -reach) & (torch.maximum(move_x, move_y) < reach)
+    is_near = (torch.minimum(move_x, move_y) >= -REACH) & (torch.maximum(move_x, move_y) < REACH)
     is_left = ~is_near & ~is_edge
     left = in_units(is_left.sum(0, True), group)[0]
     taken = left.sum(1)
     lists = lists_of(pixel_x + move_x, pixel_y + move_y, is_left)
     eights = lists // WARP * (WARP // 8) + -(-(lists % WARP) // 8)
-    pitch = (STENCIL_PIXELS[reach] + 7) // 16 * 16 + 8
-    below = (2 * reach + 1) * pitch | 1
+    pitch = (STENCIL_PIXELS + 7) // 16 * 16 + 8
+    below = (2 * REACH + 1) * pitch | 1
     count = height * width // WARP * WARP
     place = (move_y.floor() * below + move_x.floor() * pitch).long().flatten(1, 2)[:, :count]
     place = place.transpose(1, 2) + torch.arange(count)

@@ -49,6 +49,11 @@ class Call(NamedTuple):
     prepare: Callable[[], None] = lambda: None  # before the first run, and after that of others
 
 
+def offset_scale_of(offsets: str) -> float:
+    """That of a distribution, see `make_problem`."""
+    return 2.0 if offsets in ('D3', 'D4') else 1.0
+
+
 def make_problem(shape: tuple[int, int, int, int], group_channels: int, dtype: torch.dtype,
                  offsets: str, device: str = 'cuda', seed: int = 0) -> Problem:
     """Random inputs; `offsets` names a distribution, in pixels before `offset_scale`.
@@ -68,8 +73,7 @@ def make_problem(shape: tuple[int, int, int, int], group_channels: int, dtype: t
     if offsets not in drawn:
         raise ValueError(f'offsets must be one of {sorted(drawn)}, got {offsets!r}')
     drawn[offsets]()
-    scale = 2.0 if offsets in ('D3', 'D4') else 1.0
-    return Problem(value.to(dtype), packed.to(dtype), groups, scale)
+    return Problem(value.to(dtype), packed.to(dtype), groups, offset_scale_of(offsets))
 
 
 def ours(p: Problem, fast: bool = False) -> Call:

@@ -42,11 +42,11 @@ from far_taps import (
     WARP,
     existing_corners,
     far_rates,
+    has_windows,
     pixels_per_row,
-    reach_of,
 )
 from gpu import DTYPES, SHAPES, parse_shape
-from gpu_peers import Problem
+from gpu_peers import Problem, offset_scale_of
 from window_groups import Group
 
 from mmdcnv4.ops import _extension, offset_mask_channels
@@ -102,10 +102,8 @@ class Call(NamedTuple):
 
     @property
     def has_tensor_cores(self) -> bool:
-        """Whether there are kernels on tensor cores for it: choose_reach."""
-        if self.dtype == 'float32':
-            return self.depth < 64 and reach_of(self.offsets) == 2
-        return self.direction == 'backward' or reach_of(self.offsets) == 2
+        """Whether there are kernels on tensor cores for it: is_call_for_windows."""
+        return has_windows(self.offsets) and (self.dtype != 'float32' or self.depth < 64)
 
 
 class Terms(NamedTuple):
@@ -140,7 +138,7 @@ def problem_of(call: Call) -> Problem:
     packed = offset_mask_channels(groups, TAPS)
     return Problem(torch.empty(shape, dtype=dtype, device='meta'),
                    torch.empty(*shape[:3], packed, dtype=dtype, device='meta'), groups,
-                   2.0 if reach_of(call.offsets) == 4 else 1.0)
+                   offset_scale_of(call.offsets))
 
 
 def plan_of(problem: Problem, name: str, *limits: int) -> dict:
@@ -229,7 +227,7 @@ def window_launch(problem: Problem, call: Call, direction: str, plan: dict) -> L
     tile = (plan['tile_h'], plan['tile_w']) if direction == 'window_forward' else FORWARD_TILE
     return Launch(direction, call.group, blocks_of(problem, plan), plan['threads'],
                   problem.value.numel() // call.depth, plan['tile_h'], plan['tile_w'],
-                  plan['reach'], owned, far_rates(height, width, call.group, call.offsets, tile))
+                  owned, far_rates(height, width, call.group, call.offsets, tile))
 
 
 def window_work(problem: Problem, launch: Launch) -> Work:
@@ -265,13 +263,12 @@ def window_terms(gpu: Gpu, call: Call, table: dict) -> list[Terms]:
         'window_grad_offset': 'offset_mask', 'window_grad_value': 'value'}
     terms = []
     for name, plan in ((name, plans[of]) for name, of in names.items()):
-        if plan['reach'] != reach_of(call.offsets):
+        if not plan['is_made_for']:
             raise SystemExit(f'predict.py: no tensor-core kernels for {call} on {gpu.name}')
         launch = window_launch(problem, call, name, plan)
         if launch.rates.has_full and call.direction == 'backward':
             raise NotModelledError(f'{call} fills a list of far taps')
-        shape = f'D={call.depth} reach {plan["reach"]}'
-        terms.append(terms_of(gpu, table[name, shape, call.dtype, gpu.arch], launch,
+        terms.append(terms_of(gpu, table[name, f'D={call.depth}', call.dtype, gpu.arch], launch,
                               plan['shared_bytes'], window_work(problem, launch)))
     if call.direction == 'backward':
         terms.insert(0, moving(gpu, 'fill', 4 * launch.owned))  # counts of the lists
@@ -303,8 +300,10 @@ def floor_of(gpu: Gpu, call: Call) -> float:
 def is_outdated(call: Call, measured_on: str) -> bool:
     """Whether the kernels that were measured on that day (YYYYMMDD) are no longer these."""
     is_of_halves = call.direction == 'backward' and call.dtype != 'float32'
-    # until then their threads had eight channels, and reductions filled half of the sectors
-    return call.path == 'direct' and is_of_halves and measured_on <= '20261127'
+    # until then the threads of direct kernels had eight channels, reductions filled half of the
+    # sectors, and tensor cores took D3 and D4, with windows of 12x12 pixels
+    is_direct = call.path == 'direct' or not has_windows(call.offsets)
+    return is_direct and is_of_halves and measured_on <= '20261127'
 
 
 def read_measured(gpu: Gpu, folder: Path = RESULTS) -> dict[Call, float]:
@@ -361,8 +360,9 @@ def grid(gpu: Gpu, table: dict, args: argparse.Namespace) -> list[str]:
     """Markdown tables, for each type and direction: shapes by distributions; nan: not modelled."""
     lines = []
     for depth, dtype, direction in itertools.product(args.group_channels, args.dtypes, DIRECTIONS):
-        paths = [path for path in PATHS if path == 'direct' or (depth, dtype) != (64, 'float32')]
-        columns = list(itertools.product(paths, args.offsets))
+        columns = [(path, offsets) for path, offsets in itertools.product(PATHS, args.offsets)
+                   if path == 'direct' or Call('', depth, dtype, offsets, direction,
+                                               path).has_tensor_cores]
         lines += ['', f'{dtype}, groups of {depth} channels, {direction}', '',
                   '| shape | floor | ' + ' | '.join(' '.join(column) for column in columns) + ' |',
                   '| --- ' * (2 + len(columns)) + '|']
@@ -414,11 +414,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print('\n'.join(grid(gpu, table, args)))
         return 0
     measured = read_measured(gpu)
-    calls = list(measured) if args.measured else [
-        Call(shape, depth, dtype, offsets, direction, path)
-        for depth, dtype, offsets, shape, direction, path in itertools.product(
-            args.group_channels, args.dtypes, args.offsets, args.shapes, DIRECTIONS, PATHS)
-        if path == 'direct' or (depth, dtype) != (64, 'float32')]
+    calls = list(measured)
+    if not args.measured:
+        calls = [Call(shape, depth, dtype, offsets, direction, path)
+                 for depth, dtype, offsets, shape, direction, path in itertools.product(
+                     args.group_channels, args.dtypes, args.offsets, args.shapes, DIRECTIONS,
+                     PATHS)]
+        calls = [call for call in calls if call.path == 'direct' or call.has_tensor_cores]
     print(HEAD)
     for call in calls:
         print('\n'.join(lines_of(gpu, call, table, measured.get(call))))

@@ -9,21 +9,14 @@ namespace mmdcnv4 {
 namespace {
 
 // The kernel grid at rest, and samples a pixel away from it, should lie within the window.
-int32_t choose_reach(const Dcnv4Params& p, const LaunchRequest& request) {
+bool is_call_for_windows(const Dcnv4Params& p, const LaunchRequest& request) {
   const bool is_3x3 = p.kernel_h == 3 && p.kernel_w == 3 && p.dilation_h == 1 && p.dilation_w == 1;
   const int64_t depth = p.group_channels;
   const bool is_float = request.element_bytes == 4;
   const bool is_known = depth == 16 || depth == 32 || (depth == 64 && !is_float);
-  if (!is_3x3 || p.stride_h != 1 || p.stride_w != 1 || p.softmax || !is_known ||
-      request.element_bytes > 4 || request.alignment % kMaxVectorBytes != 0 ||
-      p.queries() >= kIndexed32)
-    return 0;
-  const double scale = std::abs(p.offset_scale);
-  if (scale > 1 && is_float) return 0; // its kernels have one reach
-  // forward, windows of 12x12 cells took 0.85 to 2.7 times as long as the direct kernel on an H200
-  // (groups of 16 channels 1.4 and more), less only where offsets were small
-  if (scale > 1 && !request.backward) return 0;
-  return scale <= 1 ? kForwardReach : scale <= 3 ? 4 : 0;
+  return is_3x3 && p.stride_h == 1 && p.stride_w == 1 && !p.softmax && is_known &&
+         request.element_bytes <= 4 && request.alignment % kMaxVectorBytes == 0 &&
+         p.queries() < kIndexed32 && std::abs(p.offset_scale) <= 1;
 }
 
 // Grid for a tile of known shape and shared memory; false where the device does not hold a block.
@@ -39,16 +32,15 @@ bool fill_grid(const Dcnv4Params& p, const DeviceLimits& limits, WindowPlan& pla
 }
 
 int32_t cells_of(const WindowPlan& plan) {
-  return (plan.tile_h + 2 * plan.reach) * (plan.tile_w + 2 * plan.reach);
+  return (plan.tile_h + 2 * kReach) * (plan.tile_w + 2 * kReach);
 }
 
 // Threads and shared memory for a tile of output pixels: its cells, an area for each warp.
 void fill_tile(const Dcnv4Params& p, const DeviceLimits& limits, WindowPlan& plan) {
-  const int32_t side = window_side(plan.reach);
   int32_t warps = std::min(kMaxThreads / kWarp, plan.units(p));
   const auto bytes = [&] {
     return cells_of(plan) * kWindowSliceBytes +
-           warps * side * side * kWarp * int32_t(sizeof(float));
+           warps * kWindowSide * kWindowSide * kWarp * int32_t(sizeof(float));
   };
   while (warps > 1 && bytes() > limits.most_shared_bytes) warps /= 2;
   plan.threads = warps * kWarp;
@@ -59,7 +51,7 @@ void fill_tile(const Dcnv4Params& p, const DeviceLimits& limits, WindowPlan& pla
 // their weights for one group, their numbers.
 void fill_mirrored_tile(int32_t offset_bytes, WindowPlan& plan) {
   plan.threads = plan.tile_h * plan.tile_w / (kWindowBlock * kWindowBlock) * kWarp;
-  plan.shared_bytes = stencil_pitch(cells_of(plan), plan.reach).bytes +
+  plan.shared_bytes = stencil_pitch(cells_of(plan)).bytes +
                       cells_of(plan) * kWindowSliceBytes +
                       plan.threads * window_numbers_pitch(1, offset_bytes);
 }
@@ -80,13 +72,13 @@ double block_cost(const WindowPlan& plan) {
 
 // Blocks that a multiprocessor holds at a time: by shared memory, of which each block takes 1 KB
 // more and all of them as much as one may opt in to and 1 KB, and by the registers of 16 warps, or
-// of 24 in the kernels for value that have a small stencil and groups of less than 64 channels.
+// of 24 in the kernels for value that have groups of less than 64 channels.
 int64_t blocks_per_multiprocessor(const Dcnv4Params& p, const DeviceLimits& limits,
                                   const WindowPlan& plan) {
   constexpr int64_t kReserved = 1024;
   const int64_t by_memory =
       (limits.most_shared_bytes + kReserved) / (plan.shared_bytes + kReserved);
-  const int64_t warps = plan.is_mirrored && plan.reach == 2 && p.group_channels < 64 ? 24 : 16;
+  const int64_t warps = plan.is_mirrored && p.group_channels < 64 ? 24 : 16;
   return std::max<int64_t>(1, std::min(by_memory, warps * kWarp / plan.threads));
 }
 
@@ -97,18 +89,17 @@ constexpr double kWarpsToFill = 24.0;
 // The cheapest tile; fill(plan) gives it threads and shared memory.
 template <typename Fill>
 WindowPlan choose_tile(const Dcnv4Params& p, const LaunchRequest& request,
-                       const DeviceLimits& limits, int32_t reach, bool is_mirrored,
-                       const Fill& fill) {
+                       const DeviceLimits& limits, bool is_mirrored, const Fill& fill) {
   WindowPlan best{};
+  if (!is_call_for_windows(p, request)) return best;
   double least = 0;
   for (const auto& [tile_h, tile_w] : {std::pair(8, 16), std::pair(8, 8), std::pair(4, 8)}) {
     WindowPlan plan{};
-    plan.reach = reach;
+    plan.is_made_for = true;
     plan.slice_channels = kWindowSliceBytes / request.element_bytes;
     plan.is_mirrored = is_mirrored;
     plan.tile_h = tile_h;
     plan.tile_w = tile_w;
-    if (reach == 0) continue;
     fill(plan);
     if (!fill_grid(p, limits, plan)) continue;
     // Waves of as many blocks as the device holds; the rest takes as long as its blocks'
@@ -122,7 +113,7 @@ WindowPlan choose_tile(const Dcnv4Params& p, const LaunchRequest& request,
     // a wave takes as long as all its instructions, or as those of one warp one after the other
     const double wave = std::max(double(held), kWarpsToFill * kWarp / plan.threads);
     const double cost = (double(waves) * wave + last) * block_cost(plan);
-    if (best.reach == 0 || cost < least) {
+    if (!best.is_made_for || cost < least) {
       least = cost;
       best = plan;
     }
@@ -135,7 +126,7 @@ WindowPlan choose_tile(const Dcnv4Params& p, const LaunchRequest& request,
 WindowPlan make_window_plan(const Dcnv4Params& p, const LaunchRequest& request,
                             const DeviceLimits& limits) {
   check_sizes(p);
-  return choose_tile(p, request, limits, choose_reach(p, request), false,
+  return choose_tile(p, request, limits, false,
                      [&](WindowPlan& plan) { fill_tile(p, limits, plan); });
 }
 
@@ -143,19 +134,21 @@ WindowBackwardPlan make_window_backward_plan(const Dcnv4Params& p, const LaunchR
                                              int32_t offset_bytes, const DeviceLimits& limits) {
   WindowBackwardPlan plan{};
   plan.offset_mask = make_window_plan(p, request, limits);
-  plan.value = choose_tile(p, request, limits, plan.offset_mask.reach, true,
+  plan.value = choose_tile(p, request, limits, true,
                            [&](WindowPlan& of) { fill_mirrored_tile(offset_bytes, of); });
   // lists of far taps number them within an image
-  if (plan.value.reach == 0 || p.queries() * kTapsPerPass >= kIndexed32)
-    plan.value.reach = plan.offset_mask.reach = 0;
+  if (!plan.offset_mask.is_made_for || p.queries() * kTapsPerPass >= kIndexed32)
+    plan.value.is_made_for = false;
+  plan.offset_mask.is_made_for = plan.value.is_made_for;
   plan.rest_blocks = std::min<int64_t>(8 * limits.multiprocessors, limits.blocks_per_launch);
   return plan;
 }
 
 std::string to_json(const WindowPlan& plan) {
-  return to_json({{"reach", plan.reach}, {"threads", plan.threads}, {"tile_h", plan.tile_h},
-                  {"tile_w", plan.tile_w}, {"shared_bytes", plan.shared_bytes},
-                  {"slices", plan.slices}, {"tiles_h", plan.tiles_h}, {"tiles_w", plan.tiles_w},
+  return to_json({{"is_made_for", plan.is_made_for}, {"threads", plan.threads},
+                  {"tile_h", plan.tile_h}, {"tile_w", plan.tile_w},
+                  {"shared_bytes", plan.shared_bytes}, {"slices", plan.slices},
+                  {"tiles_h", plan.tiles_h}, {"tiles_w", plan.tiles_w},
                   {"images_per_launch", plan.images_per_launch}});
 }
 

@@ -11,11 +11,11 @@ namespace mmdcnv4 {
 
 constexpr int32_t kWindowBlock = 4;          // output pixels that share a window, along each axis
 constexpr int32_t kWindowSliceBytes = 128;   // of a pixel: 64 numbers of 16 bits, or 32 of float32
-constexpr int32_t kForwardReach = 2;         // of the forward kernel; the gradients also have 4
-constexpr int32_t window_side(int32_t reach) { return kWindowBlock + 2 * reach; }
+constexpr int32_t kReach = 2; // pixels; samples this near to their pixel are in its block's window
+constexpr int32_t kWindowSide = kWindowBlock + 2 * kReach;
 
 struct WindowPlan {
-  int32_t reach;            // samples this near to their pixel are dense; 0: not a call for them
+  bool is_made_for;         // else the call is not one for these kernels, or the device too small
   int32_t slice_channels;   // a multiple of a group's
   bool is_mirrored;         // tiles of input pixels, not of output pixels: gradient of value
   int32_t tile_h, tile_w;   // output pixels per block, powers of two, at least kWindowBlock
@@ -33,22 +33,21 @@ struct WindowPlan {
   }
 };
 
-// `reach` is 0 where the kernels are not made for the call, or the device is too small for them.
 WindowPlan make_window_plan(const Dcnv4Params& p, const LaunchRequest& request,
                             const DeviceLimits& limits);
 
 // How the gradient of value keeps its weights in shared memory: for each column and line from
-// -reach to reach around a pixel, one float32 for each of `pixels` pixels. Pitches in bytes; by a
+// -kReach to kReach around a pixel, one float32 for each of `pixels` pixels. Pitches in bytes; by a
 // column the banks shift by 8 or back by 8, by a line by an odd number, so that a fragment meets
 // every bank once.
 struct StencilPitch {
   int32_t column, line, bytes;
 };
-inline StencilPitch stencil_pitch(int32_t pixels, int32_t reach) {
-  const int32_t side = 2 * reach + 1;
+inline StencilPitch stencil_pitch(int32_t pixels) {
+  constexpr int32_t kSide = 2 * kReach + 1;
   const int32_t column = (pixels + 7) / 16 * 16 + 8;
-  const int32_t line = side * column | 1;
-  return {4 * column, 4 * line, (4 * side * line + 15) / 16 * 16};
+  const int32_t line = kSide * column | 1;
+  return {4 * column, 4 * line, (4 * kSide * line + 15) / 16 * 16};
 }
 
 // Lists of the taps whose samples are out of reach (cuda/window/far_lists.cuh): one for each group
@@ -71,7 +70,7 @@ constexpr int32_t window_numbers_pitch(int32_t groups, int32_t offset_bytes) {
 }
 
 // The tensor-core gradients take two kernels: of offset_mask, cut as the forward kernel is, and of
-// value, cut into tiles of input pixels. Both reaches are the same, or 0.
+// value, cut into tiles of input pixels. They are made for the same calls.
 struct WindowBackwardPlan {
   WindowPlan offset_mask, value;
   int64_t rest_blocks; // of the kernels for what the two leave over, which loop

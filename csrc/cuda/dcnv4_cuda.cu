@@ -97,7 +97,7 @@ bool try_window_forward(const Dcnv4Params& p, int32_t alignment, cudaStream_t st
   if constexpr (sizeof(T) <= 4) {
     const WindowPlan plan =
         make_window_plan(p, {int32_t(sizeof(T)), 4, alignment, false}, current_device_limits());
-    return fast_choice().is_on(plan.reach != 0) &&
+    return fast_choice().is_on(plan.is_made_for) &&
            launch_dcnv4_window_forward(p, plan, stream, value, offset_mask, output);
   } else {
     return false;
@@ -139,7 +139,7 @@ at::Tensor try_window_backward(const Dcnv4Params& p, const at::Tensor& grad_outp
     const WindowBackwardPlan plan =
         make_window_backward_plan(p, {int32_t(sizeof(T)), 4, alignment, true},
                                   int32_t(offset_mask.element_size()), current_device_limits());
-    if (!fast_choice().is_on(plan.value.reach != 0)) return {};
+    if (!fast_choice().is_on(plan.value.is_made_for)) return {};
     at::Tensor grad_value = at::empty(value.sizes(), value.options());
     const auto words = value.options().dtype(at::kInt);
     const at::Tensor counts = at::zeros({1 + window_lists(p)}, words);

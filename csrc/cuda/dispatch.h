@@ -64,19 +64,5 @@ void with_depth(int64_t depth, const Visit& visit) {
                               std::to_string(depth));
 }
 
-// visit(depth, reach), both std::integral_constant, for the plans of the gradients.
-template <typename T, typename Visit>
-void with_window(int64_t depth, int32_t reach, const Visit& visit) {
-  const auto with_reach = [&](auto chosen) {
-    with_depth<T>(depth, [&](auto of_group) { visit(of_group, chosen); });
-  };
-  if (reach == 2) return with_reach(std::integral_constant<int, 2>());
-  if constexpr (sizeof(T) == 2) {
-    if (reach == 4) return with_reach(std::integral_constant<int, 4>());
-  }
-  throw std::invalid_argument("dcnv4: the reach must be 2 or (half types) 4, got " +
-                              std::to_string(reach));
-}
-
 } // namespace cuda
 } // namespace mmdcnv4

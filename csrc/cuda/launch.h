@@ -17,7 +17,7 @@ void launch_dcnv4_forward(const Dcnv4Params& p, const LaunchPlan& plan, Stream s
                           const OffsetNumbers<T>& offset_mask, // [N, Ho, Wo, P]
                           T* output);                          // [N, Ho, Wo, G, D], written whole
 
-// The same by the tensor-core kernel, for plans whose reach is not 0; T: half types, float32.
+// The same by the tensor-core kernel, for plans that are made for it; T: half types, float32.
 // Returns false, and does nothing, where the extension has no such code for the current device.
 template <typename T>
 bool launch_dcnv4_window_forward(const Dcnv4Params& p, const WindowPlan& plan, Stream stream,

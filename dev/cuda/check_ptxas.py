@@ -120,9 +120,8 @@ class Kernel:
         is_large = self.is_window or self.direction == 'attention_backward'  # 128 threads
         ceiling = REGISTERS[2 if self.dtype == 'float64' or is_large else blocks]
         fills_slice = self.is_window and Group(self.depth, self.size).of_slice == 1
-        if (self.direction == 'window_grad_value' and 'reach 4' in self.variant
-                or self.direction != 'window_grad_value' and fills_slice):
-            ceiling = 168  # one block, or blocks of 128 threads
+        if fills_slice and self.direction != 'window_grad_value':
+            ceiling = 168  # blocks of 128 threads
         found = []
         if self.registers > ceiling:
             found.append(f'{self.registers} registers, at most {ceiling}')
@@ -157,10 +156,10 @@ def parse_name(arch: str, mangled: str) -> Optional[Kernel]:
         numbers = re.findall(r'\d+', match[4])
         return Kernel(arch, match[1], dtype, int(numbers[0]) if numbers else 1,
                       'fixed point' if match[5] == 'Fixed' else '')
-    first, second = map(int, re.findall(r'\d+', match[4]))
+    first, *others = map(int, re.findall(r'\d+', match[4]))
     if match[1] in WINDOW_LOADS:
-        return Kernel(arch, match[1], dtype, WINDOW_LOADS[match[1]] // size,
-                      f'D={first} reach {second}')
+        return Kernel(arch, match[1], dtype, WINDOW_LOADS[match[1]] // size, f'D={first}')
+    (second,) = others
     variant = {'forward': 'K=9', 'backward': 'softmax'}[match[1]] if second else ''
     if match[5] == 'Fixed':
         variant = f'{variant} fixed point'.strip()

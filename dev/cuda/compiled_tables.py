@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import executions as model
-from far_taps import DISTRIBUTIONS, WARP, far_rates, reach_of
+from far_taps import DISTRIBUTIONS, WARP, far_rates, has_windows
 from window_groups import Group
 
 if TYPE_CHECKING:
@@ -41,10 +41,9 @@ EXECUTED = """
 ## Instructions for 256 outputs
 
 For offsets D0 (zero), D1 (N(0, 0.5)), D2 (N(0, 2)), D3 (U(-2, 2), times an `offset_scale` of 2) and
-D4 (U(-10, 10), times 2): tensor-core kernels with reach 2 take the first three, those with reach 4
-the others; forward there are none, and the direct kernel takes them. For tensor-core kernels: a
-block of 16x8 pixels, all of them in the image, with far taps as often as on a map of 56x56;
-`window backward` is the gradients of offsets and of value together.
+D4 (U(-10, 10), times 2): tensor-core kernels take the first three, direct ones the others. For
+tensor-core kernels: a block of 16x8 pixels, all of them in the image, with far taps as often as on
+a map of 56x56; `window backward` is the gradients of offsets and of value together.
 Direct kernels execute the same for every distribution. For comparison, by nvcc 13.0: the released
 DCNv4 kernels in float16 with groups of 32 channels execute about 1670 forward, with 56 registers
 and 40 bytes of stack, and about 21600 backward.
@@ -102,8 +101,8 @@ def block_launch(direction: str, group: Group, offsets: str) -> model.Launch:
     """A block of 16x8 pixels, all of them in the image, with as many warps as have work."""
     rows, pairs = 128 * group.of_slice, 4 * group.of_slice
     warps = 8 if direction == 'window_grad_value' else min(8, pairs)
-    return model.Launch(direction, group, 1, warps * WARP, rows, 8, 16, reach_of(offsets),
-                        2 * pairs, far_rates(56, 56, group, offsets))
+    return model.Launch(direction, group, 1, warps * WARP, rows, 8, 16, 2 * pairs,
+                        far_rates(56, 56, group, offsets))
 
 
 def per_256(kernel: Kernel, shape: str, offsets: str) -> float:
@@ -125,7 +124,7 @@ def executed(kernels: list[Kernel], archs: list[str]) -> list[str]:
             if kernel.direction in RARE or kernel.direction.startswith('attention'):
                 continue
             for offsets in DISTRIBUTIONS:
-                if kernel.is_window and not shape.endswith(f'reach {reach_of(offsets)}'):
+                if kernel.is_window and not has_windows(offsets):
                     continue
                 count = per_256(kernel, shape, offsets)
                 names = [kernel.direction]

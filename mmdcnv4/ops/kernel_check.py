@@ -47,9 +47,7 @@ DIRECT: dict[str, dict[str, Any]] = {
     '3x3-strided': dict(kernel_size=3, stride=(2, 1), padding=(1, 0), dilation=(1, 2)),
     '3x3-ring': dict(kernel_size=3, padding=(1, 2), offset_scale=0.5, remove_center=True),
     '5x5-softmax': dict(kernel_size=5, padding=(1, 2), softmax=True)}
-WINDOW: dict[str, dict[str, Any]] = {
-    'reach-2': SAME, 'reach-4': dict(kernel_size=3, padding=1, offset_scale=2.0),
-    'ring': DIRECT['3x3-ring']}
+WINDOW = {name: DIRECT[name] for name in ('3x3', '3x3-ring')}
 
 Tensors = tuple[Tensor, ...]
 
@@ -128,8 +126,6 @@ def cases(family: str) -> Iterator[Case]:
     else:
         depth, dtype = rest.split()
         for name, geometry in WINDOW.items():
-            if (name, dtype) == ('reach-4', 'f32'):
-                continue  # taken by the direct kernels
             for size in ((2, 15, 17, 3), (3, 7, 7, 5), (1, 33, 20, 2)):
                 yield Case(f'{name} {"x".join(map(str, size))}', (*size, int(depth[2:])),
                            every[dtype], geometry, fast=True)

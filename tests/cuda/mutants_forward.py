@@ -41,10 +41,10 @@ LOOSE_HOSTILE = W + 'test_hostile_offsets[gather-3x3-f16]'
 
 BARRIERS = [
     barrier('weights are read, then overwritten by far cells', FORWARD,
-            '      multiply<T, kDepth, kReach>(a, unit, lane, area, cells, sum);\n'
+            '      multiply<T, kDepth>(a, unit, lane, area, cells, sum);\n'
             '      __syncwarp();\n', F, SIMPLE),
     barrier('results are written, then read (forward)', FORWARD,
-            '      collect<T, kDepth, kReach>(lane, sum, area);\n      __syncwarp();\n', F, SIMPLE),
+            '      collect<T, kDepth>(lane, sum, area);\n      __syncwarp();\n', F, SIMPLE),
     fault('no barrier: results are read, then overwritten (forward)', FORWARD,
           'image.output, area, cells);\n    }\n    __syncwarp();\n',
           'image.output, area, cells);\n    }\n    if (!has_product) __syncwarp();\n', F, TWO),
@@ -81,8 +81,11 @@ CHOICES = [
     fault('lines before the window are near', FORWARD,
           'return (column < kLast) & (line < kLast);',
           'return (column < kLast) & (int32_t(line) < int32_t(kLast));', F, SIMPLE),
-    fault('a wide call takes the forward kernel', PLAN,
-          '  if (scale > 1 && !request.backward) return 0;\n', '', PLAN, W + 'test_not_made_for'),
+    fault('a call whose samples move further takes the kernels', PLAN,
+          'std::abs(p.offset_scale) <= 1;', 'std::abs(p.offset_scale) <= 3;', PLAN,
+          W + 'test_not_made_for'),
+    fault('a negative scale has no size', PLAN, 'std::abs(p.offset_scale) <= 1;',
+          'p.offset_scale <= 1;', PLAN, W + 'test_not_made_for'),
 ]
 
 PLACES = [

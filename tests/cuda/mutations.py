@@ -100,7 +100,7 @@ class Compiler:
 
     def emulator(self, fault: Fault) -> Path:
         """The emulator with the fault's units from the copy."""
-        self.keep(widths_of(fault.tests), reaches_of(fault.tests))
+        self.keep(widths_of(fault.tests))
         objects = []
         for number, unit in enumerate(fault.units):
             objects.append(str(self.folder / f'{number}.o'))
@@ -112,14 +112,13 @@ class Compiler:
         run(CXX, *QUICK, *objects, *others, '-o', str(program))
         return program
 
-    def keep(self, widths: Sequence[int], reaches: Sequence[int]) -> None:
+    def keep(self, widths: Sequence[int]) -> None:
         """Of the tensor-core kernels only those that the tests call: each is a second or so."""
         text = self.dispatch
-        for name, kept, known in (('depth', widths, (16, 32, 64)), ('reach', reaches, (2, 4))):
-            for number in set(known) - set(kept):
-                text, count = re.subn(rf'(if \({name} == {number}\)) return .*;',
-                                      rf'\1 throw std::logic_error("{LEFT_OUT}");', text)
-                assert count == 1, f'dispatch.h has {count} cases for {name} == {number}'
+        for number in {16, 32, 64} - set(widths):
+            text, count = re.subn(rf'(if \(depth == {number}\)) return .*;',
+                                  rf'\1 throw std::logic_error("{LEFT_OUT}");', text)
+            assert count == 1, f'dispatch.h has {count} cases for depth == {number}'
         (self.folder / 'csrc/cuda/dispatch.h').write_text(text)
 
     def native(self, fault: Fault) -> Path:
@@ -148,12 +147,6 @@ def widths_of(tests: Sequence[str]) -> tuple[int, ...]:
             'test_nothing_left_over')
     widths = {int(found) for test in tests for found in re.findall(r'[\[x-](32|64)(?=[]-])', test)}
     return (16, *sorted(widths | {32 for test in tests for name in wide if name in test}))
-
-
-def reaches_of(tests: Sequence[str]) -> tuple[int, ...]:
-    """Of the backward kernels; the forward kernels have but one."""
-    far = ('-wide', '[4-')
-    return (2, 4) if any(name in test for test in tests for name in far) else (2,)
 
 
 def native_units() -> Iterator[str]:

@@ -317,9 +317,9 @@ def test_launch_plans(emulator):
     calls = '\n'.join(random_sizes(generator) for _ in range(3000))
     plans, windows = zip(*map(json.loads, emulator('cover', calls).splitlines()))
     assert len(plans) == 3000
-    assert {window['reach'] for window in windows} == {0, 2, 4}
-    assert {(window['tile_h'], window['tile_w']) for window in windows if window['reach']} == {
-        (8, 16), (8, 8), (4, 8)}
+    assert {window['is_made_for'] for window in windows} == {0, 1}
+    assert {(window['tile_h'], window['tile_w']) for window in windows
+            if window['is_made_for']} == {(8, 16), (8, 8), (4, 8)}
     assert {plan['threads'] for plan in plans} == {32, 64, 128, 256}
     assert {plan['vec'] for plan in plans} == {1, 2, 4, 8}
     assert {plan['team'] for plan in plans} == {1, 2, 4, 8, 16, 32}

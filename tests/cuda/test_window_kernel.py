@@ -79,7 +79,7 @@ def test_geometries(emulator, tmp_path, name, dtypes, depth, way):
         keep_near(inputs, 3, points)
     _, plan, accesses = check(emulator, tmp_path, inputs, groups=3, count=True, **GEOMETRIES[name])
     # units without a row take the product
-    assert plan['reach'] == 2 and parts_taken(accesses) in ({way}, {'product', way})
+    assert plan['is_made_for'] and parts_taken(accesses) in ({way}, {'product', way})
     assert accesses['far']['instructions'] > 0
 
 
@@ -389,23 +389,26 @@ def test_no_conflicts_but_in_the_scatter(emulator, tmp_path, depth, dtypes):
 
 
 def test_not_made_for(emulator, tmp_path):
-    """The kernels say which calls are theirs; all others get a plan without reach."""
+    """The kernels say which calls are theirs; all others get a plan that is not made for them."""
     usual = dict(depth=16, kernel=3, stride=1, dilation=1, scale=1.0, softmax=0, dtype=2,
                  alignment=16)
-    expected = [({}, 2), (dict(depth=32, scale=2.0, dtype=3), 0), (dict(scale=-1.0), 2),
-                (dict(depth=32, scale=2.0, dtype=3, backward=1), 4)]
+    expected = [({}, 1), (dict(scale=-1.0), 1), (dict(dtype=3, depth=64), 1),
+                (dict(dtype=1), 1), (dict(dtype=1, depth=32), 1), (dict(dtype=1, depth=64), 0)]
     expected += [({name: value}, 0) for name, value in
-                 dict(depth=24, kernel=5, stride=2, dilation=2, scale=4.0, softmax=1, dtype=0,
+                 dict(depth=24, kernel=5, stride=2, dilation=2, softmax=1, dtype=0,
                       alignment=8).items()]
-    expected += [(dict(dtype=1), 2), (dict(dtype=1, depth=32, backward=1), 2),
-                 (dict(dtype=1, depth=64), 0), (dict(dtype=1, scale=2.0, backward=1), 0)]
+    # offsets that may lead out of the windows
+    expected += [(dict(scale=scale, dtype=dtype), 0)
+                 for scale in (1.001, -1.5, 2.0, 4.0) for dtype in (1, 2, 3)]
+    expected = [({**change, 'backward': backward}, is_made_for) for backward in (0, 1)
+                for change, is_made_for in expected]
     calls = []
     for change, _ in expected:
-        c = {**usual, 'backward': 0, **change}
+        c = {**usual, **change}
         pairs = ' '.join(f'{c[key]} {c[key]}' for key in ('kernel', 'stride'))
         calls.append(f'{c["alignment"]} {c["dtype"]} {c["backward"]} {" ".join(map(str, GPU))} '
                      f'2 9 11 3 {c["depth"]} {pairs} 1 1 {c["dilation"]} {c["dilation"]} '
                      f'{c["scale"]} 0 {c["softmax"]}')
     printed = emulator('cover', '\n'.join(calls))
-    reaches = [json.loads(line)[1]['reach'] for line in printed.splitlines()]
-    assert reaches == [reach for _, reach in expected]
+    found = [json.loads(line)[1]['is_made_for'] for line in printed.splitlines()]
+    assert found == [is_made_for for _, is_made_for in expected]

@@ -33,9 +33,7 @@ HARD_TO_SPLIT = torch.tensor([0x7f7fffff, -0x00800001, 0x7f800001, 0x7fffffff, -
                              dtype=torch.int32).view(F32)
 GEOMETRIES = {
     '3x3': dict(kernel_size=3, padding=1),
-    '3x3-wide': dict(kernel_size=3, padding=1, offset_scale=2.0),
     '3x3-ring': dict(kernel_size=3, padding=(1, 2), offset_scale=0.5, remove_center=True),
-    '3x3-ring-wide': dict(kernel_size=3, padding=0, offset_scale=-1.5, remove_center=True),
 }
 # N, H, W, G, D: ragged tiles and slices, primes, one pixel, one line, every D, 80 groups
 SIZES = [(3, 5, 7, 3, 16), (2, 13, 1, 5, 16), (3, 1, 1, 3, 32), (1, 11, 19, 3, 32),

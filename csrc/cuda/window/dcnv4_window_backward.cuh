@@ -29,7 +29,7 @@ void launch_window_grad_rest(const Dcnv4Params& p, const WindowBackwardPlan& pla
   launch(&dcnv4_window_clear_kernel<uint4>, plan.rest_blocks, kMaxThreads, 0, stream,
          uint64_t(window_lists(p)), lists);
   launch(&dcnv4_window_grad_rest_kernel<T>, plan.rest_blocks, kMaxThreads, 0, stream, arguments,
-         plan.offset_mask.reach, uint64_t(p.batch) * uint64_t(p.queries()) * uint64_t(p.groups),
+         kReach, uint64_t(p.batch) * uint64_t(p.queries()) * uint64_t(p.groups),
          grad_output, offset_mask, lists);
 }
 
@@ -41,10 +41,10 @@ bool launch_dcnv4_window_backward(const Dcnv4Params& p, const WindowBackwardPlan
                                   const OffsetGradients<T>& grad_offset_mask) {
   bool is_launched = false;
   const FarLists lists = make_far_lists(p, scratch.counts, scratch.entries);
-  with_window<T>(p.group_channels, plan.value.reach, [&](auto depth, auto reach) {
-    constexpr int kDepth = decltype(depth)::value, kReach = decltype(reach)::value;
-    auto* offset_kernel = &dcnv4_window_grad_offset_kernel<T, kDepth, kReach>;
-    auto* value_kernel = &dcnv4_window_grad_value_kernel<T, kDepth, kReach>;
+  with_depth<T>(p.group_channels, [&](auto depth) {
+    constexpr int kDepth = decltype(depth)::value;
+    auto* offset_kernel = &dcnv4_window_grad_offset_kernel<T, kDepth>;
+    auto* value_kernel = &dcnv4_window_grad_value_kernel<T, kDepth>;
     if (!prepare_tensor_core_kernel(offset_kernel) || !prepare_tensor_core_kernel(value_kernel))
       return;
     const auto begin = [&](const auto* tensor, int64_t image, int64_t pixels, int64_t channels) {

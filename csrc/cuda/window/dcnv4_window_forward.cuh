@@ -39,7 +39,6 @@ namespace cuda {
 
 // A sample seen from the window of its row. Numbers from 2^23 on are whole: their last bits are the
 // floor of what was added to that.
-template <typename Layout, int kReach>
 struct WindowSample {
   static constexpr float kWhole = 8388608.0f;         // 2^23
   static constexpr uint32_t kWholeBits = 0x4b000000u; // its bits
@@ -56,7 +55,7 @@ struct WindowSample {
     line = __float_as_uint(line_up) - kWholeBits;
   }
   MMDCNV4_DEVICE bool is_near() const { // not so below zero, nor for NaN
-    constexpr uint32_t kLast = Layout::kSide - 1;
+    constexpr uint32_t kLast = kWindowSide - 1;
     return (column < kLast) & (line < kLast);
   }
 };
@@ -64,7 +63,7 @@ struct WindowSample {
 // Whether the product is cheaper than gathering all taps of a unit, judged by two taps of each row
 // that exists. Wider groups make the product cheaper, for as many taps; where both take the same
 // time was measured on an H200 with half types.
-template <typename Layout, int kDepth, int kReach>
+template <typename Layout, int kDepth>
 MMDCNV4_DEVICE bool is_worth_a_product(const WindowArguments& a, const Tile& tile, uint32_t unit,
                                        uint32_t lane, const RowNumbers& numbers) {
   const bool exists = Layout::locate_row(a, tile, unit, lane).is_valid;
@@ -74,8 +73,7 @@ MMDCNV4_DEVICE bool is_worth_a_product(const WindowArguments& a, const Tile& til
   uint32_t far = 0;
 #pragma unroll
   for (int k = 1; k < 8; k += 4) {
-    const WindowSample<Layout, kReach> sample(a, lane, k, numbers.offset[2 * k],
-                                              numbers.offset[2 * k + 1]);
+    const WindowSample sample(a, lane, k, numbers.offset[2 * k], numbers.offset[2 * k + 1]);
     far += count(exists & !sample.is_near());
   }
   constexpr uint32_t kRowsPerFar = kDepth == 16 ? 8 : kDepth == 32 ? 4 : 3;
@@ -83,10 +81,9 @@ MMDCNV4_DEVICE bool is_worth_a_product(const WindowArguments& a, const Tile& til
 }
 
 // Adds the weights of a row to its column of A; returns the taps outside the window.
-template <typename Layout, int kReach>
+template <typename Layout>
 MMDCNV4_DEVICE FarTaps add_weights(const WindowArguments& a, uint32_t lane,
                                    const RowNumbers& numbers, float factor, unsigned char* area) {
-  using Sample = WindowSample<Layout, kReach>;
   const bool is_ring = a.call.points < kTaps;
   FarTaps far{};
 #pragma unroll
@@ -94,13 +91,13 @@ MMDCNV4_DEVICE FarTaps add_weights(const WindowArguments& a, uint32_t lane,
     enter_step(SharedPhase::kScatter);
     if (k == kTaps - 1 && is_ring) continue;
     const float dx = numbers.offset[2 * k], dy = numbers.offset[2 * k + 1];
-    const Sample sample(a, lane, k, dx, dy);
+    const WindowSample sample(a, lane, k, dx, dy);
     const float mask = numbers.mask[k] * factor;
     if (!sample.is_near()) {
       far = {far.bits | 1u << k, {dx, dy, mask}};
     } else {
-      const float fx = sample.x - (sample.column_up - Sample::kWhole);
-      const float fy = sample.y - (sample.line_up - Sample::kWhole);
+      const float fx = sample.x - (sample.column_up - WindowSample::kWhole);
+      const float fy = sample.y - (sample.line_up - WindowSample::kWhole);
       const CornerWeights<float> w = corner_weights(mask, 1.0f - fx, fx, 1.0f - fy, fy);
       const uint32_t cell = sample.line * Layout::kSide + sample.column;
       const float weight[4] = {w.w00, w.w01, w.w10, w.w11};
@@ -117,13 +114,13 @@ MMDCNV4_DEVICE FarTaps add_weights(const WindowArguments& a, uint32_t lane,
 }
 
 // A . V of both matrices of a unit; sum[matrix][8 channels][fragment].
-template <typename T, int kDepth, int kReach>
+template <typename T, int kDepth>
 MMDCNV4_DEVICE void multiply(const WindowArguments& a, uint32_t unit, uint32_t lane,
                              const unsigned char* area, const unsigned char* cells,
                              float (&sum)[2][kDepth / 8][4]) {
-  using Layout = DenseWindow<T, kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth>;
   const uint32_t g = lane / 4, t = lane % 4;
-  using Rows = CellRows<T, kDepth, kReach>;
+  using Rows = CellRows<T, kDepth>;
   const unsigned char* weights_at[2][2]; // rows g and g + 8 of each matrix
   const auto rows_of = [&](uint32_t m) {
     const typename Layout::Matrix matrix = Layout::locate_matrix(a, 2 * unit + m);
@@ -189,10 +186,10 @@ MMDCNV4_DEVICE bool are_finite(const float (&n)[8]) {
 }
 
 // Brings the sums from fragments to rows: a chunk of a row per lane, a team per row.
-template <typename T, int kDepth, int kReach>
+template <typename T, int kDepth>
 MMDCNV4_DEVICE void collect(uint32_t lane, const float (&sum)[2][kDepth / 8][4],
                             unsigned char* area) {
-  using Layout = DenseWindow<T, kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth>;
   const uint32_t g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int i = 0; i < kDepth / 8; ++i) {
@@ -210,11 +207,11 @@ MMDCNV4_DEVICE void collect(uint32_t lane, const float (&sum)[2][kDepth / 8][4],
 
 // The part of finish() that is one row of each team. Rows without finite sums wait for kGather;
 // returns whether this lane's does.
-template <bool kGather, typename T, int kDepth, int kReach>
+template <bool kGather, typename T, int kDepth>
 MMDCNV4_DEVICE bool finish_row(const WindowArguments& a, const Tile& tile, uint32_t unit,
                                uint32_t pass, uint32_t lane, float inverse, const Image<T>& image,
                                const unsigned char* area) {
-  using Layout = DenseWindow<T, kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth>;
   const uint32_t first = lane / Layout::kTeam, index = pass * (kWarp / Layout::kTeam) + first;
   const uint32_t column = lane % Layout::kTeam * kChunkNumbers<T>;
   const Row row = Layout::locate_row(a, tile, unit, index);
@@ -245,23 +242,23 @@ MMDCNV4_DEVICE bool finish_row(const WindowArguments& a, const Tile& tile, uint3
 }
 
 // Undoes the scale of the rows and writes the outputs of a unit.
-template <typename T, int kDepth, int kReach>
+template <typename T, int kDepth>
 MMDCNV4_DEVICE void finish(const WindowArguments& a, const Tile& tile, uint32_t unit, uint32_t lane,
                            float inverse, Image<T> image, const unsigned char* area) {
-  constexpr uint32_t kPasses = DenseWindow<T, kDepth, kReach>::kTeam;
+  constexpr uint32_t kPasses = DenseWindow<T, kDepth>::kTeam;
   image.output = forget(image.output); // else the compiler computes it anew for each pass
   bool has_more = false;
 #pragma unroll
   for (uint32_t pass = 0; pass < kPasses; ++pass)
     has_more |=
-        finish_row<false, T, kDepth, kReach>(a, tile, unit, pass, lane, inverse, image, area);
+        finish_row<false, T, kDepth>(a, tile, unit, pass, lane, inverse, image, area);
   if (!__any_sync(kAllLanes, has_more)) return;
 #pragma unroll 1
   for (uint32_t pass = 0; pass < kPasses; ++pass)
-    finish_row<true, T, kDepth, kReach>(a, tile, unit, pass, lane, inverse, image, area);
+    finish_row<true, T, kDepth>(a, tile, unit, pass, lane, inverse, image, area);
 }
 
-template <typename T, int kDepth, int kReach>
+template <typename T, int kDepth>
 __global__ void __launch_bounds__(window_threads<T>(kDepth),
                                   window_threads<T>(kDepth) < kMaxThreads ? 3 : 2)
     dcnv4_window_forward_kernel(const WindowArguments a,
@@ -269,8 +266,8 @@ __global__ void __launch_bounds__(window_threads<T>(kDepth),
                                 const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
                                 T* __restrict__ output) {           // [N, Ho, Wo, G, D]
 #if MMDCNV4_HAS_TENSOR_CORES
-  using Layout = DenseWindow<T, kDepth, kReach>;
-  using Numbers = UnitNumbers<T, kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth>;
+  using Numbers = UnitNumbers<T, kDepth>;
   MMDCNV4_SHARED_MEMORY(shared);
   const uint32_t warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const uint32_t points = uint32_t(a.call.points);
@@ -291,17 +288,17 @@ __global__ void __launch_bounds__(window_threads<T>(kDepth),
     const uint32_t first_group = tile.first_group + Layout::locate_matrix(a, 2 * unit).group;
     Numbers::copy_unit(a, tile, unit, lane, image.packed, area);
     commit_copies();
-    if (unit == warp) copy_cells<T, kDepth, kReach>(a, tile, image.value, cells);
+    if (unit == warp) copy_cells<T, kDepth>(a, tile, image.value, cells);
     commit_copies();
     wait_copies<1>(); // the cells may take until A is there
     __syncwarp();
     const RowNumbers numbers = Numbers::load(a, lane, first_group, image.packed, area);
     __syncwarp();
     const bool has_product =
-        is_worth_a_product<Layout, kDepth, kReach>(a, tile, unit, lane, numbers);
+        is_worth_a_product<Layout, kDepth>(a, tile, unit, lane, numbers);
     Scale scale{1.0f, 1.0f};
     FarTaps far{};
-    FarLayer<T, kDepth, kReach> layer;
+    FarLayer<T, kDepth> layer;
     bool has_far = false;
     if (has_product) {
 #pragma unroll
@@ -311,13 +308,13 @@ __global__ void __launch_bounds__(window_threads<T>(kDepth),
       }
       scale = scale_of_row<T>(numbers, points);
       __syncwarp();
-      far = add_weights<Layout, kReach>(a, lane, numbers, scale.factor, area);
+      far = add_weights<Layout>(a, lane, numbers, scale.factor, area);
       // what was read as the numbers of a group that does not exist may be anything
       if (first_group + lane / Numbers::kPixels >= uint32_t(a.call.groups)) far.bits = 0;
       has_far = __any_sync(kAllLanes, far.bits != 0);
       if (has_far) layer.take(a, tile, unit, lane, scale.factor, image, far);
     } else {
-      write_taps<T, kDepth, kReach>(a, tile, unit, lane, numbers, area);
+      write_taps<T, kDepth>(a, tile, unit, lane, numbers, area);
     }
     if (unit == warp) {
       wait_copies<0>();
@@ -326,7 +323,7 @@ __global__ void __launch_bounds__(window_threads<T>(kDepth),
     __syncwarp();
     if (has_product) {
       float sum[2][kDepth / 8][4] = {};
-      multiply<T, kDepth, kReach>(a, unit, lane, area, cells, sum);
+      multiply<T, kDepth>(a, unit, lane, area, cells, sum);
       __syncwarp();
 #pragma unroll 1
       while (has_far) {
@@ -334,11 +331,11 @@ __global__ void __launch_bounds__(window_threads<T>(kDepth),
         has_far = __any_sync(kAllLanes, far.bits != 0);
         if (has_far) layer.take(a, tile, unit, lane, scale.factor, image, far);
       }
-      collect<T, kDepth, kReach>(lane, sum, area);
+      collect<T, kDepth>(lane, sum, area);
       __syncwarp();
-      finish<T, kDepth, kReach>(a, tile, unit, lane, scale.inverse, image, area);
+      finish<T, kDepth>(a, tile, unit, lane, scale.inverse, image, area);
     } else {
-      gather_unit<T, kDepth, kReach>(a, tile, unit, lane, image.value, image.output, area, cells);
+      gather_unit<T, kDepth>(a, tile, unit, lane, image.value, image.output, area, cells);
     }
     __syncwarp();
   }
@@ -352,7 +349,7 @@ bool launch_dcnv4_window_forward(const Dcnv4Params& p, const WindowPlan& plan, S
   const WindowArguments arguments = make_window_arguments(p, plan);
   bool is_launched = false;
   with_depth<T>(p.group_channels, [&](auto depth) {
-    auto* kernel = &dcnv4_window_forward_kernel<T, decltype(depth)::value, kForwardReach>;
+    auto* kernel = &dcnv4_window_forward_kernel<T, decltype(depth)::value>;
     if (!prepare_tensor_core_kernel(kernel)) return;
     for_each_launch(p, plan, [&](int64_t image, int64_t blocks) {
       launch(kernel, blocks, plan.threads, plan.shared_bytes, stream, arguments,

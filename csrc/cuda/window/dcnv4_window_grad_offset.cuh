@@ -39,11 +39,11 @@ namespace cuda {
 template <typename T, int kDepth>
 using GradWords = uint32_t[2][kDepth / (2 * kChunkNumbers<T>)][4];
 
-template <typename T, int kDepth, int kReach>
+template <typename T, int kDepth>
 MMDCNV4_DEVICE void load_grads(const WindowArguments& a, const Tile& tile, uint32_t unit,
                                uint32_t lane, const T* __restrict__ grad_output,
                                GradWords<T, kDepth>& grads) {
-  using Layout = DenseWindow<T, kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth>;
   const uint32_t g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int m = 0; m < 2; ++m)
@@ -63,28 +63,26 @@ MMDCNV4_DEVICE void load_grads(const WindowArguments& a, const Tile& tile, uint3
 
 // Y . V^T of both matrices of a unit, in float32, to the places of the weights of the forward
 // kernel.
-template <typename T, int kDepth, int kReach>
+template <typename T, int kDepth>
 MMDCNV4_DEVICE void dot_cells(const WindowArguments& a, uint32_t unit, uint32_t lane,
                               const GradWords<T, kDepth>& grads, const unsigned char* cells,
                               unsigned char* area) {
-  using Layout = DenseWindow<T, kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth>;
   constexpr int kTeam = Layout::kTeam, kLoads = kTeam / 2; // of four 8x8 matrices per 16 cells
   const uint32_t g = lane / 4, t = lane % 4;
-  const uint32_t period_bytes = Layout::kPeriodLines * a.cells_w * kCellBytes;
+  const uint32_t step_bytes = Layout::kStepLines * a.cells_w * kCellBytes;
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
     const typename Layout::Matrix matrix = Layout::locate_matrix(a, 2 * unit + m);
-    const unsigned char* cells_at[Layout::kPeriod][kLoads]; // lane's row for ldmatrix
+    const unsigned char* cells_at[kLoads]; // lane's row for ldmatrix
 #pragma unroll
-    for (int i = 0; i < int(Layout::kPeriod); ++i)
-#pragma unroll
-      for (int j = 0; j < kLoads; ++j) {
-        const uint32_t of = 4 * j + lane / 8; // the 8x8 matrix: 8 cells, then chunks, fastest
-        const uint32_t cell = 16 * i + of / kTeam * 8 + lane % 8;
-        cells_at[i][j] = cells + Layout::chunk_at(matrix.x + cell % Layout::kSide,
-                                                  matrix.y + cell / Layout::kSide, a.cells_w,
-                                                  matrix.group * kTeam + of % kTeam);
-      }
+    for (int j = 0; j < kLoads; ++j) {
+      const uint32_t of = 4 * j + lane / 8; // the 8x8 matrix: 8 cells, then chunks, fastest
+      const uint32_t cell = of / kTeam * 8 + lane % 8;
+      cells_at[j] = cells + Layout::chunk_at(matrix.x + cell % Layout::kSide,
+                                             matrix.y + cell / Layout::kSide, a.cells_w,
+                                             matrix.group * kTeam + of % kTeam);
+    }
     const auto grads_of = [&](int pair) { return GradFragment<T>(grads[m][pair]); };
     unsigned char* dots_at[2] = {area + Layout::weight_at(2 * t, m * kMatrixRows + g),
                                  area + Layout::weight_at(2 * t, m * kMatrixRows + 8 + g)};
@@ -95,8 +93,7 @@ MMDCNV4_DEVICE void dot_cells(const WindowArguments& a, uint32_t unit, uint32_t 
       for (int j = 0; j < kLoads; ++j) {
         uint32_t pixels[4];
         enter_step(SharedPhase::kPixels);
-        load_matrices(cells_at[step % Layout::kPeriod][j] + step / Layout::kPeriod * period_bytes,
-                      pixels);
+        load_matrices(cells_at[j] + step * step_bytes, pixels);
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) // two chunks
           grads_of((4 * j + 2 * pair) % kTeam / 2)
@@ -117,7 +114,7 @@ struct RowGradients {
   uint32_t rest; // taps that are left over, as bits
 };
 
-template <typename Layout, int kReach>
+template <typename Layout>
 MMDCNV4_DEVICE RowGradients read_taps(const WindowArguments& a, uint32_t lane, const Row& row,
                                       const RowNumbers& numbers, const unsigned char* area) {
   const uint32_t x = lane % kBlockSide + kReach, y = lane / kBlockSide % kBlockSide + kReach;
@@ -171,11 +168,11 @@ MMDCNV4_DEVICE void write_row(const RowGradients& grad, int32_t points, unsigned
 }
 
 // From there to grad_offset_mask of the image; after the last group the padding, zero.
-template <typename T, typename Offset, int kDepth, int kReach>
+template <typename T, typename Offset, int kDepth>
 MMDCNV4_DEVICE void write_unit(const WindowArguments& a, const Tile& tile, uint32_t unit,
                                uint32_t lane, const unsigned char* area,
                                Offset* __restrict__ grad_packed) {
-  using Layout = DenseWindow<T, kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth>;
   using Numbers = NumbersLayout<Offset, (Layout::kGroups > 1 ? 2 : 1)>;
   // units of two groups begin with an even one, so that pairs of halves are aligned; where the
   // last group stands alone an odd number of them is followed by padding
@@ -212,9 +209,9 @@ MMDCNV4_DEVICE void write_unit(const WindowArguments& a, const Tile& tile, uint3
 }
 
 // Where the gradients of rows lie in the area, until they are written.
-template <typename T, int kDepth, int kReach>
+template <typename T, int kDepth>
 struct UnitGradients {
-  using Layout = DenseWindow<T, kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth>;
   template <typename Offset>
   using Numbers = NumbersLayout<Offset, (Layout::kGroups > 1 ? 2 : 1)>;
   static constexpr uint32_t kPairBytes = 2; // of a tap that is left over, see collect()
@@ -244,10 +241,10 @@ struct UnitGradients {
   MMDCNV4_DEVICE void write(const Tile& tile, uint32_t unit, uint32_t lane,
                             unsigned char* grad_packed) const {
     if (are_wider) {
-      write_unit<T, float, kDepth, kReach>(a, tile, unit, lane, area,
+      write_unit<T, float, kDepth>(a, tile, unit, lane, area,
                                            reinterpret_cast<float*>(grad_packed));
     } else {
-      write_unit<T, T, kDepth, kReach>(a, tile, unit, lane, area,
+      write_unit<T, T, kDepth>(a, tile, unit, lane, area,
                                        reinterpret_cast<T*>(grad_packed));
     }
   }
@@ -286,13 +283,13 @@ struct UnitGradients {
 
 // The gradients of the taps that are left over, and their place in the lists. grad_output, value
 // and packed are those of the tile's image.
-template <typename T, int kDepth, int kReach>
+template <typename T, int kDepth>
 MMDCNV4_DEVICE void take_left_over(const WindowArguments& a, const Tile& tile, uint32_t unit,
                                    uint32_t lane, uint32_t count,
                                    const T* __restrict__ grad_output, const T* __restrict__ value,
                                    const OffsetNumbers<T>& packed, const FarLists& lists,
-                                   const UnitGradients<T, kDepth, kReach>& gradients) {
-  using Layout = DenseWindow<T, kDepth, kReach>;
+                                   const UnitGradients<T, kDepth>& gradients) {
+  using Layout = DenseWindow<T, kDepth>;
   constexpr int kVec = kChunkNumbers<T>, kTeam = Layout::kTeam;
 #pragma unroll 1
   for (uint32_t first = 0; first < count; first += kWarp / kTeam) {
@@ -332,7 +329,7 @@ MMDCNV4_DEVICE void take_left_over(const WindowArguments& a, const Tile& tile, u
   }
 }
 
-template <typename T, int kDepth, int kReach>
+template <typename T, int kDepth>
 __global__ void __launch_bounds__(window_threads<T>(kDepth),
                                   window_threads<T>(kDepth) < kMaxThreads ? 3 : 2)
     dcnv4_window_grad_offset_kernel(const WindowArguments a,
@@ -342,8 +339,8 @@ __global__ void __launch_bounds__(window_threads<T>(kDepth),
                                     const OffsetGradients<T> grad_offset_mask, // [N, Ho, Wo, P]
                                     const FarLists lists) {
 #if MMDCNV4_HAS_TENSOR_CORES
-  using Layout = DenseWindow<T, kDepth, kReach>;
-  using Numbers = UnitNumbers<T, kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth>;
+  using Numbers = UnitNumbers<T, kDepth>;
   MMDCNV4_SHARED_MEMORY(shared);
   const uint32_t warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const Tile tile = Layout::locate_tile(a, blockIdx.x);
@@ -358,7 +355,7 @@ __global__ void __launch_bounds__(window_threads<T>(kDepth),
   const OffsetGradients<T> grad_packed = grad_offset_mask.from(first_number);
   unsigned char* area = shared + warp * Layout::kAreaBytes;
   unsigned char* cells = shared + warps * Layout::kAreaBytes;
-  copy_cells<T, kDepth, kReach>(a, tile, value, cells);
+  copy_cells<T, kDepth>(a, tile, value, cells);
 #pragma unroll 1
   for (uint32_t unit = warp; unit < a.units; unit += warps) {
     // addresses kept from one unit to the next would fill the registers
@@ -368,23 +365,23 @@ __global__ void __launch_bounds__(window_threads<T>(kDepth),
     Numbers::copy_unit(a, tile, unit, lane, packed, area);
     commit_copies(); // the first time with the cells
     GradWords<T, kDepth> grads; // on their way at the same time
-    load_grads<T, kDepth, kReach>(a, tile, unit, lane, grad_output, grads);
+    load_grads<T, kDepth>(a, tile, unit, lane, grad_output, grads);
     wait_copies<0>();
     if (unit == warp) __syncthreads();
     __syncwarp();
     const RowNumbers numbers = Numbers::load(a, lane, first_group, packed, area);
     __syncwarp();
-    dot_cells<T, kDepth, kReach>(a, unit, lane, grads, cells, area);
+    dot_cells<T, kDepth>(a, unit, lane, grads, cells, area);
     __syncwarp();
-    const RowGradients grad = read_taps<Layout, kReach>(a, lane, row, numbers, area);
+    const RowGradients grad = read_taps<Layout>(a, lane, row, numbers, area);
     __syncwarp();
-    const UnitGradients<T, kDepth, kReach> gradients{a, first_group, packed.are_wider(), area};
+    const UnitGradients<T, kDepth> gradients{a, first_group, packed.are_wider(), area};
     gradients.put_row(lane, grad);
     const uint32_t left_over = row.is_valid ? grad.rest : 0;
     if (__any_sync(kAllLanes, left_over != 0)) {
       const uint32_t count = gradients.collect(lane, left_over);
       __syncwarp();
-      take_left_over<T, kDepth, kReach>(a, tile, unit, lane, count, grad_output, value, packed,
+      take_left_over<T, kDepth>(a, tile, unit, lane, count, grad_output, value, packed,
                                         lists, gradients);
     }
     __syncwarp();

@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 }
 
+// `reach` is kReach: as a constant in here it would compile to other code than ran on GPUs.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads)
     dcnv4_window_grad_rest_kernel(const WindowArguments a, int32_t reach, uint64_t rows,

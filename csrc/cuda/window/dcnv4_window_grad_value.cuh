@@ -7,14 +7,14 @@
 // Computes    as dcnv4_backward.cuh: grad_value[cell] = sum of m_k * weight(cell) * grad_output
 // Idea        the forward product the other way round: who owns cells gathers from pixels. The
 //             samples of the output pixels within reach of 4x4 input pixels fill a matrix A^T
-//             [16 input pixels x S*S output pixels], S = 4 + 2 * reach, and tensor cores compute
-//             A^T . Y for all channels of a group. Each gradient is written once, in its own type,
-//             without atomics or a zeroed tensor
+//             [16 input pixels x 8x8 output pixels], and tensor cores compute A^T . Y for all
+//             channels of a group. Each gradient is written once, in its own type, without atomics
+//             or a zeroed tensor
 // Work split  block = a tile of input pixels and the output pixels around it, group after group;
 //             thread = output pixel while weights are added up; warp = 4x4 input pixels while they
 //             are multiplied
 //
-//               tile and halo, reach 2            a pixel's stencil: the cells that it may sample
+//               tile and halo                     a pixel's stencil: the cells that it may sample
 //             o o o o o o o o o o o o             -2  . . . . .
 //             o o o o o o o o o o o o             -1  . . . . .     line: cell above or below it
 //             o o [ 4x4 ] [ 4x4 ] o o              0  . . o . .     column: left or right of it
@@ -24,8 +24,8 @@
 //             one line of [ 4x4 ] is four of pixels: a warp's cells, whose window of 8x8 pixels
 //             reaches two further on each side
 //
-// Layout      weights in float32 [line][column][output pixel], line and column from -reach to reach
-//             around the pixel (stencil_pitch()): a sample adds to four neighbouring planes at its
+// Layout      weights in float32 [line][column][output pixel], line and column from -2 to 2 around
+//             the pixel (stencil_pitch()): a sample adds to four neighbouring planes at its
 //             thread's place, and only its thread does. Output pixels as the cells of
 //             dense_window.cuh
 // Far taps    those that are not near, see window_taps.cuh, are in a list of their block
@@ -56,11 +56,10 @@ struct PixelAround {
   uint32_t number; // within its image, kNoPixel where there is none
   Place edge;      // see edge_of_image()
 
-  MMDCNV4_DEVICE PixelAround(const WindowArguments& a, const Tile& tile, int reach,
-                             uint32_t index) {
+  MMDCNV4_DEVICE PixelAround(const WindowArguments& a, const Tile& tile, uint32_t index) {
     uint32_t x = index, y = a.cell_lines.split(x);
-    x += tile.x - uint32_t(reach);
-    y += tile.y - uint32_t(reach);
+    x += tile.x - kReach;
+    y += tile.y - kReach;
     edge = edge_of_image(int32_t(x), int32_t(y));
     x += uint32_t(a.shift_x);
     y += uint32_t(a.shift_y);
@@ -71,7 +70,6 @@ struct PixelAround {
 };
 
 // Clears the weights of a pixel, if it has any; `at` is their first place.
-template <int kReach>
 MMDCNV4_DEVICE void clear_stencil(const WindowArguments& a, bool exists, unsigned char* at) {
 #pragma unroll
   for (int line = 0; line <= 2 * kReach; ++line, at += a.stencil.line)
@@ -83,7 +81,6 @@ MMDCNV4_DEVICE void clear_stencil(const WindowArguments& a, bool exists, unsigne
 }
 
 // Adds the weights of a pixel's row; `at` is its place in line 0, column 0.
-template <int kReach>
 MMDCNV4_DEVICE void add_stencil(const WindowArguments& a, const PixelAround& pixel,
                                 const RowNumbers& numbers, unsigned char* at) {
 #pragma unroll
@@ -126,7 +123,6 @@ struct OwnedBlock {
 
   // Where the weight of pixel (wx, wy) of the window for a lane's row is among the weights; may lie
   // outside of them, see has_weight().
-  template <int kReach>
   MMDCNV4_DEVICE int32_t weight_at(const WindowArguments& a, uint32_t wx, uint32_t wy) const {
     return (2 * kReach + int32_t(cy) - int32_t(wy)) * a.stencil.line +
            (2 * kReach + int32_t(cx) - int32_t(wx)) * a.stencil.column +
@@ -135,48 +131,38 @@ struct OwnedBlock {
 };
 
 // Along one axis: whether cell `cell` of a block is within reach of pixel `pixel` of its window.
-template <int kReach>
 MMDCNV4_DEVICE bool has_weight(uint32_t pixel, uint32_t cell) {
   return pixel - cell <= 2 * kReach; // wraps
 }
 
 // A^T . Y for a warp's block; `group` within the slice.
-template <typename T, int kDepth, int kReach>
+template <typename T, int kDepth>
 MMDCNV4_DEVICE void multiply_stencil(const WindowArguments& a, const OwnedBlock& block,
                                      uint32_t group, uint32_t lane, const unsigned char* weights,
                                      const unsigned char* pixels, float (&sum)[kDepth / 8][4]) {
-  using Layout = DenseWindow<T, kDepth, kReach>;
-  constexpr uint32_t kSide = Layout::kSide;
-  // eight pixels at a time: after kEights of them a line begins again
-  constexpr int kEights = kSide == 8 ? 1 : 3, kLines = kEights * 8 / kSide;
-  const uint32_t t = lane % 4;
-  int32_t weight_at[kEights];
-  uint32_t wx[kEights], wy[kEights];
+  using Layout = DenseWindow<T, kDepth>;
+  const uint32_t wx = lane % 4 * 2; // the first of a lane's two pixels of each line
+  int32_t weight_at = 0;
+  // a loop of one turn: written without it, it compiles to other code than ran on GPUs
 #pragma unroll
-  for (int i = 0; i < kEights; ++i) {
-    wx[i] = (8 * i + 2 * t) % kSide;
-    wy[i] = (8 * i + 2 * t) / kSide;
-    weight_at[i] = block.weight_at<kReach>(a, wx[i], wy[i]);
-  }
-  using Rows = CellRows<T, kDepth, kReach>;
+  for (uint32_t line = 0; line < 1; ++line) weight_at = block.weight_at(a, wx, line);
+  using Rows = CellRows<T, kDepth>;
   const Rows rows(a, block.x, block.y, group, lane, pixels);
-  const int32_t down = kLines * (int32_t(a.cells_w * sizeof(float)) - a.stencil.line);
+  const int32_t down = int32_t(a.cells_w * sizeof(float)) - a.stencil.line;
   const int32_t beside = int32_t(sizeof(float)) - a.stencil.column; // the next pixel of the line
 #pragma unroll
   for (int step = 0; step < int(Layout::kSteps); ++step) {
     Tf32Fragment<T> fragment[2];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) { // eight, pixel, row
-      const int eight = 2 * step + i / 4, part = eight % kEights, lines = eight / kEights * kLines;
-      const int odd = i / 2 % 2, half = i % 2;
+    for (int i = 0; i < 8; ++i) { // line, pixel, row
+      const int line = 2 * step + i / 4, odd = i / 2 % 2, half = i % 2;
       enter_step(SharedPhase::kWeights);
       float weight = 0;
       // lines that no row of this half reaches need no test
-      if (lines + kLines > 2 * half && lines <= 2 * half + 1 + 2 * kReach &&
-          has_weight<kReach>(wx[part] + odd, block.cx) &&
-          has_weight<kReach>(wy[part] + lines, block.cy + 2 * half))
-        weight = read_shared<float>(weights + weight_at[part] + eight / kEights * down +
-                                    odd * beside + half * 2 * a.stencil.line);
+      if (line >= 2 * half && line <= 2 * half + 1 + 2 * kReach &&
+          has_weight(wx + odd, block.cx) && has_weight(line, block.cy + 2 * half))
+        weight = read_shared<float>(weights + weight_at + line * down + odd * beside +
+                                    half * 2 * a.stencil.line);
       fragment[i / 4].put(i % 4, weight);
     }
 #pragma unroll
@@ -201,11 +187,11 @@ MMDCNV4_DEVICE void multiply_stencil(const WindowArguments& a, const OwnedBlock&
 }
 
 // The same, over the pixels that sample a cell and no others.
-template <typename T, int kDepth, int kReach>
+template <typename T, int kDepth>
 MMDCNV4_DEVICE void sum_exactly(const WindowArguments& a, const OwnedBlock& block, uint32_t group,
                                 uint32_t lane, const unsigned char* weights,
                                 const unsigned char* pixels, float (&sum)[kDepth / 8][4]) {
-  using Layout = DenseWindow<T, kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth>;
 #pragma unroll
   for (int i = 0; i < kDepth / 2; ++i) sum[i / 4][i % 4] = 0;
 #pragma unroll 1
@@ -214,10 +200,10 @@ MMDCNV4_DEVICE void sum_exactly(const WindowArguments& a, const OwnedBlock& bloc
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       enter_step(SharedPhase::kWeights);
-      if (!has_weight<kReach>(wx, block.cx) || !has_weight<kReach>(wy, block.cy + 2 * half))
+      if (!has_weight(wx, block.cx) || !has_weight(wy, block.cy + 2 * half))
         continue;
       const uint32_t weight = read_shared<uint32_t>(
-          weights + block.weight_at<kReach>(a, wx, wy) + half * 2 * a.stencil.line);
+          weights + block.weight_at(a, wx, wy) + half * 2 * a.stencil.line);
       if (weight == kUntouched) continue;
 #pragma unroll
       for (int i = 0; i < kDepth / 8; ++i) {
@@ -265,28 +251,27 @@ MMDCNV4_DEVICE void write_block(const WindowArguments& a, const Tile& tile,
   }
 }
 
-// Blocks of a multiprocessor: with reach 4 there is shared memory for one, else for three; with
-// groups of 64 channels there are registers for two, from sm_100 on with those of 32 in float32.
-template <typename T, int kDepth, int kReach>
+// Blocks of a multiprocessor: there is shared memory for three; with groups of 64 channels there
+// are registers for two, from sm_100 on with those of 32 in float32.
+template <typename T, int kDepth>
 constexpr int value_blocks() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
   constexpr int kMostBytes = 64; // of a group, for three
 #else
   constexpr int kMostBytes = 128;
 #endif
-  if (kReach != 2) return 1;
   return kDepth == 64 || (sizeof(T) == 4 && kDepth * sizeof(T) > kMostBytes) ? 2 : 3;
 }
 
-template <typename T, int kDepth, int kReach>
-__global__ void __launch_bounds__(kMaxThreads, (value_blocks<T, kDepth, kReach>()))
+template <typename T, int kDepth>
+__global__ void __launch_bounds__(kMaxThreads, (value_blocks<T, kDepth>()))
     dcnv4_window_grad_value_kernel(const WindowArguments a,
                                    const T* __restrict__ grad_output,  // [N, Ho, Wo, G, D]
                                    const OffsetNumbers<T> offset_mask, // [N, Ho, Wo, P]
                                    const FarLists lists, const Divisor line_of_output,
                                    T* __restrict__ grad_value) {       // [N, H, W, G, D]
 #if MMDCNV4_HAS_TENSOR_CORES
-  using Layout = DenseWindow<T, kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth>;
   using Numbers = StagedNumbers<T, 1>;
   MMDCNV4_SHARED_MEMORY(weights);
   const uint32_t warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -300,8 +285,8 @@ __global__ void __launch_bounds__(kMaxThreads, (value_blocks<T, kDepth, kReach>(
     Numbers::copy(a, lane, pixel.number, group, packed, staged);
     commit_copies();
   };
-  fetch_numbers(tile.first_group, PixelAround(a, tile, kReach, threadIdx.x));
-  copy_cells<T, kDepth, kReach>(a, tile, grad_output + out_pixels * a.call.channels, pixels);
+  fetch_numbers(tile.first_group, PixelAround(a, tile, threadIdx.x));
+  copy_cells<T, kDepth>(a, tile, grad_output + out_pixels * a.call.channels, pixels);
   commit_copies();
   wait_copies<1>(); // pixels may take until the weights are there
 #pragma unroll 1
@@ -313,7 +298,7 @@ __global__ void __launch_bounds__(kMaxThreads, (value_blocks<T, kDepth, kReach>(
 #pragma unroll 1
     for (uint32_t index = threadIdx.x; index - lane < a.cells; index += blockDim.x) {
       unsigned char* stencil = weights + index * sizeof(float);
-      clear_stencil<kReach>(a, index < a.cells, stencil); // no other thread adds there
+      clear_stencil(a, index < a.cells, stencil); // no other thread adds there
       if (index != threadIdx.x || pass != 0) wait_copies<0>();
       __syncwarp();
       const RowNumbers numbers = Numbers::load(a, lane, group, packed, staged);
@@ -321,9 +306,9 @@ __global__ void __launch_bounds__(kMaxThreads, (value_blocks<T, kDepth, kReach>(
       const bool is_done = index - lane + blockDim.x >= a.cells;
       if (!is_done || !is_last)
         fetch_numbers(is_done ? group + 1 : group,
-                      PixelAround(a, tile, kReach, is_done ? threadIdx.x : index + blockDim.x));
-      const PixelAround pixel(a, tile, kReach, index);
-      add_stencil<kReach>(a, pixel, numbers,
+                      PixelAround(a, tile, is_done ? threadIdx.x : index + blockDim.x));
+      const PixelAround pixel(a, tile, index);
+      add_stencil(a, pixel, numbers,
                           stencil + kReach * (a.stencil.line + a.stencil.column));
     }
     wait_copies<0>();
@@ -339,7 +324,7 @@ __global__ void __launch_bounds__(kMaxThreads, (value_blocks<T, kDepth, kReach>(
       const bool is_full = count > lists.room;
       const uint32_t listed = is_full ? 0 : count;
       float sum[kDepth / 8][4] = {};
-      multiply_stencil<T, kDepth, kReach>(a, block, pass, own_lane, weights, pixels, sum);
+      multiply_stencil<T, kDepth>(a, block, pass, own_lane, weights, pixels, sum);
       const auto add_list = [&](auto is_exact) {
         add_listed<decltype(is_exact)::value, T, kDepth>(
             a, line_of_output, block_x, block_y, group, own_lane,
@@ -351,7 +336,7 @@ __global__ void __launch_bounds__(kMaxThreads, (value_blocks<T, kDepth, kReach>(
 #pragma unroll
       for (int i = 0; i < kDepth / 2; ++i) total += sum[i / 4][i % 4];
       if (__any_sync(kAllLanes, !(fabsf(total) <= FLT_MAX))) {
-        sum_exactly<T, kDepth, kReach>(a, block, pass, own_lane, weights, pixels, sum);
+        sum_exactly<T, kDepth>(a, block, pass, own_lane, weights, pixels, sum);
         add_list(std::true_type());
       }
       write_block<T, kDepth>(a, tile, block, own_lane, sum, is_full ? lists.sums(list) : nullptr,

@@ -3,10 +3,10 @@
 //
 // dense_window.cuh — how the tensor-core kernels see a call.
 //
-// The samples of 4x4 output pixels that lie within `reach` of their pixels fall into a window of
-// S x S input pixels ("cells"), S = 4 + 2 * reach. One group's outputs there are a product
+// The samples of 4x4 output pixels that lie within reach of their pixels, two pixels, fall into a
+// window of 8x8 input pixels ("cells"). One group's outputs there are a product
 //
-//     out [16 pixels, D] = A [16 pixels, S*S cells] . V [S*S cells, D]
+//     out [16 pixels, D] = A [16 pixels, 64 cells] . V [64 cells, D]
 //
 // where row p of A holds the sums of mask * bilinear weight by which pixel p takes from each cell.
 // Two such matrices make a unit, the work of a warp at a time: lane = row, 16 pixels of each.
@@ -18,10 +18,10 @@
 //              slice
 //
 // Shared memory of a thread block:
-//     cells    [tile_h + 2 reach][tile_w + 2 reach] of 128 bytes, 16-byte chunk c of cell (x, y) at
+//     cells    [tile_h + 4][tile_w + 4] of 128 bytes, 16-byte chunk c of cell (x, y) at
 //              c ^ (x + 4 y) % 8: any eight cells in a row, of the tile or of a window, lie in
 //              different banks; cells outside the image are zero
-//     warps    one area each, S*S * 128 bytes, first A [cell][row] in float32, row r of cell i at
+//     warps    one area each, 64 * 128 bytes, first A [cell][row] in float32, row r of cell i at
 //              r ^ 8 (i / 2 % 4); before that the numbers of offset_mask, after that the results
 #pragma once
 
@@ -67,8 +67,8 @@ inline WindowArguments make_window_arguments(const Dcnv4Params& p, const WindowP
   set_call(p, a.call);
   a.tile_w_log2 = uint32_t(log2_of(plan.tile_w));
   a.tile_h_log2 = uint32_t(log2_of(plan.tile_h));
-  a.cells_w = uint32_t(plan.tile_w + 2 * plan.reach);
-  a.cells = a.cells_w * uint32_t(plan.tile_h + 2 * plan.reach);
+  a.cells_w = uint32_t(plan.tile_w + 2 * kReach);
+  a.cells = a.cells_w * uint32_t(plan.tile_h + 2 * kReach);
   a.units = uint32_t(plan.units(p));
   a.packed_channels = uint32_t(p.offset_mask_channels);
   const int32_t sign = plan.is_mirrored ? -1 : 1;
@@ -78,7 +78,7 @@ inline WindowArguments make_window_arguments(const Dcnv4Params& p, const WindowP
   a.rows_h = int32_t(plan.is_mirrored ? p.height : p.out_height);
   a.map_w = int32_t(plan.is_mirrored ? p.out_width : p.width);
   a.map_h = int32_t(plan.is_mirrored ? p.out_height : p.height);
-  a.stencil = stencil_pitch(int32_t(a.cells), plan.reach);
+  a.stencil = stencil_pitch(int32_t(a.cells));
   a.slices = Divisor(uint32_t(plan.slices));
   a.tiles_w = Divisor(uint32_t(plan.tiles_w));
   a.tiles_h = Divisor(uint32_t(plan.tiles_h));
@@ -92,18 +92,16 @@ struct Tile {
   uint32_t image;
 };
 
-template <typename T, int kDepth, int kReach>
+template <typename T, int kDepth>
 struct DenseWindow {
-  static constexpr uint32_t kSide = window_side(kReach);
+  static constexpr uint32_t kSide = kWindowSide;
   static constexpr uint32_t kCells = kSide * kSide;
   static constexpr uint32_t kSteps = kCells / 16; // of the product, 16 cells each
-  static constexpr uint32_t kPeriod = kSide == 8 ? 1 : 3; // steps, until cells line up again
-  static constexpr uint32_t kPeriodLines = 16 * kPeriod / kSide; // lines of cells in a period
+  static constexpr uint32_t kStepLines = 16 / kSide; // lines of cells in a step
   static constexpr uint32_t kAreaBytes = kCells * kWeightBytes; // of a warp
   static constexpr uint32_t kGroups = kCellBytes / (kDepth * sizeof(T)); // of a slice
   static constexpr uint32_t kTeam = kDepth / kChunkNumbers<T>; // lanes that finish a row together
-  static_assert(kSide * kPeriodLines == 16 * kPeriod && kSteps % kPeriod == 0, "whole periods");
-  static_assert(kPeriodLines % 2 == 0, "the order of chunks repeats with every second line");
+  static_assert(kStepLines == 2, "the order of chunks repeats with every second line");
 
   static MMDCNV4_HD Tile locate_tile(const WindowArguments& a, uint32_t block) {
     uint32_t tile_x = a.slices.split(block); // leaves the slice in `block`
@@ -145,12 +143,12 @@ struct DenseWindow {
   // Where the weights of `row` for the four cells of a sample are, `cell` being the upper left one:
   // right of it, below it, below on the right.
   static MMDCNV4_HD void corners_at(uint32_t cell, uint32_t row, uint32_t (&at)[4]) {
-    // a line further down, the order of rows is the same or exchanged by halves
-    constexpr uint32_t kDown = kSide * kWeightBytes, kSwap = (kSide & 6) << 4;
+    constexpr uint32_t kDown = kSide * kWeightBytes;
+    static_assert(kSide % 8 == 0, "a line further down, the order of rows is the same");
     at[0] = weight_at(cell, row);
     at[1] = weight_at(cell + 1, row);
-    at[2] = (at[0] ^ kSwap) + kDown;
-    at[3] = (at[1] ^ kSwap) + kDown;
+    at[2] = at[0] + kDown;
+    at[3] = at[1] + kDown;
   }
 
   // Where chunk `chunk` of cell (x, y) of the tile is among the cells.
@@ -183,10 +181,10 @@ MMDCNV4_HD uint32_t pixel_of(const WindowArguments& a, const Row& row) {
 
 // Copies the cells of a tile into shared memory, 16 bytes at a time, by all warps of the block,
 // line after line, each lane the same chunk of every fourth cell. Lines have a multiple of four.
-template <typename T, int kDepth, int kReach>
+template <typename T, int kDepth>
 MMDCNV4_DEVICE void copy_cells(const WindowArguments& a, const Tile& tile,
                                const T* __restrict__ image, unsigned char* cells) {
-  using Layout = DenseWindow<T, kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth>;
   constexpr uint32_t kStep = 4; // cells that a warp copies at a time, 8 chunks each
   const uint32_t lane = threadIdx.x % kWarp, chunk = lane % 8, first = lane / 8;
   const uint32_t channel = tile.first_group * kDepth + chunk * kChunkNumbers<T>;

@@ -46,9 +46,9 @@ MMDCNV4_DEVICE OffsetNumbers<T> numbers_of(const WindowArguments& a, const Row& 
 // more step of the product; both matrices of the unit take the same cells, with weights of zero
 // for taps of the other one. Where all corners of a round are among the tile's cells, it reads
 // them there.
-template <typename T, int kDepth, int kReach>
+template <typename T, int kDepth>
 struct FarLayer {
-  using Layout = DenseWindow<T, kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth>;
   static constexpr int kPairs = sizeof(T) == sizeof(float) ? 1 : 2;
   static constexpr int kRows = 2 * kPairs;         // of a round: a tap each, four cells each
   static constexpr int kLoads = Layout::kTeam / 2; // of fragments of cells
@@ -84,7 +84,7 @@ struct FarLayer {
     const Four<float> weight = sample_weights(sample);
     Fragment::pack(weight.x, weight.y, weights[0]);
     Fragment::pack(weight.z, weight.w, weights[1]);
-    place = TapPlace::make<Layout, kReach>(
+    place = TapPlace::make<Layout>(
         a, tile, sample.bilinear, (uint32_t(row.group) - tile.first_group) * Layout::kTeam);
   }
 

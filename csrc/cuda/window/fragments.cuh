@@ -151,47 +151,46 @@ struct GradFragment<float> {
 
 // A window's cells as rows of B: fragments of 16 of them and as many channels as 16 bytes hold
 // twice, or once in float32.
-template <typename T, int kDepth, int kReach>
+template <typename T, int kDepth>
 class CellRows {
  public:
-  using Layout = DenseWindow<T, kDepth, kReach>;
+  using Layout = DenseWindow<T, kDepth>;
   static constexpr int kLoads = Layout::kTeam / 2; // for all channels of a group
 
   // The window begins at cell (x, y) of the tile; `group` is counted within the slice.
   MMDCNV4_DEVICE CellRows(const WindowArguments& a, uint32_t x, uint32_t y, uint32_t group,
                           uint32_t lane, const unsigned char* cells)
-      : period_bytes_(Layout::kPeriodLines * a.cells_w * kCellBytes) {
+      : step_bytes_(Layout::kStepLines * a.cells_w * kCellBytes) {
+    // a loop of one turn: written without it, it compiles to other code than ran on GPUs
 #pragma unroll
-    for (int i = 0; i < int(Layout::kPeriod); ++i) {
-      const uint32_t cell = 16 * i + lane % 16; // lane's row for ldmatrix
+    for (uint32_t step = 0; step < 1; ++step) {
+      const uint32_t cell = 16 * step + lane % 16; // lane's row for ldmatrix
       const uint32_t at = Layout::chunk_at(x + cell % Layout::kSide, y + cell / Layout::kSide,
                                            a.cells_w, group * Layout::kTeam + lane / 16);
 #pragma unroll
       for (int load = 0; load < kLoads; ++load)
-        at_[i][load] = cells + (at ^ (2 * load * kChunkBytes));
+        at_[load] = cells + (at ^ (2 * load * kChunkBytes));
     }
   }
 
   MMDCNV4_DEVICE void load(int step, int load, uint32_t (&to)[4]) const {
-    load_matrices_transposed(
-        at_[step % Layout::kPeriod][load] + step / Layout::kPeriod * period_bytes_, to);
+    load_matrices_transposed(at_[load] + step * step_bytes_, to);
   }
 
  private:
-  const unsigned char* at_[Layout::kPeriod][kLoads];
-  uint32_t period_bytes_;
+  const unsigned char* at_[kLoads];
+  uint32_t step_bytes_;
 };
 
-template <int kDepth, int kReach>
-class CellRows<float, kDepth, kReach> {
+template <int kDepth>
+class CellRows<float, kDepth> {
  public:
-  using Layout = DenseWindow<float, kDepth, kReach>;
+  using Layout = DenseWindow<float, kDepth>;
   static constexpr int kLoads = Layout::kTeam / 2;
-  static_assert(Layout::kSide == 8, "eight cells are a line");
 
   MMDCNV4_DEVICE CellRows(const WindowArguments& a, uint32_t x, uint32_t y, uint32_t group,
                           uint32_t lane, const unsigned char* cells)
-      : cells_(cells), period_bytes_(Layout::kPeriodLines * a.cells_w * kCellBytes) {
+      : cells_(cells), step_bytes_(Layout::kStepLines * a.cells_w * kCellBytes) {
     const uint32_t g = lane / 4, t = lane % 4;
 #pragma unroll
     for (uint32_t line = 0; line < 2; ++line)
@@ -205,12 +204,12 @@ class CellRows<float, kDepth, kReach> {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       to[i] = read_shared<uint32_t>(cells_ + (at_[i / 2] ^ ((2 * load + i % 2) * kChunkBytes)) +
-                                    i % 2 * kCellBytes + step * period_bytes_);
+                                    i % 2 * kCellBytes + step * step_bytes_);
   }
 
  private:
   const unsigned char* cells_;
-  uint32_t at_[2], period_bytes_;
+  uint32_t at_[2], step_bytes_;
 };
 
 } // namespace cuda

@@ -25,7 +25,7 @@ struct TapPlace {
 
   // Of a sample that has corners, which are clamped into the image; `chunk`: of a cell, where its
   // group begins.
-  template <typename Layout, int kReach>
+  template <typename Layout>
   static MMDCNV4_DEVICE TapPlace make(const WindowArguments& a, const Tile& tile,
                                       const Bilinear<float>& b, uint32_t chunk) {
     const uint32_t x = uint32_t(b.x0) - (tile.x + uint32_t(a.shift_x) - kReach); // of the cells

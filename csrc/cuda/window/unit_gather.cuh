@@ -20,20 +20,19 @@ namespace cuda {
 
 // How the taps of a unit lie in its warp's area, [tap][row] of each: weights of the four corners,
 // and a TapPlace, its corners above and its step apart.
-template <typename T, int kDepth, int kReach>
 struct GatherLayout {
   static constexpr uint32_t kTapBytes = 16 * kWarp, kCorners = kTaps * kTapBytes;
   static constexpr uint32_t kSteps = kCorners + kTaps * 8 * kWarp;
-  static_assert(kSteps + kTaps * 4 * kWarp <= DenseWindow<T, kDepth, kReach>::kAreaBytes,
-                "the taps fit into the area");
+  static constexpr uint32_t kBytes = kSteps + kTaps * 4 * kWarp;
 };
 
 // Writes the taps of the lane's row.
-template <typename T, int kDepth, int kReach>
+template <typename T, int kDepth>
 MMDCNV4_DEVICE void write_taps(const WindowArguments& a, const Tile& tile, uint32_t unit,
                                uint32_t lane, const RowNumbers& numbers, unsigned char* area) {
-  using Window = DenseWindow<T, kDepth, kReach>;
-  using Layout = GatherLayout<T, kDepth, kReach>;
+  using Window = DenseWindow<T, kDepth>;
+  using Layout = GatherLayout;
+  static_assert(Layout::kBytes <= Window::kAreaBytes, "the taps fit into the area");
   const Row row = Window::locate_row(a, tile, unit, lane);
   const uint32_t chunk = (uint32_t(row.group) - tile.first_group) * Window::kTeam;
 #pragma unroll
@@ -47,7 +46,7 @@ MMDCNV4_DEVICE void write_taps(const WindowArguments& a, const Tile& tile, uint3
                       a.call.height, a.call.width);
     if (b.inside && row.is_valid && k < a.call.points) {
       weight = sample_weights(Sample<float>{b, numbers.mask[k]});
-      place = TapPlace::make<Window, kReach>(a, tile, b, chunk);
+      place = TapPlace::make<Window>(a, tile, b, chunk);
     }
     enter_step(SharedPhase::kTaps);
     write_shared(area + k * Layout::kTapBytes + lane * 16, weight);
@@ -58,12 +57,12 @@ MMDCNV4_DEVICE void write_taps(const WindowArguments& a, const Tile& tile, uint3
 }
 
 // Sums up the taps of a unit and writes its outputs.
-template <typename T, int kDepth, int kReach>
+template <typename T, int kDepth>
 MMDCNV4_DEVICE void gather_unit(const WindowArguments& a, const Tile& tile, uint32_t unit,
                                 uint32_t lane, const T* __restrict__ value, T* __restrict__ output,
                                 const unsigned char* area, const unsigned char* cells) {
-  using Window = DenseWindow<T, kDepth, kReach>;
-  using Layout = GatherLayout<T, kDepth, kReach>;
+  using Window = DenseWindow<T, kDepth>;
+  using Layout = GatherLayout;
   using Io = VectorIo<T, kChunkNumbers<T>>;
   constexpr uint32_t kTeam = Window::kTeam;
   constexpr uint32_t kTogether = 3; // taps whose corners are under way at a time

@@ -138,9 +138,9 @@ struct StagedNumbers {
 };
 
 // Those of a unit, in its warp's area.
-template <typename T, int kDepth, int kReach>
-struct UnitNumbers : StagedNumbers<T, (DenseWindow<T, kDepth, kReach>::kGroups > 1 ? 2 : 1)> {
-  using Layout = DenseWindow<T, kDepth, kReach>;
+template <typename T, int kDepth>
+struct UnitNumbers : StagedNumbers<T, (DenseWindow<T, kDepth>::kGroups > 1 ? 2 : 1)> {
+  using Layout = DenseWindow<T, kDepth>;
   using Base = StagedNumbers<T, (Layout::kGroups > 1 ? 2 : 1)>;
   static_assert(Base::template Of<float>::kBytes <= Layout::kAreaBytes,
                 "the numbers fit into the area");

@@ -153,7 +153,7 @@ void run_window(const Dcnv4Params& p, const DeviceLimits& limits, int alignment,
   packed.read(file);
   if (!file) throw std::invalid_argument("emulator: the file is too short");
   const WindowPlan plan = make_window_plan(p, {int32_t(sizeof(T)), 4, alignment, false}, limits);
-  if (plan.reach == 0) throw std::invalid_argument("emulator: not a call for tensor cores");
+  if (!plan.is_made_for) throw std::invalid_argument("emulator: not a call for tensor cores");
   launch_dcnv4_window_forward(p, plan, Stream(), static_cast<const T*>(value.data()),
                               OffsetNumbers<T>{packed.data(), are_float}, output.data());
   file.seekp(0, std::ios::end);
@@ -180,7 +180,7 @@ void run_window_backward(const Dcnv4Params& p, const DeviceLimits& limits, int a
   if (!file) throw std::invalid_argument("emulator: the file is too short");
   const WindowBackwardPlan plan = make_window_backward_plan(
       p, {int32_t(sizeof(T)), 4, alignment, true}, offset_bytes<T>(are_float), limits);
-  if (plan.value.reach == 0) throw std::invalid_argument("emulator: not a call for tensor cores");
+  if (!plan.value.is_made_for) throw std::invalid_argument("emulator: not a call for tensor cores");
   launch_dcnv4_window_backward(p, plan, Stream(), static_cast<const T*>(grad_output.data()),
                                static_cast<const T*>(value.data()),
                                OffsetNumbers<T>{packed.data(), are_float},
@@ -264,8 +264,8 @@ void check_window_coverage(const Dcnv4Params& p, const WindowPlan& plan,
   expect(plan.units(p) % (plan.threads / kWarp) == 0, "warps share the units evenly");
   const WindowArguments a = make_window_arguments(p, plan);
   std::vector<int> times(p.batch * p.queries() * p.groups, 0);
-  with_window<T>(p.group_channels, plan.reach, [&](auto depth, auto reach) {
-    using Layout = DenseWindow<T, decltype(depth)::value, decltype(reach)::value>;
+  with_depth<T>(p.group_channels, [&](auto depth) {
+    using Layout = DenseWindow<T, decltype(depth)::value>;
     for_each_launch(p, plan, [&](int64_t image, int64_t blocks) {
       for (int64_t i = 0; i < blocks * int64_t(a.units) * kWarp; ++i) {
         const Tile tile = Layout::locate_tile(a, uint32_t(i / kWarp / a.units));
@@ -291,7 +291,7 @@ void cover_call(std::istream& line) {
     check_coverage(p, plan);
     const WindowPlan window = make_window_plan(p, request, limits);
     if constexpr (sizeof(T) <= 4) {
-      if (window.reach != 0) check_window_coverage<T>(p, window, limits);
+      if (window.is_made_for) check_window_coverage<T>(p, window, limits);
     }
     std::cout << "[" << to_json(plan) << ", " << to_json(window) << "]\n";
   });
