@@ -17,7 +17,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Optional
@@ -160,6 +160,26 @@ def _add_last_line(error: BaseException, line: str) -> None:
     sys.excepthook = show_with_line
 
 
+def _watch(cfg: Optional[Config]) -> Callable[[], None]:
+    """Explains an exception that ends the program before :func:`explain` hears of it: torch's
+    handler for dead workers may raise while the `with` statement is left. Returns how to stop."""
+    show = sys.excepthook
+
+    def show_and_explain(kind: type[BaseException], error: BaseException, place: Any) -> None:
+        _silence_workers()
+        line = hint(error, cfg)
+        _log_traceback(error, cfg)
+        show(kind, error, place)
+        if line:
+            print(f'hint: {line}', file=sys.stderr)
+
+    def stop() -> None:
+        if sys.excepthook is show_and_explain:
+            sys.excepthook = show
+    sys.excepthook = show_and_explain
+    return stop
+
+
 @contextmanager
 def explain(cfg: Optional[Config] = None, debug: bool = False) -> Iterator[None]:
     """Ends the program with one clear last line where what the user gave is at fault.
@@ -171,10 +191,19 @@ def explain(cfg: Optional[Config] = None, debug: bool = False) -> Iterator[None]
     Raises:
         SystemExit: with the message of a user error.
     """
+    stop_watching = _watch(cfg)
     try:
         yield
+        stop_watching()
+    except (SystemExit, KeyboardInterrupt):
+        stop_watching()
+        raise
     except Exception as error:
-        _silence_workers()
+        try:  # a function begins with the signals that wait
+            _silence_workers()
+        except RuntimeError:
+            _silence_workers()
+        stop_watching()
         close_bar()  # it would stand in the middle of the text
         _log_traceback(error, cfg)
         fault = find_user_error(error)

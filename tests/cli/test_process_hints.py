@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 
@@ -45,6 +46,33 @@ def test_a_killed_worker():
     assert done.returncode == 1
     assert 'hint: a worker of the data loader ended or hangs' in done.stderr
     assert 'Error in sys.excepthook' not in done.stderr
+
+
+def test_a_worker_dies_while_the_context_is_left(capsys):
+    """Then the context never hears of the error, and Python shows it as it is."""
+    show = sys.excepthook
+    context = explain.explain()
+    context.__enter__()
+    scope = {'__name__': 'torch.utils.data._utils.signal_handling'}
+    exec('def handler():\n    raise RuntimeError("killed")', scope)
+    try:
+        scope['handler']()
+    except RuntimeError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    text = capsys.readouterr().err
+    assert 'RuntimeError: killed\nhint: a worker of the data loader ended or hangs' in text
+    context.__exit__(None, None, None)
+    assert sys.excepthook is show
+
+
+@pytest.mark.parametrize('error', [None, ZeroDivisionError, KeyboardInterrupt, SystemExit])
+def test_the_hook_is_put_back(error):
+    show = sys.excepthook
+    with contextlib.suppress(ZeroDivisionError, KeyboardInterrupt, SystemExit), explain.explain():
+        assert sys.excepthook is not show
+        if error is not None:
+            raise error
+    assert sys.excepthook is show
 
 
 def test_another_process_of_the_run(monkeypatch):
