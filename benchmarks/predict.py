@@ -67,7 +67,7 @@ class Gpu(NamedTuple):
     clock: float  # Hz; H200: seen under load (results/)
     copy: float  # bytes per second of a copy; H200: measured (results/), A100: assumed
     l2: float  # bytes per second; assumed
-    reductions: float  # bytes of sectors per second; H200: measured (results/), A100: assumed
+    reductions: float  # bytes of sectors per second; H200: from one row of results/, A100: assumed
     shared_bytes: int  # of a multiprocessor
     launch: float = 0.9e-6  # seconds of an empty one in a graph; H200: measured (results/)
     sustained: float = 0.70  # of a limit; assumed (the design's model of before any measurement)

@@ -136,10 +136,9 @@ def test_alignment(emulator, tmp_path, dtypes, elements):
     alignment = min(16, elements * dtypes[0].itemsize)
     plans = check(emulator, tmp_path, (2, 3, 5, 2, 16), dtypes, GEOMETRIES['3x3'],
                   alignment=alignment)
-    for plan in plans:
-        has_vectors = alignment >= 8 and dtypes[0] != torch.float64
-        assert plan['vec'] == (alignment // dtypes[0].itemsize if has_vectors else 1) or (
-            plan is plans[1] and plan['vec'] == 4)
+    has_vectors = alignment >= 8 and dtypes[0] != torch.float64
+    vec = alignment // dtypes[0].itemsize if has_vectors else 1
+    assert [plan['vec'] for plan in plans] == [vec, min(vec, 4)]
 
 
 @pytest.mark.parametrize('shared_bytes', [48 * 1024, 24 * 1024, 16 * 1024, 4 * 1024])

@@ -93,10 +93,10 @@ void run_backward(const AttentionCall& call, const AttentionPlan& plan,
   });
 }
 
-void print(const AttentionPlan& plan) {
-  std::cout << "{\"vec\": " << plan.vec << ", \"team\": " << plan.team << ", \"threads\": "
-            << plan.threads << ", \"slots\": " << plan.slots << ", \"shared_bytes\": "
-            << plan.shared_bytes << ", \"images\": " << plan.images << "}";
+std::string to_json(const AttentionPlan& plan) {
+  return mmdcnv4::to_json({{"vec", plan.vec}, {"team", plan.team}, {"threads", plan.threads},
+                           {"slots", plan.slots}, {"shared_bytes", plan.shared_bytes},
+                           {"images", plan.images}});
 }
 
 template <typename T>
@@ -148,12 +148,9 @@ void run(AttentionCall& call, std::fstream& file) {
   }
   grad_locations.write(file);
   grad_weights.write(file);
-  std::cout << "[";
-  print(forward);
-  std::cout << ", ";
-  print(backward);
   const auto [numbers, sectors] = emulator::take_reductions();
-  std::cout << ", " << to_json({{"numbers", numbers}, {"sectors", sectors}}) << "]\n";
+  std::cout << "[" << to_json(forward) << ", " << to_json(backward) << ", "
+            << mmdcnv4::to_json({{"numbers", numbers}, {"sectors", sectors}}) << "]\n";
 }
 
 } // namespace
