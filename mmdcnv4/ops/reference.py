@@ -66,7 +66,8 @@ def _evaluate(value: Tensor, offset_mask: Tensor, geometry: Geometry, out_h: int
     sample = _bilinear(rows, x, y, height, width)  # (N, G, Ho*Wo*K, D)
     weight = torch.where(_inside(x, y, height, width), mask, mask.new_zeros(()))
     weight = weight.permute(0, 3, 1, 2, 4)  # (N, Ho, Wo, G, K) -> (N, G, Ho, Wo, K)
-    sample = sample.reshape(*weight.shape, channels // groups)
+    # not `*weight.shape`: the tracing exporter of ONNX would take its sizes for constants
+    sample = sample.reshape(batch, groups, out_h, out_w, geometry.points, channels // groups)
     out = (weight.unsqueeze(-1) * sample).sum(dim=4)  # (N, G, Ho, Wo, D)
     return out.permute(0, 2, 3, 1, 4).reshape(batch, out_h, out_w, channels)
 

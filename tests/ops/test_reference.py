@@ -254,7 +254,7 @@ def test_half_inputs_are_rounded_once():
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore::DeprecationWarning')
 @pytest.mark.parametrize('geometry', [dict(padding=1), dict(stride=(2, 1), padding=(1, 2))])
 def test_a_trace_serves_other_sizes(geometry):
-    """The tracing exporter of ONNX with dynamic axes rests on this."""
+    """So does the file of the tracing exporter of ONNX: test_onnx.py."""
     geometry = dict(geometry, kernel_size=3, groups=2)
     first, other = (make_inputs(batch, *size, 8, **geometry)
                     for batch, size in ((1, (5, 5)), (2, (7, 9))))
