@@ -141,16 +141,19 @@ def knows_architecture(name: str) -> bool:
 
 
 def default_architectures(toolkit: tuple) -> str:
-    """All that the toolkit compiles for and torch has a name for, and PTX.
+    """All that the toolkit compiles for, torch has a name for and this machine can have, and PTX.
 
-    The PTX is of 8.0: every later GPU can take it, also one between two others, as Thor (11.0)
-    is, and the tensor-core kernels have code from there on.
+    The PTX is of 8.0: every later GPU can take it, also one between two others, and the
+    tensor-core kernels have code from there on. 8.9 takes what is compiled for 8.6: for either,
+    nvcc 13.0 makes the same instructions. Orin (8.7) and Thor (11.0) sit beside Arm cores.
     """
+    is_arm = platform.machine().lower() in ('aarch64', 'arm64')
     names = ['7.0'] if toolkit < (13, 0) else []
-    names += ['7.5', '8.0+PTX', '8.6', '8.7']
-    names += ['8.9', '9.0'] if toolkit >= (11, 8) else []
+    names += ['7.5', '8.0+PTX', '8.6']
+    names += ['8.7'] if is_arm else []
+    names += ['9.0'] if toolkit >= (11, 8) else []
     names += ['10.0', '12.0'] if toolkit >= (12, 8) else []
-    names += ['11.0'] if toolkit >= (13, 0) else []
+    names += ['11.0'] if toolkit >= (13, 0) and is_arm else []
     return ';'.join(filter(knows_architecture, names))
 
 

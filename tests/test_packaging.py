@@ -131,13 +131,16 @@ def setup_functions():
 
 
 def test_default_architectures():
-    """Orin and Thor where toolkit and torch know them; PTX of one that all later GPUs take."""
-    names = setup_functions()("scope['default_architectures']((13, 0))").split(';')
-    assert names[:4] == ['7.5', '8.0+PTX', '8.6', '8.7'] and '7.0' not in names
-    assert [name for name in names if 'PTX' in name] == ['8.0+PTX']
+    """PTX of one that all later GPUs take; Orin and Thor, where torch knows them, beside Arm."""
     from torch.utils import cpp_extension
     source = Path(cpp_extension.__file__).read_text()
-    assert ('11.0' in names) == ("'11.0a'" in source)
+    code = ("[scope['platform'].__dict__.update(machine=lambda: {!r}), "
+            "scope['default_architectures']((13, 0))][1]")
+    first = ['7.5', '8.0+PTX', '8.6']
+    newer = [name for name in ('10.0', '12.0') if f"'{name}'" in source]
+    assert setup_functions()(code.format('x86_64')).split(';') == [*first, '9.0', *newer]
+    newer += ['11.0'] if "'11.0a'" in source else []
+    assert setup_functions()(code.format('aarch64')).split(';') == [*first, '8.7', '9.0', *newer]
 
 
 def test_an_empty_variable_is_none():
