@@ -54,7 +54,7 @@ def _write_nodes(value: Any, offset_mask: Any, kernel_size: Any, groups: int, st
     from onnxscript import evaluator, ir, opset19
 
     op: Any = opset19  # its annotations know no tensors in the making
-    version = getattr(getattr(evaluator.default(), 'opset', op), 'version', 19)
+    version = getattr(evaluator.default(), 'opset', op).version  # of the exporter's recorder
     if version < 19:  # the file would be written, and no runtime could read it
         raise ValueError(f'dcnv4: opset_version must be 19 or newer (DeformConv), got {version}')
     size, stride, padding, dilation = ((int(height), int(width)) for height, width in
@@ -89,7 +89,7 @@ def _unpack(op: Any, constant: Callable[[list], Any], offset_mask: Any,
     height, width = geometry.kernel_size
     number_of = {tap: k for k, tap in enumerate(geometry.taps())}
     by_rows = [(j, i) for j in range(height) for i in range(width)]
-    from_tap = [number_of.get(tap, 0) for tap in by_rows]
+    from_tap = [number_of.get(tap, 0) for tap in by_rows]  # any for the middle one that is left out
 
     def integers(*numbers: int) -> Any:
         return op.Constant(value_ints=numbers)

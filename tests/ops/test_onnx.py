@@ -43,11 +43,10 @@ def run(session, *tensors):
         name: tensor.numpy() for name, tensor in zip(names, tensors)})]
 
 
-def export(model, tensors, file, free, **options):
-    options = dict(dict(opset_version=19), **options)
+def export(model, tensors, file, free, opset_version=19):
     torch.onnx.export(model.eval(), tensors, str(file), dynamo=True, dynamic_shapes=free,
-                      custom_translation_table=dcnv4_onnx.translation_table(), verbose=False,
-                      **options)
+                      opset_version=opset_version, verbose=False,
+                      custom_translation_table=dcnv4_onnx.translation_table())
     return session_of(file)
 
 
